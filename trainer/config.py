@@ -1,0 +1,229 @@
+"""Typed configuration: dataclasses hold names, types, units and ranges; YAML holds choices.
+
+A schema is registered with Hydra as a *shadow* of its dataclass: the same fields, typed ``Any`` and open to further keys.
+So Hydra composes whatever the YAML files and the command line say, and `parse` sees all of it at once: it alone converts,
+checks ranges, names misspelt keys with their nearest neighbours, and shows every problem together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import enum
+import functools
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """The configuration names something that does not exist or asks for something impossible.
+
+    ``problems`` holds one sentence each: setting, value, rule and remedy.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class Node:
+    """A part of the configuration: a dataclass with a verb."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield one sentence for everything that cannot work, beyond the ranges stated at each setting."""
+        yield from ()
+
+
+def setting(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Declare a field of a schema with its meaning and its range.
+
+    ``above`` and ``below`` are exclusive limits, ``least`` and ``most`` inclusive ones; ``None`` values pass all of them.
+    Lists, dicts and dataclasses are given as factories (``list``, ``Batch``).
+    """
+    limits = {"above": above, "least": least, "below": below, "most": most}
+    metadata = {"doc": doc, "limits": {key: limit for key, limit in limits.items() if limit is not None}}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def schema(path: str) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass the schema of a YAML file that opens with ``defaults: [/schema/<path>@_here_, _self_]``."""
+    group, _, name = f"schema/{path}".rpartition("/")
+
+    def register(cls: type[T]) -> type[T]:
+        ConfigStore.instance().store(group=group, name=name, node=_open(OmegaConf.structured(_shadow(cls))))
+        return cls
+
+    return register
+
+
+def parse(cfg: DictConfig) -> Any:
+    """Turn a composed configuration into its typed objects.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type, missing value, broken range and broken rule at once.
+    """
+    problems: list[str] = []
+    root = _build(cfg, "", cfg, problems)
+    if problems:
+        raise ConfigError(problems)
+    return root
+
+
+def schema_of(node: Any) -> type | None:
+    """The dataclass behind a composed node, or None where the node is plain YAML."""
+    kind = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+    return getattr(kind, "shadow_of", None)
+
+
+def describe(hint: Any) -> str:
+    """A type in words, for messages and for the help text."""
+    options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_optional(hint) else [hint]
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    named = []
+    for option in options:
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            named.append("one of " + ", ".join(option.__members__))
+        elif typing.get_origin(option) is list:
+            named.append(f"a list (each {describe(typing.get_args(option)[0])})")
+        elif typing.get_origin(option) is dict:
+            named.append("a mapping")
+        else:
+            named.append(words.get(option, getattr(option, "__name__", str(option))))
+    return " or ".join(named + (["null"] if _is_optional(hint) else []))
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default.value if isinstance(field.default, enum.Enum) else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING
+
+
+def _shadow(cls: type) -> type:
+    """A twin of a schema class whose fields accept anything; nested dataclasses become nested shadows."""
+    columns: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(cls):
+        value = _default(field)
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        factory = _shadow(type(value)) if nested else functools.partial(copy.copy, value)
+        columns.append((field.name, Any, dataclasses.field(default_factory=factory)))
+    return dataclasses.make_dataclass(cls.__name__, columns, namespace={"shadow_of": cls})
+
+
+def _open(node: DictConfig) -> DictConfig:
+    """Let further keys in, at every depth, so that `parse` can name all of them."""
+    OmegaConf.set_struct(node, False)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _open(node[key])
+    return node
+
+
+def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -> Any:
+    cls = schema_of(node)
+    assert cls is not None, f"{path or 'the root'} has no schema"
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    problems.extend(_unknown(cls, path, str(key), root) for key in node if key not in known)
+    before, values = len(problems), {}
+    for name, field in known.items():
+        where = f"{path}{name}"
+        if OmegaConf.is_missing(node, name):
+            problems.append(f"{where} is required: {field.metadata.get('doc') or describe(hints[name])}")
+            continue
+        try:
+            value = node[name]
+        except OmegaConfBaseException as error:
+            problems.append(f"{where} cannot be resolved: {str(error).splitlines()[0]}")
+            continue
+        if schema_of(value) is not None:
+            values[name] = _build(value, f"{where}.", root, problems)
+        elif dataclasses.is_dataclass(hints[name]):
+            problems.append(f"{where}={value!r} is not a group of settings; choose one with {where}=NAME")
+        else:
+            values[name] = _convert(value, hints[name], where, problems)
+            problems.extend(_out_of_range(values[name], field, where))
+    if len(problems) > before:
+        return None
+    built = cls(**values)
+    problems.extend(built.problems())
+    return built
+
+
+def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """Convert with OmegaConf's own rules, one field at a time so that one error does not hide the next."""
+    holder = dataclasses.make_dataclass("Holder", [("value", hint)])
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(holder), {"value": value})).value  # type: ignore[union-attr]
+    except OmegaConfBaseException:
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        problems.append(f"{where}={plain!r} is not {describe(hint)}")
+        return None
+
+
+def _out_of_range(value: Any, field: dataclasses.Field[Any], where: str) -> Iterator[str]:
+    tests: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+        "above": (lambda v, limit: v > limit, "above"),
+        "least": (lambda v, limit: v >= limit, "at least"),
+        "below": (lambda v, limit: v < limit, "below"),
+        "most": (lambda v, limit: v <= limit, "at most"),
+    }
+    limits = field.metadata.get("limits", {})
+    numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for number in numbers:
+        broken = [
+            f"{words} {limit}"
+            for kind, limit in limits.items()
+            for holds, words in [tests[kind]]
+            if isinstance(number, int | float) and not holds(number, limit)
+        ]
+        if broken:
+            yield f"{where}={number} must be {' and '.join(broken)}"
+
+
+def _unknown(cls: type, path: str, key: str, root: DictConfig) -> str:
+    names = [field.name for field in dataclasses.fields(cls)]
+    close = difflib.get_close_matches(key, names, n=1)
+    paths = list(_paths(root))
+    same_name = [p for p in paths if p.rpartition(".")[2] == key and p != f"{path}{key}"]
+    if close:
+        hint = f"did you mean '{path}{close[0]}'?"
+    elif same_name:
+        hint = f"did you mean '{same_name[0]}'?"
+    elif elsewhere := difflib.get_close_matches(f"{path}{key}", paths, n=1):
+        hint = f"did you mean '{elsewhere[0]}'?"
+    else:
+        hint = f"it has {', '.join(names)}"
+    return f"{cls.__name__} has no setting '{path}{key}'; {hint}"
+
+
+def _paths(node: DictConfig, path: str = "") -> Iterator[str]:
+    """Every setting that exists in the composed tree, by its full name."""
+    cls = schema_of(node)
+    for field in dataclasses.fields(cls) if cls else ():
+        yield f"{path}{field.name}"
+        if not OmegaConf.is_missing(node, field.name) and isinstance(node.get(field.name), DictConfig):
+            yield from _paths(node[field.name], f"{path}{field.name}.")

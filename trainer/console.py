@@ -1,0 +1,86 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS = 5.0
+"""Between plain lines; the first and the last step always have one."""
+
+
+class Console:
+    """Shows rate, loss and the time that is left; evaluations and samples as lines of their own."""
+
+    def __init__(self, name: str, done: int, last: int) -> None:
+        self.last, self.done = last, done
+        self._console = rich.console.Console(highlight=False)
+        self._started, self._shown = time.monotonic(), 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if done:
+            self.say(f"{name}: continuing after step {done} of {last}")
+        if self._console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
+                       TimeElapsedColumn(), TimeRemainingColumn()]  # fmt: skip
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task(name, total=last, completed=done, said="")
+            self._bar.start()
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        if "loss" not in values:
+            self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
+            return
+        said = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, said=said)
+            return
+        now = time.monotonic()
+        if now - self._shown >= SECONDS or step in (self.done + 1, self.last):
+            self._shown = now
+            left = (now - self._started) / max(1, step - self.done) * (self.last - step)
+            print(f"step {step}/{self.last}  {said}  mfu {values['mfu']:.1%}  {_clock(left)} left", flush=True)
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        pass  # a line of numbers has no room for them
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.say(f"{name} after step {step}: {_sample(rows[0])[:200]!r}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+
+def _sample(row: Mapping[str, Any]) -> str:
+    """A continued text as one text, an answered prompt and its answer apart."""
+    return f"{row['prompt']}{' -> ' if 'ended' in row else ''}{row['completion']}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
