@@ -1,0 +1,114 @@
+"""What a pipeline learns from: tensors with their shapes, where documents begin and end, and a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a micro-batch begin and end, counted along its flattened tokens.
+
+    Documents do not attend to each other, and positions restart at 0 in each. Padding is a document of its own.
+
+    ``lengths``: tokens of each document, in order, over all rows of the micro-batch; they sum to B * T. Host integers,
+    so that nobody waits for the device to learn them.
+    ``offsets`` ``(D + 1,)`` int32: the first token of each, and the end (``cu_seqlens`` of varlen attention).
+    ``positions`` ``(B, T)`` int64: the position of every token in its document.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+    positions: Tensor
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int] | tuple[int, ...], rows: int) -> Documents:
+        """Lay documents of ``lengths`` tokens end to end over ``rows`` rows of equal length."""
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        ends = counts.cumsum(0)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+        total = int(offsets[-1])
+        positions = torch.arange(total) - torch.repeat_interleave(offsets[:-1], counts)
+        return cls(tuple(int(n) for n in lengths), offsets.to(torch.int32), positions.view(rows, -1))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    def to(self, device: torch.device) -> Documents:
+        return Documents(
+            self.lengths, self.offsets.to(device, non_blocking=True), self.positions.to(device, non_blocking=True)
+        )
+
+
+@dataclass
+class Batch:
+    """A micro-batch of one rank.
+
+    ``rows`` ``(B,)`` int64: the number of every unit in the data set, the same on any number of ranks; -1 for one that only
+    fills up a forward.
+    """
+
+    rows: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """Move every tensor, and everything that holds tensors, to a device; only ``rows`` is the host's."""
+        moved = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "rows":
+                value = value.to(device, non_blocking=True)
+            elif not isinstance(value, Tensor) and hasattr(value, "to"):
+                value = value.to(device)
+            moved[field.name] = value
+        return type(self)(**moved)
+
+    @property
+    def weight(self) -> Tensor:
+        """The units that the loss is a sum of (loss tokens, pairs or sequences), a float64 scalar."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is a sum of")
+
+    @property
+    def seen(self) -> Tensor:
+        """Real tokens of this micro-batch, padding aside: what tokens per second counts."""
+        raise NotImplementedError(f"{type(self).__name__} does not count its tokens")
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that attention looks at, known to the host."""
+        raise NotImplementedError(f"{type(self).__name__} does not count what it attends to")
+
+
+@dataclass
+class PackedRows(Batch):
+    """Documents packed into rows of equal length; every position is an (input, next token) pair.
+
+    ``tokens`` ``(B, T)`` int64, ``targets`` ``(B, T)`` int64: the token that follows, ``mask`` ``(B, T)`` float32: 1 where
+    the target counts, 0 for context and padding. ``real``: positions that are not padding, a float64 scalar.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor
+    documents: Documents
+    real: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Loss tokens, a float64 scalar (float32 would miscount above 2**24)."""
+        return self.mask.sum(dtype=torch.float64)
+
+    @property
+    def seen(self) -> Tensor:
+        return self.real
+
+    @property
+    def pairs(self) -> int:
+        return sum(n * (n + 1) // 2 for n in self.documents.lengths)

@@ -1,0 +1,1 @@
+"""The decoder, its Hugging Face form, and generation."""

@@ -1,0 +1,280 @@
+"""Hugging Face folders: ``config.json`` and safetensors, read tensor by tensor and written shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.models.architecture import Architecture, Family
+
+CLASSES = {Family.llama: "Llama", Family.mistral: "Mistral", Family.qwen2: "Qwen2", Family.qwen3: "Qwen3"}
+LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
+INDEX = "model.safetensors.index.json"
+SAMPLES = 256
+PLAIN = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+)  # fmt: skip
+DEFAULT_SLIDING = {Family.mistral: 4096, Family.qwen2: None, Family.qwen3: None, Family.llama: None}
+
+
+class FormatError(ValueError):
+    """A folder that is no model of a family that this decoder computes, or a damaged one."""
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture that ``config.json`` describes.
+
+    Raises:
+        FormatError: naming the file and what is missing, unknown, or cannot be computed.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FormatError(f"{folder} has no config.json; model.path names a Hugging Face folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file} is not JSON ({error})") from None
+    kind = config.get("model_type")
+    if kind not in Family.__members__:
+        raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(Family)}")
+    if config.get("quantization_config"):
+        raise FormatError(f"{file}: the weights are quantized; use a folder of plain weights")
+    if config.get("hidden_act", "silu") != "silu":
+        raise FormatError(f"{file}: hidden_act={config['hidden_act']} is not supported; only silu is")
+    family = Family(kind)
+    missing = [key for key in PLAIN[:5] if key not in config]
+    if missing:
+        raise FormatError(f"{file} lacks {', '.join(missing)}")
+    plain = {key: config[key] for key in PLAIN if config.get(key) is not None}
+    plain.setdefault("num_key_value_heads", config["num_attention_heads"])
+    plain.setdefault("rms_norm_eps", 1e-6)
+    plain.setdefault("tie_word_embeddings", False)
+    theta, scaling = _rope(config, family)
+    bias = bool(config.get("attention_bias", False))
+    window, layers = _sliding(config, family)
+    return Architecture(
+        **plain,
+        family=family,
+        head_dim=config.get("head_dim")
+        or (128 if family is Family.qwen3 else config["hidden_size"] // config["num_attention_heads"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=True if family is Family.qwen2 else bias,
+        attention_output_bias=False if family is Family.qwen2 else bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=family is Family.qwen3,
+        sliding_window=window,
+        sliding_layers=layers,
+        scores=any(name.endswith(SCORE) for name in config.get("architectures") or ()),
+    )
+
+
+def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, dict[str, Any] | None]:
+    """Theta and scaling, as transformers 5 (``rope_parameters``) or earlier releases (``rope_theta``) write them."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "type" in parameters:
+        parameters.setdefault("rope_type", parameters.pop("type"))
+    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    kind = parameters.get("rope_type", "default")
+    return float(theta), None if kind == "default" else parameters
+
+
+def _sliding(config: Mapping[str, Any], family: Family) -> tuple[int | None, tuple[int, ...] | None]:
+    if family is Family.llama:
+        return None, None
+    window = config.get("sliding_window", DEFAULT_SLIDING[family])
+    if family is Family.mistral:
+        return window, None
+    if not config.get("use_sliding_window", False) or window is None:
+        return None, None
+    kinds = config.get("layer_types")
+    first = config.get("max_window_layers", 28)
+    count = config["num_hidden_layers"]
+    layers = tuple(n for n in range(count) if (kinds[n] == "sliding_attention" if kinds else n >= first))
+    return (window, layers) if layers else (None, None)
+
+
+def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | None]) -> dict[str, Any]:
+    """The ``config.json`` of an architecture; ``tokens``: ids by name (``bos_token_id``, ...)."""
+    config: dict[str, Any] = {
+        "architectures": [CLASSES[a.family] + (SCORE if a.scores else LANGUAGE)],
+        "model_type": a.family.value,
+        "dtype": str(dtype).removeprefix("torch."),
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **{key: getattr(a, key) for key in PLAIN},
+        "head_dim": a.head_dim,
+        "rope_parameters": {"rope_theta": a.rope_theta, **(a.rope_scaling or {"rope_type": "default"})},
+        # Releases before transformers 5 read these two.
+        "rope_theta": a.rope_theta,
+        "rope_scaling": a.rope_scaling,
+        **tokens,
+    }
+    if a.scores:
+        config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, use_cache=False)
+    if a.family in (Family.llama, Family.qwen3):
+        config["attention_bias"] = a.attention_bias
+    if a.family is Family.llama:
+        config["mlp_bias"] = a.mlp_bias
+    if a.family is Family.mistral:
+        config["sliding_window"] = a.sliding_window
+    if a.family in (Family.qwen2, Family.qwen3):
+        layers = range(a.num_hidden_layers)
+        slides = [a.window(n) is not None for n in layers]
+        config["use_sliding_window"] = any(slides)
+        config["sliding_window"] = a.sliding_window
+        config["max_window_layers"] = slides.index(True) if any(slides) else a.num_hidden_layers
+        config["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
+    return config
+
+
+class WeightFiles:
+    """The tensors of a folder by name, mapped from its files and read only where asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self.files = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            absent = sorted({f for f in named.values() if not (self.folder / f).is_file()})
+            if absent:
+                raise FormatError(f"{index} names {', '.join(absent)}, which {self.folder} does not hold")
+            return named
+        single = self.folder / "model.safetensors"
+        if not single.is_file():
+            raise FormatError(f"{self.folder} has neither model.safetensors nor {INDEX}; other formats are not read")
+        return dict.fromkeys(self._handle(single.name).keys(), single.name)
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except Exception as error:
+                raise FormatError(f"{self.folder / file} is damaged ({error})") from None
+        return self._open[file]
+
+    def fingerprint(self) -> str:
+        """Of names, sizes and samples of the content: whole folders would take minutes to read."""
+        whole = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted(set(self.files.values())):
+            size = (self.folder / file).stat().st_size
+            whole.update(f"{file}:{size}".encode())
+            with (self.folder / file).open("rb") as stream:
+                for part in range(SAMPLES):
+                    stream.seek(size * part // SAMPLES)
+                    whole.update(stream.read(4096))
+        return whole.hexdigest()[:24]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(self.files[name]).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, in the format that it is stored in."""
+        tensor: Tensor = self._handle(self.files[name]).get_tensor(name)
+        return tensor
+
+
+def write_weights(
+    folder: Path, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+) -> dict[str, str]:
+    """Write ``model*.safetensors`` of at most ``shard_bytes`` each (a larger tensor gets a file of its own).
+
+    No more than one shard is in memory. Returns the file of every tensor; above one file an index is written.
+    """
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        if held:
+            save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(held))
+        held, size = {}, 0
+
+    for name, tensor in weights:
+        own = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if size + own.nbytes > shard_bytes:
+            flush()
+        held[name] = own
+        size, total = size + own.nbytes, total + own.nbytes
+    flush()
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    for number, name in enumerate(names):
+        (folder / f"shard-{number}").rename(folder / name)
+        (folder / name).chmod(0o644)
+    where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    return where
+
+
+def write_model(
+    folder: Path,
+    architecture: Architecture,
+    weights: Iterator[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    tokenizer: Any,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a folder that ``transformers`` opens; it appears whole, or not at all.
+
+    ``tokenizer``: saves its own files (``save(folder)``). ``facts``: kept in ``onecurve.json``: where the model comes from.
+
+    Raises:
+        FileExistsError: nothing is overwritten.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; move it away first")
+    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        tokenizer.save(partial)
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+        stops = list(tokenizer.stops) if len(tokenizer.stops) > 1 else tokenizer.eos
+        write_weights(partial, weights, dtype, shard_bytes)
+        _write_json(partial / "config.json", config_json(architecture, dtype, ids))
+        _write_json(
+            partial / "generation_config.json", {**ids, "eos_token_id": stops, "do_sample": True, "temperature": 1.0}
+        )
+        _write_json(partial / "onecurve.json", dict(facts))
+        for file in [*partial.iterdir(), partial]:
+            _flush(file)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,222 @@
+"""Models from nothing or from a folder, parameter by parameter, whatever the ranks and the strategy."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import ConfigError, Node, schema, setting
+from trainer.models.architecture import Architecture, Family
+from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
+from trainer.models.lora import Adapter, Full, is_adapter
+from trainer.models.peft_format import AdapterFolder
+from trainer.models.transformer import Recompute, Transformer
+from trainer.optim import whole_shape
+from trainer.parallel.strategy import Strategy
+
+HEAD = "score.weight"
+TABLES = ("embed_tokens.weight", "lm_head.weight")
+"""Parameters with a row for every token."""
+
+
+@schema("model/transformer")
+@dataclass
+class Model(Node):
+    """The decoder: from scratch by its shape, or from a folder."""
+
+    path: str | None = setting(None, "a Hugging Face folder or an earlier export; the shape below is then the folder's")
+    activation_checkpointing: Recompute = setting(
+        Recompute.none,
+        "what the backward computes again: none, selective (all but matrix products), full (every block)",
+    )
+    compile: bool = setting(False, "torch.compile every block; worth it on CUDA, not on CPU")
+    family: Family = setting(Family.llama, "the Hugging Face architecture that the export is written as")
+    vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
+    hidden_size: int = setting(256, "width of the residual stream", least=2)
+    intermediate_size: int = setting(704, "width of the MLP", least=1)
+    num_hidden_layers: int = setting(4, "blocks", least=1)
+    num_attention_heads: int = setting(4, "query heads", least=1)
+    num_key_value_heads: int = setting(4, "key and value heads, which query heads share in groups", least=1)
+    head_dim: int = setting(64, "width of a head", least=2)
+    max_position_embeddings: int = setting(2048, "longest document, tokens", least=1)
+    rope_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0)
+    rope_scaling: dict[str, Any] | None = setting(None, "null, or rope_type (linear, llama3, yarn) and its parameters")
+    rms_norm_eps: float = setting(1e-5, "added to the mean square", above=0)
+    tie_word_embeddings: bool = setting(True, "whether input and output embeddings are one tensor")
+    attention_bias: bool = setting(False, "biases of the query, key and value projections")
+    attention_output_bias: bool = setting(False, "bias of the output projection")
+    mlp_bias: bool = setting(False, "biases of the MLP")
+    qk_norm: bool = setting(False, "normalise queries and keys (Qwen3)")
+    sliding_window: int | None = setting(
+        None, "tokens that attention looks back on, itself included; null = all", least=1
+    )
+    initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
+
+    def problems(self) -> Iterator[str]:
+        if self.compile and self.activation_checkpointing is Recompute.selective:
+            # Compiled blocks write into tensors that selective checkpointing keeps (torch 2.13 raises at the backward).
+            yield "model.compile=true does not work with model.activation_checkpointing=selective; use full or none"
+        if self.path is None:
+            yield from self._shape(self.vocab_size or 1).problems()
+            return
+        try:
+            found = read_architecture(Path(self.path))
+            WeightFiles(Path(self.path))
+        except FormatError as error:
+            yield f"model.path={self.path}: {error}"
+            return
+        yield from found.problems(f"{self.path}/config.json: ")
+
+    @classmethod
+    def contradictions(cls, typed: Sequence[str]) -> Iterator[str]:
+        """What a command line says that ``model.path`` makes meaningless; ``typed``: its overrides (``key=value``)."""
+        keys = [override.lstrip("+").partition("=")[0] for override in typed]
+        shape = {f.name for f in dataclasses.fields(Architecture)}
+        given = [override for override in typed if override.lstrip("+").startswith("model.path=")]
+        if given and not given[-1].endswith(("=null", "=")):
+            for key in keys:
+                if key == "model" or (key.startswith("model.") and key.removeprefix("model.") in shape):
+                    yield f"{key} has no effect beside {given[-1]}: a folder has a shape of its own; leave one of them out"
+
+    def architecture(self, vocab_size: int, *, grow: bool = False) -> Architecture:
+        """The shape, for a tokenizer of ``vocab_size`` tokens; ``grow``: a folder's vocabulary may be too small for it.
+
+        Raises:
+            ConfigError: if the model's vocabulary is smaller than the tokenizer's.
+        """
+        found = read_architecture(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
+        if found.vocab_size < vocab_size and grow and self.path:
+            return dataclasses.replace(found, vocab_size=vocab_size)
+        if found.vocab_size < vocab_size:
+            where = self.path or f"model.vocab_size={found.vocab_size}"
+            raise ConfigError(
+                [f"{where} has {found.vocab_size} tokens, fewer than the tokenizer's {vocab_size}; use its own"]
+            )
+        return found
+
+    def _shape(self, vocab_size: int) -> Architecture:
+        names = {f.name for f in dataclasses.fields(Architecture)} & {f.name for f in dataclasses.fields(self)}
+        return Architecture(**{**{name: getattr(self, name) for name in names}, "vocab_size": vocab_size})
+
+
+@dataclass
+class ModelLoader:
+    """Builds models under a strategy: born sharded where it shards, the same numbers on any number of ranks.
+
+    ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``dtype``: of matrices that are never trained.
+    ``scores``: with a head that scores, a new one where the folder has none.
+    """
+
+    config: Model
+    strategy: Strategy
+    seed: int
+    vocab_size: int
+    adapter: Adapter = field(default_factory=Full)
+    grow: bool = False
+    dtype: torch.dtype = torch.float32
+    scores: bool = False
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The shape of the model."""
+        return dataclasses.replace(self.config.architecture(self.vocab_size, grow=self.grow), scores=self.scores)
+
+    @cached_property
+    def files(self) -> WeightFiles | None:
+        """The tensors that the model starts from, if it starts from a folder."""
+        return None if self.config.path is None else WeightFiles(Path(self.config.path))
+
+    def load(self) -> Transformer:
+        """The configured model, what is trained of it in float32."""
+        grown = self.files is not None and self._rows_added > 0
+        with self.strategy.construction():
+            model = Transformer(self.architecture, self.config.activation_checkpointing)
+            self.adapter.install(model, grown=grown)
+        if self.dtype is not torch.float32:
+            for parameter in self.adapter.frozen_matrices(model):
+                self.strategy.narrow(parameter, self.dtype)
+        if self.files is not None:
+            own = {n: whole_shape(p) for n, p in model.named_parameters() if not is_adapter(n)}
+            self._refuse_misfits(self.files, own)
+        for name, parameter in model.named_parameters():
+            added = self.adapter.initial(name, whole_shape(parameter), self.seed)
+            self.strategy.fill(parameter, self.start(name) if added is None else added)
+        if self.config.compile:
+            model.compile_blocks()
+        return model
+
+    def frozen(self) -> nn.Module:
+        """The configured model before any training and without adapters, for forwards alone."""
+        return self.strategy.freeze(dataclasses.replace(self, adapter=Full(), dtype=torch.float32).load())
+
+    def fingerprint(self) -> str:
+        """Of what the model starts from."""
+        base = f"{self.seed}:{self.architecture}" if self.files is None else self.files.fingerprint()
+        adapter = getattr(self.adapter, "path", None)
+        return base if adapter is None else f"{base}:{AdapterFolder(Path(adapter)).fingerprint()}"
+
+    def start(self, name: str) -> Tensor:
+        """A parameter of the model before any training: out of the folder, or from the seed."""
+        a = self.architecture
+        if self.files is None or (name == HEAD and name not in self.files.files):
+            return initial(name, self.shapes[name], self.seed, a.initializer_range, a.num_hidden_layers)
+        values = self.files.tensor(name)
+        if name.endswith(TABLES) and self._rows_added > 0:
+            # New tokens begin as the mean of all: then they neither attract nor repel (Hewitt 2021).
+            mean = values.double().mean(0, keepdim=True).to(values.dtype)
+            values = torch.cat([values, mean.expand(self._rows_added, -1)])
+        return values
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The model's own parameters, tied ones once, in their order."""
+        with torch.device("meta"):
+            model = Transformer(self.architecture)
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    @cached_property
+    def _rows_added(self) -> int:
+        assert self.config.path is not None
+        return self.architecture.vocab_size - read_architecture(Path(self.config.path)).vocab_size
+
+    def _refuse_misfits(self, files: WeightFiles, wanted: dict[str, tuple[int, ...]]) -> None:
+        tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings else set()
+        tied |= {"lm_head.weight"} if self.scores else set()
+        missing, left = wanted.keys() - files.files.keys(), files.files.keys() - wanted.keys() - tied
+        missing -= {HEAD}
+        left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+        grown = {n: (s[0] - self._rows_added, *s[1:]) if n.endswith(TABLES) else s for n, s in wanted.items()}
+        shapes = {n: (files.shape(n), s) for n, s in grown.items() if n in files.files}
+        wrong = [f"{n} is {have} and should be {need}" for n, (have, need) in shapes.items() if have != need]
+        said = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+        said += [f"holds {', '.join(sorted(left))}, which this architecture has not"] if left else []
+        if said or wrong:
+            raise FormatError(f"{files.folder} {'; '.join(said + wrong)}")
+
+
+def initial(name: str, shape: Sequence[int], seed: int, deviation: float, layers: int) -> Tensor:
+    """A new parameter's values, from a generator of its own, seeded by (seed, name).
+
+    Matrices are normal, those that write to the residual stream scaled by 1 / sqrt(2 * layers) (Radford et al. 2019, GPT-2);
+    norms are 1, biases 0. So a parameter's value depends neither on ranks nor on the order of construction.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(*shape)
+    if len(shape) < 2:
+        return torch.ones(*shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if name == HEAD:
+        deviation = (shape[1] + 1) ** -0.5  # Stiennon et al. 2020, arXiv:2009.01325
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        deviation /= math.sqrt(2 * layers)
+    return torch.empty(*shape).normal_(0.0, deviation, generator=generator)

@@ -1,0 +1,287 @@
+"""What a run trains of its model: all of it, or low-rank adapters beside frozen weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config import ConfigError, Node, schema, setting
+from trainer.models.architecture import Architecture
+from trainer.models.dropout import dropout
+from trainer.models.hf_format import FormatError, WeightFiles
+from trainer.models.peft_format import AdapterFolder, Settings, write_adapter
+from trainer.models.transformer import Transformer
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class Start(Protocol):
+    """What a model is before training: its shape, where it comes from, and its own parameters by name."""
+
+    config: Any
+
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def start(self, name: str) -> Tensor: ...
+
+
+@dataclass
+class Adapter(Node):
+    """The contract: which parameters are trained, and what of them is written in the end."""
+
+    rate: ClassVar[float] = 1.0
+    """Factor of the pipeline's learning rate where ``optimizer.lr=null``."""
+
+    def check(self, architecture: Architecture) -> None:
+        """Whether it fits a model.
+
+        Raises:
+            ConfigError: if not.
+        """
+
+    def trained(self, architecture: Architecture) -> int:
+        """Elements that are trained beside a frozen model; 0 = the model itself is."""
+        return 0
+
+    def install(self, model: Transformer, *, grown: bool) -> None:
+        """Change a newly built model, before it has values. ``grown``: its vocabulary has tokens that its folder lacks."""
+
+    def made_from(self, files: WeightFiles | None) -> dict[str, str]:
+        """Fingerprints of what a resumed run must find unchanged, because its checkpoints do not hold it."""
+        return {}
+
+    def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
+        """The first values of a parameter that `install` added; None for the model's own."""
+        return None
+
+    def frozen_matrices(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """What may be held in the compute format, because no step changes it."""
+        yield from ()
+
+    @property
+    def removable(self) -> bool:
+        """Whether the model is there without it, too: then it is the reference at no cost."""
+        return False
+
+    @property
+    def exports(self) -> bool:
+        """Whether a whole model is written in the end."""
+        return True
+
+    def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model as it is now, without adapters; collective, complete on the first rank."""
+        yield from engine.weights()
+
+    def write(self, folder: Path, engine: Engine, load: Start, tokenizer: Any) -> None:
+        """Write the adapter beside the export, if there is one; collective. What is there stays."""
+
+
+@schema("adapter/none")
+@dataclass
+class Full(Adapter):
+    """Every weight of the model is trained."""
+
+
+@schema("adapter/lora")
+@dataclass
+class LoRA(Adapter):
+    """Low-rank adapters: ``W x + scale * B A x`` with W frozen (Hu et al. 2021, arXiv:2106.09685)."""
+
+    # Adapters want about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
+    rate: ClassVar[float] = 10.0
+
+    path: str | None = setting(
+        None, "an adapter in PEFT's layout to start from; rank, alpha, rslora and targets are then the folder's"
+    )
+    rank: int = setting(16, "rows of A and columns of B", least=1)
+    alpha: float = setting(32.0, "the adapter is scaled by alpha / rank", above=0)
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)")
+    dropout: float = setting(0.0, "part of an adapter's inputs that is dropped in training", least=0, below=1)
+    targets: list[str] = setting(
+        lambda: list(PROJECTIONS), "linear layers by name or pattern: q_proj, *.self_attn.*, model.layers.1?.*"
+    )
+    full: list[str] = setting(
+        list, "modules whose own weights are trained too: embed_tokens, lm_head, model.norm; patterns"
+    )
+    merge: bool = setting(True, "write export/ with the adapters merged into the weights, beside adapter/")
+
+    def __post_init__(self) -> None:
+        if self.path is not None and (Path(self.path) / "adapter_config.json").is_file():
+            try:
+                found = AdapterFolder(Path(self.path)).settings
+            except FormatError:
+                return  # problems() says it
+            self.rank, self.alpha, self.rslora = found.rank, found.alpha, found.rslora
+            self.targets = list(found.targets)
+
+    def problems(self) -> Iterator[str]:
+        if self.path is not None:
+            try:
+                AdapterFolder(Path(self.path))
+            except FormatError as error:
+                yield f"adapter.path={self.path}: {error}"
+        if not self.targets:
+            yield f"adapter.targets=[] adapts nothing; name layers such as {', '.join(PROJECTIONS[:4])}"
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def check(self, architecture: Architecture) -> None:
+        with torch.device("meta"):
+            model = Transformer(architecture)
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        modules = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        problems = [
+            f"adapter.targets: {pattern} matches no linear layer; there are {', '.join(PROJECTIONS)}"
+            for pattern in self.targets
+            if not any(matches(name, [pattern]) for name in linears)
+        ]
+        problems += [
+            f"adapter.full: {pattern} matches no module with weights; there are embed_tokens, model.norm and others"
+            for pattern in self.full
+            if not any(matches(name, [pattern]) for name in modules)
+        ]
+        both = [name for name in modules if matches(name, self.full) and matches(name, self.targets)]
+        problems += [f"adapter.full and adapter.targets both name {both[0]}; leave it out of one"] if both else []
+        if self.path is not None and not problems:
+            self.install(model, grown=False)
+            needed = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
+            wrong = AdapterFolder(Path(self.path)).misfits(needed)
+            problems += [f"adapter.path={self.path} {wrong}"] if wrong else []
+        if problems:
+            raise ConfigError(problems)
+
+    def trained(self, architecture: Architecture) -> int:
+        with torch.device("meta"):
+            model = Transformer(architecture)
+            self.install(model, grown=False)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def install(self, model: Transformer, *, grown: bool) -> None:
+        model.requires_grad_(False)
+        full = [*self.full, *(EMBEDDINGS if grown else ()), "score"]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and matches(name, self.targets):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], LoRALinear(module, self.rank, self.scale, self.dropout, name))
+            elif matches(name, full):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+
+    def made_from(self, files: WeightFiles | None) -> dict[str, str]:
+        return {} if files is None else {"model": files.fingerprint()}
+
+    def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
+        if self.path is not None and (found := AdapterFolder(Path(self.path)).tensor(name)) is not None:
+            return found
+        if not is_adapter(name):
+            return None
+        if name.endswith("lora_B.weight"):
+            return torch.zeros(*shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        # Kaiming-uniform with a = sqrt(5), as linear layers are born.
+        return torch.empty(*shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+
+    def frozen_matrices(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | LoRALinear):
+                yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
+
+    @property
+    def removable(self) -> bool:
+        return self.path is None and not self.full
+
+    @property
+    def exports(self) -> bool:
+        return self.merge
+
+    def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
+        trained = {name: tensor.clone() for name, tensor in engine.weights(frozen=False)}
+        if distributed.world().rank:
+            return
+        for name in load.shapes:
+            stem = name.removesuffix("weight")
+            if f"{stem}lora_A.weight" in trained:
+                a, b = (trained[f"{stem}lora_{side}.weight"].float() for side in "AB")
+                yield name, load.start(name).to(a.device, torch.float32) + self.scale * (b @ a)
+            else:
+                yield name, trained[name] if name in trained else load.start(name)
+
+    def write(self, folder: Path, engine: Engine, load: Start, tokenizer: Any) -> None:
+        trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.weights(frozen=False)}
+        table, head = "model.embed_tokens.weight", "lm_head.weight"
+        if table in trained and load.architecture.tie_word_embeddings:
+            # PEFT would train a copy of the one and leave the other as it was.
+            trained[head] = trained[table].clone()
+        full = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in trained if not is_adapter(n)})
+        settings = Settings(self.rank, self.alpha, self.rslora, tuple(self._named(trained)), tuple(full))
+        path = load.config.path
+        distributed.on_first_rank(lambda: write_adapter(folder, settings, trained, path, self.dropout, tokenizer))
+
+    def _named(self, trained: dict[str, Tensor]) -> list[str]:
+        """The targets as PEFT writes them: last parts of names where these say it all, else whole names."""
+        if all(target.isidentifier() for target in self.targets):
+            return list(self.targets)
+        return [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer's own weight, and beside it the product of two trained matrices of ``rank``."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropped: float = 0.0, place: str = "") -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        self.scale, self.dropped, self.place = scale, dropped, place
+        self.active = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if not self.active:
+            return out
+        if self.training and self.dropped:
+            x = dropout(x, self.dropped, self.place)
+        return out + self.lora_B(self.lora_A(x)) * self.scale  # type: ignore[no-any-return]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for a while: what the adapters add is left out."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's matrix."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's whole name, or its last part, fits one of the patterns."""
+    last = name.rpartition(".")[2]
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(last, p) for p in patterns)

@@ -1,0 +1,118 @@
+"""Adapters on disk in PEFT's layout: what it writes is started from, and what is written it opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.models.hf_format import FormatError
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+UNUSED = {
+    "use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
+    "layers_to_transform": None, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+}  # fmt: skip
+"""Settings of PEFT's that change what an adapter computes and that we do not have, each with the value that is no change."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter's configuration says. ``full``: modules whose own weights are saved with it."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: tuple[str, ...]
+    full: tuple[str, ...] = ()
+
+
+class AdapterFolder:
+    """An adapter that was written by PEFT or by us.
+
+    Raises:
+        FormatError: if it is none, or uses what we do not have.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FormatError(f"{folder} holds no {name}; give a folder that PEFT or Onecurve wrote")
+        found = json.loads((folder / CONFIG).read_text())
+        if found.get("peft_type") != "LORA":
+            raise FormatError(f"{CONFIG} is of type {found.get('peft_type')}; only LORA is read")
+        for key, plain in UNUSED.items():
+            if found.get(key) not in (plain, None):
+                raise FormatError(f"{CONFIG} has {key}={found[key]!r}, which is not read; only {plain!r} is")
+        targets = found["target_modules"]
+        if isinstance(targets, str):
+            raise FormatError(f"{CONFIG} names target_modules by an expression ({targets}); only a list is read")
+        self.settings = Settings(
+            int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora", False)), tuple(sorted(targets)),
+            tuple(found.get("modules_to_save") or ()),
+        )  # fmt: skip
+        try:
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise FormatError(f"{folder / WEIGHTS} is damaged ({error})") from None
+
+    def misfits(self, needed: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What keeps the adapter's matrices from being those that a model needs, by name and shape."""
+        held = {key.removeprefix(PREFIX): shape for key, shape in self.shapes.items() if ".lora_" in key}
+        if lacking := needed.keys() - held.keys():
+            return f"lacks {min(lacking)}, so it is of another model"
+        if left := held.keys() - needed.keys():
+            return f"holds {min(left)}, which the model has not"
+        wrong = [n for n in needed if needed[n] != held[n]]
+        return f"holds {wrong[0]} as {held[wrong[0]]}, and it should be {needed[wrong[0]]}" if wrong else None
+
+    def fingerprint(self) -> str:
+        """Of the adapter's weights."""
+        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()[:24]
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor by the model's name for it; None if the adapter does not hold it."""
+        if PREFIX + name not in self.shapes:
+            return None
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(PREFIX + name)
+        return tensor
+
+
+def write_adapter(
+    folder: Path, settings: Settings, tensors: Mapping[str, Tensor], base: str | None, dropout: float, tokenizer: Any
+) -> None:
+    """Write a folder that PEFT opens, tokenizer included; it appears whole or not at all. What is there stays.
+
+    ``base``: the folder of the model that it belongs to.
+    """
+    if folder.exists():
+        return
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": settings.rank,
+        "lora_alpha": settings.alpha, "lora_dropout": dropout, "use_rslora": settings.rslora,
+        "target_modules": list(settings.targets), "modules_to_save": list(settings.full) or None, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
+    }  # fmt: skip
+    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        tokenizer.save(partial)
+        held = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(held, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

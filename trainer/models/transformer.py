@@ -1,0 +1,216 @@
+"""The decoder: Llama, Mistral, Qwen2, Qwen3 and SmolLM by configuration. Parameter names are Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum, auto
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.batch import Documents
+from trainer.models.architecture import Architecture
+from trainer.models.attention import attend
+from trainer.models.rope import angles, frequencies, rotate
+
+Read = Callable[[Tensor, Tensor], Any]
+Attend = Callable[[int, Tensor, Tensor, Tensor, int | None, float], Tensor]
+"""(layer, q, k, v, window, scale) -> output, shapes as in `attention.attend`."""
+
+
+class Context(Protocol):
+    """What tokens attend to when it is not their own documents: a key-value cache."""
+
+    positions: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor: ...
+
+
+class Recompute(StrEnum):
+    """What the backward computes again instead of keeping it."""
+
+    none = auto()
+    selective = auto()
+    full = auto()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        out = self.weight * wide.to(x.dtype)
+        # Once, rather than in each of the projections that read it.
+        return out.to(_working_dtype(out))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, a: Architecture, layer: int) -> None:
+        super().__init__()
+        self.layer, self.size, self.window = layer, a.head_dim, a.window(layer)
+        heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        self.q_proj = nn.Linear(a.hidden_size, heads, bias=a.attention_bias)
+        self.k_proj = nn.Linear(a.hidden_size, groups, bias=a.attention_bias)
+        self.v_proj = nn.Linear(a.hidden_size, groups, bias=a.attention_bias)
+        self.o_proj = nn.Linear(heads, a.hidden_size, bias=a.attention_output_bias)
+        if a.qk_norm:
+            self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+            self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+
+    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend) -> Tensor:
+        split = (*x.shape[:2], -1, self.size)
+        q, k, v = self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        # The norm's float32 weight or the angles may have widened them; attention takes one format.
+        q, k = rotate(q, *turned).to(v.dtype), rotate(k, *turned).to(v.dtype)
+        out = attending(self.layer, q, k, v, self.window, self.size**-0.5)
+        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+        self.up_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, a: Architecture, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(a, layer)
+        self.mlp = MLP(a)
+        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+
+    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turned, attending)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class TokenEmbedding(nn.Embedding):
+    """The input embedding. It reads its weight in its own forward, where a sharded weight is whole."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__(a.vocab_size, a.hidden_size)
+        self.tied = a.tie_word_embeddings and not a.scores
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # A tied embedding's gradient is added to that of the projection, which is dense: a dense one would first fill a whole
+        # table with zeros.
+        return F.embedding(tokens, self.weight, sparse=self.tied and self.weight.device.type == "cpu")
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm (Hugging Face's ``model.*``)."""
+
+    inverse: Tensor
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = TokenEmbedding(a)
+        self.layers = nn.ModuleList(Block(a, layer) for layer in range(a.num_hidden_layers))
+        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        inverse, self.rope_factor = frequencies(a)
+        self.register_buffer("inverse", inverse, persistent=False)
+
+
+class VocabularyProjection(nn.Module):
+    """The output embedding, its own matrix or ``tied``. A reader is given it here, inside a forward, where it is whole."""
+
+    def __init__(self, a: Architecture, tied: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(a.vocab_size, a.hidden_size)) if tied is None else tied
+
+    def forward(self, hidden: Tensor, read: Read) -> Any:
+        return read(hidden, self.weight)
+
+
+class ScoreProjection(nn.Module):
+    """A vector in the place of the output embedding: a reader makes a score of a hidden state with it."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, a.hidden_size))
+
+    def forward(self, hidden: Tensor, read: Read) -> Any:
+        return read(hidden, self.weight)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, or with ``architecture.scores`` a model that scores sequences."""
+
+    def __init__(self, architecture: Architecture, recompute: Recompute = Recompute.none) -> None:
+        super().__init__()
+        self.architecture, self.recompute = architecture, recompute
+        self.model = Decoder(architecture)
+        table = self.model.embed_tokens.weight
+        if architecture.scores:
+            self.score = ScoreProjection(architecture)
+        else:
+            self.lm_head = VocabularyProjection(architecture, table if architecture.tie_word_embeddings else None)
+
+    def forward(self, tokens: Tensor, documents: Documents | Context, read: Read) -> Any:
+        """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection ``(V, d)``, of scores ``(1, d)``.
+
+        ``tokens`` ``(B, T)`` int64. ``documents``: where documents begin and end, or a key-value cache to attend to.
+        """
+        attending: Attend = partial(_attend_packed, documents) if isinstance(documents, Documents) else documents.attend
+        x = self.model.embed_tokens(tokens)
+        turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, _working_dtype(x))
+        for block in self.model.layers:
+            x = self._checkpointed(block, x, turned, attending) if self._recomputes() else block(x, turned, attending)
+        head = self.score if self.architecture.scores else self.lm_head
+        return head(self.model.norm(x), read)
+
+    def compile_blocks(self) -> None:
+        """Compile every block on its own: one graph for all of them, and no graph break at the gathers of ZeRO-3."""
+        for block in self.model.layers:
+            block.compile(dynamic=None)
+
+    def _recomputes(self) -> bool:
+        return self.recompute is not Recompute.none and torch.is_grad_enabled() and self.training
+
+    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.recompute is Recompute.full:
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def _attend_packed(
+    documents: Documents, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
+) -> Tensor:
+    return attend(q, k, v, documents, window=window, scale=scale)
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what is dear to compute (matrix products, attention); norms, activations and rotations are computed again."""
+    dear = ("mm", "addmm", "bmm", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn")
+    name = str(operation).removeprefix("aten.").partition(".")[0]
+    return CheckpointPolicy.MUST_SAVE if name.startswith(dear) else CheckpointPolicy.PREFER_RECOMPUTE
