@@ -1,0 +1,1 @@
+"""Text to rows of tokens: tokenizers, sources, packing, loaders, and tiny world."""

@@ -1,0 +1,274 @@
+"""Preference pairs on disk, and micro-batches of them in which a prompt is laid down once for both answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.data.rows import Encoded, left_out, prepared, save, save_json
+from trainer.data.sources import DataError, Source
+from trainer.data.tokenizer import Tokenizer
+from trainer.models.branches import Branches
+
+FORMAT = 1
+FORWARD = 4096
+"""Tokens of a forward in which nothing is learnt."""
+
+
+class Pair(NamedTuple):
+    """Two answers with their prompts: ids and whether each is the answer's. ``shared``: ids that both begin with.
+
+    ``margin``: by how much the chosen one is better, where that is known. ``reference``: the reference's log-probability of
+    each answer, where it was computed before; nan otherwise.
+    """
+
+    chosen: Encoded
+    rejected: Encoded
+    shared: int
+    margin: float = 0.0
+    reference: tuple[float, float] = (float("nan"), float("nan"))
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """Answers with their prompts, in one ragged row ``(1, T)``.
+
+    ``places``, ``targets``, ``owners`` ``(N,)``: from which token of the row which id of which answer is predicted.
+    ``last`` ``(A,)``: the token that ends each answer. ``reference`` ``(A,)`` in nats, nan where unknown. ``kept`` ``(B,)``:
+    0 for a unit that only fills up a forward. ``real``: tokens of the row.
+    """
+
+    tokens: Tensor
+    documents: Branches
+    places: Tensor
+    targets: Tensor
+    owners: Tensor
+    last: Tensor
+    reference: Tensor
+    kept: Tensor
+    real: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Units, a float64 scalar."""
+        return self.kept.sum(dtype=torch.float64)
+
+    @property
+    def seen(self) -> Tensor:
+        return self.real
+
+    @property
+    def pairs(self) -> int:
+        return sum(n * (n + 1) // 2 for n in self.documents.lengths)
+
+    @property
+    def parts(self) -> tuple[AnswerBatch, ...]:
+        """The rows that hold all answers of these units."""
+        return (self,)
+
+
+@dataclass
+class PairBatch(AnswerBatch):
+    """B preference pairs: answer 2 b is pair b's chosen one, 2 b + 1 its rejected one. ``margins`` ``(B,)``."""
+
+    margins: Tensor
+
+
+class Pairs:
+    """Pairs by number, mapped from disk. ``reference`` ``(n, 2)``: log-probabilities of a reference, once they are known."""
+
+    def __init__(self, folder: Path, *, share: bool = True) -> None:
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        self.fingerprint: str = self.facts["fingerprint"]
+        self.length: int = self.facts["length"]
+        self.pad: int = self.facts["pad"]
+        self.share = share
+        self.reference: Tensor | None = None
+        self._tokens = np.memmap(folder / "tokens.bin", dtype=self.facts["dtype"], mode="r")
+        self._trained = np.memmap(folder / "trained.bin", dtype=np.bool_, mode="r")
+        self._shape = np.load(folder / "shape.npy", mmap_mode="r")
+        self._starts = np.load(folder / "starts.npy", mmap_mode="r")
+        self._margins = np.load(folder / "margins.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._shape)
+
+    def unit(self, number: int) -> Pair:
+        """The pair with this number."""
+        first, second, shared = (int(n) for n in self._shape[number])
+        start = int(self._starts[number])
+        known = (float("nan"), float("nan")) if self.reference is None else tuple(self.reference[number].tolist())
+        return Pair(
+            self._side(start, first), self._side(start + first, second), shared if self.share else 0,
+            float(self._margins[number]), known,
+        )  # fmt: skip
+
+    def collate(self, numbers: Sequence[int]) -> AnswerBatch:
+        """A micro-batch of the units with these numbers; -1 stands for one without weight."""
+        return self.join([None if n < 0 else self.unit(n) for n in numbers], numbers)
+
+    def join(self, units: Sequence[Pair | None], numbers: Sequence[int]) -> AnswerBatch:
+        """A micro-batch of these units."""
+        filler = Encoded([self.pad, self.pad], [False, False])
+        return self.lay([Pair(filler, filler, 0, 0.0, (0.0, 0.0)) if u is None else u for u in units], numbers)
+
+    def lay(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> AnswerBatch:
+        """A micro-batch of as many units as numbers."""
+        return collate(pairs, numbers)
+
+    def forwards(self, rank: int, ranks: int) -> Iterator[list[int]]:
+        """Every unit once, dealt out to the ranks in micro-batches of at most `FORWARD` tokens where several units fit.
+
+        All ranks get as many, the last ones without weight: a forward of ZeRO-3 is collective. Which units share a forward
+        does not depend on the number of ranks.
+        """
+        sizes = (self._shape[:, 0] + self._shape[:, 1] - self._shape[:, 2] * self.share).tolist()
+        groups: list[list[int]] = []
+        room = 0
+        for number, size in enumerate(sizes):
+            if size > room:
+                groups.append([])
+                room = FORWARD
+            groups[-1].append(number)
+            room -= size
+        for first in range(0, len(groups), ranks):
+            yield groups[first + rank] if first + rank < len(groups) else [-1]
+
+    def shown(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
+        """A unit as texts."""
+        pair = self.unit(number)
+        prompt, chosen, rejected = _texts(pair, tokenizer)
+        return {"prompt": prompt, "completion": chosen, "rejected": rejected}
+
+    def said(self, name: str) -> list[str]:
+        """What preparing them found, for the log."""
+        f = self.facts
+        dropped = f", dropped {', '.join(f'{n:,} {why}' for why, n in f['dropped'].items())}" if f["dropped"] else ""
+        line = (
+            f"{name}: {f['pairs']:,} pairs ({f['form']}), {f['tokens']:,} tokens, of them {2 * f['shared']:,} in prompts "
+            f"that two answers share ({f['cut']:,} pairs cut{dropped}; longest {f['longest']:,} tokens)"
+        )
+        return [line, *left_out(name, f["skipped"])]
+
+    def _side(self, start: int, size: int) -> Encoded:
+        ids: NDArray[np.int64] = self._tokens[start : start + size].astype(np.int64)
+        return Encoded(ids.tolist(), self._trained[start : start + size].tolist())
+
+
+def _texts(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """The prompt and both answers."""
+    answers = []
+    for side in (pair.chosen, pair.rejected):
+        assert side.trained is not None
+        answers.append(list(side.trained).index(True))
+    return (
+        tokenizer.decode(pair.chosen.ids[: answers[0]]), tokenizer.decode(pair.chosen.ids[answers[0] :]),
+        tokenizer.decode(pair.rejected.ids[answers[1] :]),
+    )  # fmt: skip
+
+
+def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> PairBatch:
+    """Lay prompt, chosen and rejected end to end, pair after pair."""
+    laid = lay([(p.shared, (p.chosen, p.rejected)) for p in pairs], numbers)
+    margins = torch.tensor([p.margin for p in pairs])
+    reference = torch.tensor([p.reference for p in pairs], dtype=torch.float32).view(-1)
+    return PairBatch(**laid, reference=reference, margins=margins)
+
+
+def lay(units: Sequence[tuple[int, Sequence[Encoded]]], numbers: Sequence[int]) -> dict[str, Any]:
+    """Fields of an `AnswerBatch`: for each unit what its answers share (a number of ids), then the rest of each answer."""
+    tokens: list[int] = []
+    sequences: list[list[int]] = []
+    places: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for shared, sides in units:
+        start = len(tokens)
+        tokens += list(sides[0].ids[:shared])
+        for side in sides:
+            own = list(side.ids[shared:])
+            sequence = [*range(start, start + shared), *range(len(tokens), len(tokens) + len(own))]
+            tokens += own
+            assert side.trained is not None
+            for at, learnt in enumerate(side.trained[1:]):
+                if learnt:
+                    places.append(sequence[at])
+                    targets.append(side.ids[at + 1])
+                    owners.append(len(sequences))
+            sequences.append(sequence)
+    return {
+        "rows": torch.tensor(list(numbers)),
+        "tokens": torch.tensor(tokens)[None],
+        "documents": Branches.of(sequences, len(tokens)),
+        "places": torch.tensor(places, dtype=torch.int64),
+        "targets": torch.tensor(targets, dtype=torch.int64),
+        "owners": torch.tensor(owners, dtype=torch.int64),
+        "last": torch.tensor([sequence[-1] for sequence in sequences]),
+        "kept": torch.tensor([float(n >= 0) for n in numbers]),
+        "real": torch.tensor(len(tokens), dtype=torch.float64),
+    }
+
+
+P = TypeVar("P", bound=Pairs)
+
+
+def prepare_pairs(
+    cache: Path,
+    key: Sequence[str],
+    pairs: Callable[[], Iterable[Pair]],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    source: Source,
+    dropped: dict[str, int],
+    share: bool,
+    kind: type[P],
+) -> P:
+    """Encode pairs once, under a fingerprint of ``key``, tokenizer and ``length``; opened as ``kind``.
+
+    ``dropped``: counts by reason, for the log. ``share``: whether micro-batches lay a prompt down once.
+
+    Raises:
+        DataError: if no pair is left.
+    """
+
+    def write(folder: Path, fingerprint: str) -> None:
+        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        shape, margins, starts, cut, at = [], [], [], 0, 0
+        with (folder / "tokens.bin").open("wb") as ids, (folder / "trained.bin").open("wb") as trained:
+            for pair in pairs():
+                starts.append(at)
+                for side in (pair.chosen, pair.rejected):
+                    ids.write(np.asarray(side.ids, dtype=dtype).tobytes())
+                    trained.write(np.asarray(side.trained, dtype=np.bool_).tobytes())
+                    at += len(side.ids)
+                cut += bool(pair.chosen.cut or pair.rejected.cut)
+                shape.append((len(pair.chosen.ids), len(pair.rejected.ids), pair.shared))
+                margins.append(pair.margin)
+        if not shape:
+            reasons = [*source.skipped[:1], *(f"{n} dropped: {why}" for why, n in dropped.items())]
+            raise DataError(f"{source.path} has no pair left to learn from ({'; '.join(reasons) or 'it is empty'})")
+        sizes = np.asarray(shape, dtype=np.int64)
+        save(folder / "shape.npy", sizes)
+        save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
+        save(folder / "margins.npy", np.asarray(margins, dtype=np.float64))
+        save_json(
+            folder / "facts.json",
+            {
+                "fingerprint": fingerprint, "length": length, "dtype": dtype, "pad": tokenizer.pad,
+                "pairs": len(shape), "shared": int(sizes[:, 2].sum()), "cut": cut,
+                "tokens": int(sizes[:, :2].sum()), "longest": int(sizes[:, :2].max()),
+                "dropped": dict(dropped), "skipped": source.skipped, "form": source.form,
+            },
+        )  # fmt: skip
+
+    return kind(prepared(cache, [f"pairs{FORMAT}", *key], tokenizer, length, write), share=share)

@@ -1,0 +1,232 @@
+"""One small interface to tokenizers; SentencePiece models are turned into ``tokenizer.json`` once, and run as that.
+
+So what a run trains on, what its export holds and what ``transformers`` makes of the export are one definition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from trainer.config import ConfigError, Node, schema, setting
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@schema("tokenizer")
+@dataclass
+class TokenizerChoice(Node):
+    """Which tokenizer."""
+
+    path: str | None = setting(
+        None, "a folder with tokenizer.json or tokenizer.model; null = model.path's, or the data's"
+    )
+
+    add: list[str] = setting(
+        list, "new special tokens, such as <|im_start|>; a loaded model's embeddings grow by a trained row for each"
+    )
+
+    def problems(self) -> Iterator[str]:
+        for name in self.add:
+            if not name.strip() or name != name.strip():
+                yield f"tokenizer.add: {name!r} is empty or has white space around it; name tokens such as <|im_end|>"
+        if self.path is not None:
+            try:
+                _locate(Path(self.path))
+            except ConfigError as error:
+                yield from error.problems
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    ``bos``, ``eos``, ``pad``: ids; ``pad`` is ``eos`` where the tokenizer has none of its own (masks come from lengths, never
+    from ids, so nothing depends on it). ``chat_template``: Jinja source or None. ``stops``: ids that end a generation.
+    """
+
+    def __init__(self, definition: str, settings: dict[str, Any]) -> None:
+        self._definition, self._settings = definition, settings
+        self._backend = tokenizers.Tokenizer.from_str(definition)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        # Text of users and data must not become control tokens: here a special token's name is just text.
+        self._plain = tokenizers.Tokenizer.from_str(definition)
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        self._plain.encode_special_tokens = True
+        self.bos = self._id("bos_token")
+        eos = self._id("eos_token")
+        if eos is None:
+            raise ConfigError(["the tokenizer names no eos_token; add it to tokenizer_config.json"])
+        self.eos: int = eos
+        pad = self._id("pad_token")
+        self.pad: int = self.eos if pad is None else pad
+        self.chat_template: str | None = settings.get("chat_template")
+        self.stops: tuple[int, ...] = (self.eos,)
+
+    def extended(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with further special tokens; those that it has keep their ids."""
+        if not names:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._definition)
+        backend.add_special_tokens(list(names))
+        return Tokenizer(backend.to_str(), self._settings)
+
+    def with_own_pad(self) -> Tokenizer:
+        """This tokenizer with a padding token that no text has: a scorer finds the last real token by it.
+
+        Raises:
+            ConfigError: if every special token means something else.
+        """
+        taken = {self.bos, self.eos, *self.stops}
+        if self.pad not in taken:
+            return self
+        spare = [n for n in sorted(self.specials) if self._backend.token_to_id(n) not in taken]
+        spare = [n for n in spare if "pad" in n or "endoftext" in n] or spare
+        if not spare:
+            raise ConfigError(["the tokenizer has no special token left to pad with; use tokenizer.add=['<pad>']"])
+        return Tokenizer(self._definition, {**self._settings, "pad_token": spare[0]})
+
+    @cached_property
+    def specials(self) -> frozenset[str]:
+        """Names of the special tokens."""
+        return frozenset(t["content"] for t in json.loads(self._definition)["added_tokens"] if t["special"])
+
+    @property
+    def role_names(self) -> dict[str, str | None]:
+        """Names of the BOS, EOS, padding and unknown tokens: ``bos``, ``eos``, ``pad``, ``unk``."""
+        return {role.removesuffix("_token"): self._settings.get(role) for role in ROLES}
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to this, exclusive."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that decides how text becomes ids."""
+        ids = json.dumps([self.bos, self.eos, self.pad])
+        return hashlib.sha256(f"{self._definition}{ids}".encode()).hexdigest()[:16]
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Ids of ``text``, without added BOS or EOS. ``specials``: names of special tokens become their ids."""
+        backend = self._backend if specials else self._plain
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and the characters of ``text`` that each id stands for (first, last exclusive)."""
+        encoding = (self._backend if specials else self._plain).encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        return [list(e.ids) for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Text of ``ids``; special tokens are left out unless ``specials``."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=not specials))
+
+    def token_bytes(self) -> Tensor:
+        """Bytes of UTF-8 text that each id stands for ``(V,)`` int64: special tokens 0."""
+        return self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> Tensor:
+        definition = json.loads(self._definition)
+        byte_level = '"ByteLevel"' in json.dumps([definition["pre_tokenizer"], definition["decoder"]])
+        special = {t["id"] for t in definition["added_tokens"] if t["special"]}
+        added = {t["id"] for t in definition["added_tokens"]}
+        sizes = torch.zeros(self.vocab_size, dtype=torch.int64)
+        for piece, number in self._backend.get_vocab(with_added_tokens=True).items():
+            if number in special:
+                continue
+            if byte_level and number not in added:
+                sizes[number] = len(piece)
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                sizes[number] = 1
+            else:
+                sizes[number] = len(piece.replace("\u2581", " ").encode())
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        """Write the files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
+        (folder / "tokenizer.json").write_text(self._definition)
+        settings = {
+            **{role: self._settings[role] for role in ROLES if self._settings.get(role) is not None},
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+        }
+        settings.update({k: self._settings[k] for k in ("model_max_length",) if k in self._settings})
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def _id(self, role: str) -> int | None:
+        name = self._settings.get(role)
+        return None if name is None else self._backend.token_to_id(name)
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder (``tokenizer.json``, else ``tokenizer.model``), or in one such file.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be read.
+    """
+    file = _locate(Path(path))
+    if file.suffix == ".model":
+        from trainer.data.sentencepiece_format import definition_of
+
+        definition, settings = definition_of(file)
+    else:
+        try:
+            definition, settings = file.read_text(), {}
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"{file} is not UTF-8 ({error})"]) from None
+    settings.update(_settings(file.parent))
+    try:
+        return Tokenizer(definition, settings)
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {p}" for p in error.problems]) from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ConfigError([f"{file} is no tokenizer that can be read ({error})"]) from None
+
+
+def _locate(path: Path) -> Path:
+    if path.is_file() and path.suffix in (".json", ".model"):
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(
+        [f"tokenizer.path={path} holds no tokenizer; give a folder with tokenizer.json or tokenizer.model"]
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Names of the special tokens and the chat template, from whichever files a folder has."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text())
+            for role in ROLES:
+                value = found.get(role)
+                if value is not None:
+                    settings[role] = value["content"] if isinstance(value, dict) else value
+            settings.update({k: found[k] for k in ("chat_template", "model_max_length") if found.get(k) is not None})
+    if (folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = (folder / "chat_template.jinja").read_text()
+    if isinstance(settings.get("chat_template"), list):
+        named = {t["name"]: t["template"] for t in settings["chat_template"]}
+        settings["chat_template"] = named.get("default")
+    return settings
