@@ -1,0 +1,323 @@
+"""When and how a run saves itself, and how it comes back."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trainer.checkpoint.folder import (
+    CheckpointError,
+    FragmentFiles,
+    Manifest,
+    Stored,
+    commit,
+    damage,
+    folder_name,
+    incomplete,
+    read_manifest,
+    remove,
+    steps_in,
+    sweep,
+    write_fragments,
+    write_manifest,
+)
+from trainer.config import Node, schema, setting
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+
+log = logging.getLogger(__name__)
+
+FILE_BYTES = 2**30
+"""A rank's fragments are written in files of about this size, so that a save needs little memory beside the model."""
+
+
+class Part(Protocol):
+    """Something of a run with a state of JSON values, equal on all ranks: the loader, the guard, the tracker."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@schema("checkpoint")
+@dataclass
+class Checkpoints(Node):
+    """When to save, and what to keep."""
+
+    every: int = setting(500, "steps between checkpoints; 0 = after the last step only", least=0)
+    keep: int = setting(2, "verified checkpoints that are kept, the newest; 0 = all", least=0)
+    asynchronous: bool = setting(False, "write in the background; costs a copy of what a rank saves, in CPU memory")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to save after ``step``."""
+        return step == last or (self.every > 0 and step % self.every == 0)
+
+
+class Checkpointer:
+    """Saves and restores a run under ``folder``, which all ranks must share."""
+
+    def __init__(
+        self,
+        config: Checkpoints,
+        folder: Path,
+        engine: Engine,
+        parts: Mapping[str, Part],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.config, self.folder, self.engine, self.parts, self.facts = config, folder, engine, dict(parts), dict(facts)
+        self._writing: _Save | None = None
+        self._good: set[int] = set()
+        distributed.on_first_rank(self._prepare)
+        self._refuse_unshared()
+
+    def save(self, step: int) -> None:
+        """Save the state after ``step``; collective. Where asynchronous, the disk is written while training goes on.
+
+        Raises:
+            CheckpointError: if it could not be written; earlier checkpoints are untouched.
+        """
+        self.advance(wait=True)
+        unfinished = Path(distributed.on_first_rank(lambda: self._begin(step)))
+        fragments = list(self.engine.fragments(owned=True))
+        save = _Save(step, unfinished, distributed.world().rank, {f.name: list(f.shape) for f in fragments})
+        if self.config.asynchronous:
+            copies = [(f.name, f.state, f.start, _owned(f.tensor)) for f in fragments]
+            save.manifest = self._facts_of(step)
+            save.start(lambda: iter(copies))
+            self._writing = save
+        else:
+            save.manifest = self._facts_of(step)
+            save.write(lambda: ((f.name, f.state, f.start, _owned(f.tensor)) for f in fragments))
+            self._finish(save)
+
+    def advance(self, *, wait: bool = False) -> None:
+        """Complete an asynchronous save once every rank has written its part; collective, free when none is under way.
+
+        Raises:
+            CheckpointError: if a rank could not write; earlier checkpoints are untouched.
+        """
+        if self._writing is None:
+            return
+        if wait:
+            self._writing.join()
+        if all(distributed.gather(self._writing.done)):
+            save, self._writing = self._writing, None
+            self._finish(save)
+
+    def restore(self) -> int:
+        """Continue from the newest checkpoint that verifies; gives its step, 0 if there is none. Collective.
+
+        Raises:
+            CheckpointError: if there are checkpoints and none verifies, or the one that does is of another model.
+        """
+        bad: list[str] = []
+        for step in distributed.on_first_rank(lambda: steps_in(self.folder)):
+            world = distributed.world()
+            found = distributed.gather(damage(self.folder / folder_name(step), (world.rank, world.size)))
+            problems = list(dict.fromkeys(p for part in found for p in part))
+            if not problems:
+                try:
+                    distributed.together(partial(self._load, step))
+                except distributed.RankError as error:
+                    raise CheckpointError(str(error)) from error
+                self._good.add(step)
+                return int(step)
+            bad += problems
+            for problem in problems if world.rank == 0 else ():
+                log.warning("checkpoint %s is damaged and is passed over: %s", folder_name(step), problem)
+        if bad:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole ({'; '.join(bad)}); restore one from a backup, or start afresh "
+                "with resume=new"
+            )
+        return 0
+
+    def close(self) -> None:
+        """Wait for a save under way; collective."""
+        self.advance(wait=True)
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+
+    def _refuse_unshared(self) -> None:
+        """Every node must see what rank 0 writes, or a restore elsewhere would find half a checkpoint."""
+        token = Path(distributed.on_first_rank(self._leave_token))
+        seen = distributed.gather(token.is_file())
+        distributed.on_first_rank(lambda: token.unlink())
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"run_dir: ranks {', '.join(map(str, blind))} do not see {self.folder} of rank 0; "
+                "use a folder that all nodes share"
+            )
+
+    def _leave_token(self) -> str:
+        token = self.folder.resolve() / f".shared-{uuid.uuid4().hex}"
+        token.touch()
+        return str(token)
+
+    def _begin(self, step: int) -> str:
+        unfinished = self.folder / f"{folder_name(step)}.tmp-{uuid.uuid4().hex[:8]}"
+        unfinished.mkdir()
+        return str(unfinished)
+
+    def _facts_of(self, step: int) -> dict[str, Any]:
+        """What the manifest says besides the files; taken now, since training may go on before it is written."""
+        steps = {name: n for part in distributed.gather(self.engine.optimizer_steps()) for name, n in part.items()}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        every = distributed.gather(parts)
+        differing = [name for name in parts if any(other[name] != parts[name] for other in every)]
+        if differing:
+            raise CheckpointError(f"the state of {', '.join(differing)} differs between ranks after step {step}")
+        return {
+            "step": step, "ranks": distributed.world().size, "optimizer_steps": steps, "engine": self.engine.state(),
+            "parts": parts, "facts": self.facts,
+        }  # fmt: skip
+
+    def _finish(self, save: _Save) -> None:
+        """Exchange what was written, write the manifest, and give the checkpoint its name."""
+        try:
+            written = distributed.together(save.result)
+            distributed.on_first_rank(lambda: self._commit(save, written))
+        except distributed.RankError as error:
+            distributed.on_first_rank(lambda: shutil.rmtree(save.partial, ignore_errors=True))
+            kept = steps_in(self.folder)
+            still = f"the newest checkpoint is {folder_name(kept[0])}" if kept else "there is no checkpoint yet"
+            raise CheckpointError(f"the checkpoint of step {save.step} was not written ({error}); {still}") from error
+        self._good.add(save.step)
+        distributed.on_first_rank(self._retire)
+
+    def _commit(self, save: _Save, written: list[_Written]) -> None:
+        shapes = {name: shape for part in written for name, shape in part.shapes.items()}
+        files = {name: facts for part in written for name, facts in part.files.items()}
+        fragments = [f for part in written for f in part.fragments]
+        wrong = list(incomplete(shapes, fragments))
+        if wrong:
+            raise CheckpointError(f"the ranks' fragments do not make up the model: {'; '.join(wrong[:5])}")
+        manifest = Manifest(**save.manifest, files=files, shapes=shapes, fragments=fragments)
+        write_manifest(save.partial, manifest)
+        commit(save.partial, self.folder / folder_name(save.step))
+
+    def _retire(self) -> None:
+        """Delete good checkpoints beyond the newest ``keep``; one that this run has not seen is verified before it counts."""
+        good = 0
+        for step in steps_in(self.folder) if self.config.keep else ():
+            folder = self.folder / folder_name(step)
+            if step not in self._good and not damage(folder):
+                self._good.add(step)
+            if step in self._good:
+                good += 1
+                if good > self.config.keep:
+                    remove(folder)
+
+    def _load(self, step: int) -> None:
+        folder = self.folder / folder_name(step)
+        manifest = read_manifest(folder)
+        files = FragmentFiles(folder, manifest)
+        wanted = list(self.engine.fragments(owned=False))
+        self._refuse_another_model(folder, manifest, files, wanted)
+        for fragment in wanted:
+            files.read(fragment.name, fragment.state, fragment.start, fragment.tensor)
+        self.engine.restored(manifest.optimizer_steps, manifest.engine)
+        missing = self.parts.keys() - manifest.parts.keys()
+        if missing:
+            raise CheckpointError(f"{folder} holds no state of {', '.join(sorted(missing))}")
+        for name, part in self.parts.items():
+            part.load_state_dict(manifest.parts[name])
+
+    def _refuse_another_model(self, folder: Path, manifest: Manifest, files: FragmentFiles, wanted: list[Any]) -> None:
+        problems = []
+        for fragment in wanted:
+            shape = manifest.shapes.get(fragment.name)
+            if shape is None or (fragment.name, fragment.state) not in files.tensors:
+                problems.append(f"it lacks {fragment.name} ({fragment.state})")
+            elif tuple(shape) != fragment.shape:
+                problems.append(f"{fragment.name} is {tuple(shape)} and should be {fragment.shape}")
+        if problems:
+            more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+
+
+@dataclass
+class _Written:
+    """What one rank wrote."""
+
+    files: dict[str, dict[str, Any]]
+    shapes: dict[str, list[int]]
+    fragments: list[Stored]
+
+
+class _Save:
+    """One rank's share of one checkpoint, on its way to the disk."""
+
+    manifest: dict[str, Any]
+
+    def __init__(self, step: int, partial: Path, rank: int, shapes: dict[str, list[int]]) -> None:
+        self.step, self.partial, self.rank = step, partial, rank
+        self._written = _Written({}, shapes, [])
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, pieces: Callable[[], Any]) -> None:
+        """Write in a thread, which talks to no other rank."""
+        self._thread = threading.Thread(target=self.write, args=(pieces,), name="checkpoint")
+        self._thread.start()
+
+    def write(self, pieces: Callable[[], Any]) -> None:
+        """Write ``(name, state, start, tensor)`` pieces; a failure is kept for `result`."""
+        try:
+            held: dict[str, Tensor] = {}
+            size = 0
+            for name, state, start, tensor in pieces():
+                if held and size + tensor.nbytes > FILE_BYTES:
+                    self._write_file(held)
+                    held, size = {}, 0
+                key = str(len(self._written.fragments))
+                held[key] = tensor
+                size += tensor.nbytes
+                self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
+            if held:
+                self._write_file(held)
+        except Exception as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to write, for better or worse."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> _Written:
+        """What was written.
+
+        Raises:
+            CheckpointError: if something could not be.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    @property
+    def _file(self) -> str:
+        return f"rank-{self.rank:05d}-{len(self._written.files):03d}.safetensors"
+
+    def _write_file(self, tensors: dict[str, Tensor]) -> None:
+        name = self._file
+        self._written.files[name] = write_fragments(self.partial / name, tensors)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory that nobody else writes to."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

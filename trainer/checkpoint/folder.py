@@ -1,0 +1,252 @@
+"""A checkpoint on disk: safetensors files of fragments, and a manifest that says what they hold and their digests.
+
+    step-00000100/manifest.json               step, engine and loader state, fragments, sizes and SHA-256 of the files
+    step-00000100/rank-00000-000.safetensors  fragments of logical tensors, flat, by number
+    latest                                    the name of the newest one
+
+A folder is written under another name and renamed when it is whole; what is not whole never has a checkpoint's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, is damaged, or belongs to something else; the message names it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a fragment lies: key ``key`` of ``file`` holds elements ``start`` .. ``start + size`` of a tensor's state."""
+
+    file: str
+    key: str
+    name: str
+    state: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. ``shapes``: of whole logical tensors, by name. ``files``: bytes and SHA-256, by name."""
+
+    step: int
+    ranks: int
+    files: dict[str, dict[str, Any]]
+    shapes: dict[str, list[int]]
+    fragments: list[Stored]
+    optimizer_steps: dict[str, float]
+    engine: dict[str, Any]
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of all checkpoints in ``folder``, newest first, damaged ones too."""
+    if not folder.is_dir():
+        return []
+    found = (NAME.fullmatch(p.name) for p in folder.iterdir() if p.is_dir())
+    return sorted((int(m.group(1)) for m in found if m), reverse=True)
+
+
+def write_fragments(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one file of fragments to the disk itself; gives its ``bytes`` and ``sha256``.
+
+    Raises:
+        CheckpointError: naming the file and why it could not be written (a full disk, for one).
+    """
+    try:
+        save_file(dict(tensors), file)
+        return {"bytes": file.stat().st_size, "sha256": _settle(file)}
+    except Exception as error:  # safetensors has its own exception for a full disk
+        raise CheckpointError(f"{file} could not be written ({error}); free space or choose another run_dir") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, with its own digest, to the disk itself."""
+    body = {
+        "format": FORMAT,
+        **{key: value for key, value in vars(manifest).items() if key != "fragments"},
+        "fragments": [list(vars(f).values()) for f in manifest.fragments],
+    }
+    text = json.dumps(body, sort_keys=True)
+    document = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
+    try:
+        (folder / MANIFEST).write_text(json.dumps(document, sort_keys=True))
+        _settle(folder / MANIFEST)
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST} could not be written ({error}); free space") from error
+
+
+def commit(partial: Path, folder: Path) -> None:
+    """Give a whole checkpoint its name, and make ``latest`` say so.
+
+    A damaged checkpoint of the same name is kept beside it as ``<name>.damaged-<id>``.
+    """
+    flush(partial)
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}"))
+    partial.rename(folder)
+    flush(folder.parent)
+    pointer = folder.with_name("latest.partial")
+    pointer.write_text(f"{folder.name}\n")
+    flush(pointer)
+    pointer.replace(folder.with_name("latest"))
+    flush(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that half of one is never taken for a damaged one."""
+    doomed = folder.with_name(f"{folder.name}.tmp-delete-{uuid.uuid4().hex[:8]}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what saves and deletions that were killed have left: folders that never were a checkpoint, or no more."""
+    for left in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of a format that this release does not know.
+    """
+    file = folder / MANIFEST
+    try:
+        document = json.loads(file.read_text())
+        body, digest = document["body"], document["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+    if hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() != digest:
+        raise CheckpointError(f"{file} is damaged: its digest does not match")
+    if body.pop("format") != FORMAT:
+        raise CheckpointError(f"{file} was written by another release of onecurve")
+    fragments = [Stored(*row) for row in body.pop("fragments")]
+    return Manifest(**body, fragments=fragments)
+
+
+def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint, a sentence each; empty if it is whole.
+
+    ``share``: (r, n): look at every n-th file from the r-th, so that n ranks verify disjoint files.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    rank, ranks = share
+    for name in sorted(manifest.files)[rank::ranks]:
+        file, wanted = folder / name, manifest.files[name]
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif (size := file.stat().st_size) != wanted["bytes"]:
+            problems.append(f"{file} has {size} bytes instead of {wanted['bytes']}")
+        elif _digest(file) != wanted["sha256"]:
+            problems.append(f"{file} is damaged: its digest does not match")
+    return problems
+
+
+class FragmentFiles:
+    """Fragments of a checkpoint, read only where they are asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._open: dict[str, Any] = {}
+        self._by_tensor: dict[tuple[str, str], list[Stored]] = {}
+        for stored in manifest.fragments:
+            self._by_tensor.setdefault((stored.name, stored.state), []).append(stored)
+        for pieces in self._by_tensor.values():
+            pieces.sort(key=lambda s: s.start)
+
+    @property
+    def tensors(self) -> set[tuple[str, str]]:
+        """(name, state) of everything that is there."""
+        return set(self._by_tensor)
+
+    def read(self, name: str, state: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` ``(size,)`` with elements from ``start`` on of a tensor's state.
+
+        Raises:
+            CheckpointError: if the checkpoint does not hold all of them.
+        """
+        at, end = start, start + out.numel()
+        for stored in self._by_tensor.get((name, state), ()):
+            last = min(end, stored.start + stored.size)
+            if stored.start <= at < last:
+                piece = self._slice(stored)[at - stored.start : last - stored.start]
+                out[at - start : last - start].copy_(piece)
+                at = last
+        if at < end:
+            raise CheckpointError(f"{self.folder} lacks elements {at} .. {end} of {name} ({state})")
+
+    def _slice(self, stored: Stored) -> Any:
+        if stored.file not in self._open:
+            self._open[stored.file] = safe_open(self.folder / stored.file, framework="pt")
+        return self._open[stored.file].get_slice(stored.key)
+
+
+def incomplete(shapes: Mapping[str, Sequence[int]], fragments: Sequence[Stored]) -> Iterator[str]:
+    """What fragments of all ranks together leave out or hold twice: a writer's mistake, found before it is believed."""
+    spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for f in fragments:
+        spans.setdefault((f.name, f.state), []).append((f.start, f.start + f.size))
+    for (name, state), pieces in spans.items():
+        at = 0
+        for first, last in sorted(pieces):
+            if first != at:
+                there = "twice" if first < at else "not"
+                yield f"{name} ({state}): elements {min(at, first)} .. {max(at, first)} are {there} there"
+            at = last
+        size = torch.Size(shapes[name]).numel()
+        if at != size:
+            yield f"{name} ({state}): {at} of {size} elements are there"
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _settle(file: Path) -> str:
+    flush(file)
+    return _digest(file)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""How a model is spread over the ranks: the choice that `strategy=` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Node
+from trainer.optim import Optimizer
+from trainer.parallel.engine import Engine
+from trainer.parallel.precision import Precision
+
+
+@dataclass
+class Strategy(Node):
+    """The contract of every strategy; what it returns hides how many ranks there are."""
+
+    @property
+    def name(self) -> str:
+        """The name that users type."""
+        return type(self).__name__.lower()
+
+    @property
+    def stage(self) -> int:
+        """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+        return 0
+
+    def low(self, precision: Precision, *, cuda: bool) -> bool:
+        """Whether the working copy of the weights is in the compute format, instead of float32 under autocast."""
+        return False
+
+    def refusals(self, optimizer: Optimizer) -> Iterator[str]:
+        """One sentence for everything about an optimizer that does not work under this strategy."""
+        yield from ()
+
+    def construction(self) -> AbstractContextManager[object]:
+        """The context in which a model is built: parameters are born sharded where the strategy shards them."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Write into a parameter of a newly built model: this rank's part of ``values``, which is the whole parameter."""
+        parameter.copy_(values)
+
+    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Hold a parameter that is never trained in the compute format: autocast keeps no cast of it from use to use."""
+        parameter.data = parameter.data.to(dtype)
+
+    def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
+        """Train ``module`` under this strategy."""
+        raise NotImplementedError(f"strategy {self.name} trains nothing")
+
+    def freeze(self, module: nn.Module) -> nn.Module:
+        """Keep ``module`` for forwards alone, sharded where the strategy shards."""
+        return module.requires_grad_(False).eval()
