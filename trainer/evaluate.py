@@ -1,0 +1,151 @@
+"""The same loss on held-out data, per source, its largest errors, and a few generations."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from trainer.config import Node, schema, setting
+from trainer.data.corpus import Corpus, Prepared
+from trainer.metrics import Metrics
+from trainer.models.generate import generate
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+from trainer.pipelines.base import Models, Pipeline
+
+TOGETHER = 32
+"""Prompts that are answered in one batch."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What held-out data showed. ``values`` by metric; ``units``: a metric's value of every unit; ``errors``: the worst."""
+
+    values: dict[str, Tensor]
+    units: dict[str, list[float]]
+    errors: list[dict[str, Any]]
+
+
+@schema("evaluation")
+@dataclass
+class Evaluation(Node):
+    """When to measure held-out data, and how much of it."""
+
+    every: int = setting(0, "steps between evaluations; 0 = after the last step only", least=0)
+    first: bool = setting(False, "also before the first step: what the run starts from")
+    rows: int | None = setting(None, "rows of each held-out source; null = all", least=1)
+    micro: int | None = setting(None, "rows a forward on a rank; null = batch.micro", least=1)
+    errors: int = setting(4, "units with the largest errors that are shown of each source, for preferences", least=0)
+    samples: int = setting(4, "texts shown of each evaluation; 0 = none", least=0)
+    answers: int = setting(
+        0, "held-out prompts that are answered and judged at each evaluation, for data that has some", least=0
+    )
+    sample_tokens: int = setting(64, "longest generation, tokens", least=1)
+    temperature: float = setting(1.0, "of the generations; 0 = greedy", least=0)
+    prompts: list[str] = setting(list, "texts to continue; empty = from nothing but the beginning-of-document token")
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to evaluate after ``step``."""
+        return step == last or (self.every > 0 and step % self.every == 0)
+
+    def measure(
+        self, pipeline: Pipeline, models: Models, engine: Engine, heldout: Mapping[str, Prepared], micro: int
+    ) -> Measured:
+        """``eval/<metric>`` over all sources, and ``eval/<source>/<metric>`` where there are several.
+
+        Every rank runs the same number of forwards, the last ones on rows of weight 0: a ZeRO-3 forward is collective.
+        """
+        overall, values, units, errors = Metrics(), {}, dict[str, list[float]](), list[dict[str, Any]]()
+        with engine.evaluating():
+            for name, rows in heldout.items():
+                metrics = Metrics()
+                pipeline.begin(models, engine, self._batches(rows, self.micro or micro))
+                for batch in self._batches(rows, self.micro or micro):
+                    metrics.merge(pipeline.evaluate(models, batch.to(engine.device)))
+                overall.merge(metrics)
+                if len(heldout) > 1:
+                    values.update({f"eval/{name}/{key}": v for key, v in distributed.reduce(metrics).items()})
+                for key, found in _of_units(metrics).items():
+                    units.setdefault(f"eval/{key}", []).extend(found.values())
+                    for number in sorted(found, key=lambda n: found[n])[: self.errors]:
+                        shown = rows.shown(number, models.tokenizer)
+                        errors.append({"source": name, "row": number, key: found[number], **shown})
+        values.update({f"eval/{key}": v for key, v in distributed.reduce(overall).items()})
+        return Measured(values, units, errors)
+
+    def answer(
+        self, models: Models, engine: Engine, corpus: Corpus, step: int, seed: int
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics of the held-out prompts' completions, and rows for ``samples.jsonl``; every rank writes its share.
+
+        Without held-out prompts, ``prompts`` are continued and nothing is measured.
+        """
+        prompts = corpus.prompts(self.answers)
+        texts = self._complete(models, engine, [p.ids for p in prompts], seed)
+        values = {}
+        if prompts:
+            values["eval/ended"] = statistics.fmean(ended for _, ended in texts)
+        if judged := [(p, text) for p, (text, _) in zip(prompts, texts, strict=True) if p.ideal]:
+            values["eval/exact_match"] = statistics.fmean(p.right(text) for p, text in judged)
+        shown = [
+            {
+                "step": step,
+                "prompt": p.text,
+                "completion": text,
+                "ended": ended,
+                **({"ideal": p.ideal} if p.ideal else {}),
+            }
+            for p, (text, ended) in zip(prompts, texts, strict=True)
+        ]
+        return values, shown[: self.samples] if prompts else self._continued(models, engine, step, seed)
+
+    def _continued(self, models: Models, engine: Engine, step: int, seed: int) -> list[dict[str, Any]]:
+        if not self.samples:
+            return []
+        tokenizer = models.tokenizer
+        start = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
+        texts = (self.prompts or [""])[: self.samples]
+        texts = [texts[i % len(texts)] for i in range(self.samples)]
+        found = self._complete(models, engine, [start + tokenizer.encode(text) for text in texts], seed)
+        return [{"step": step, "prompt": text, "completion": c} for text, (c, _) in zip(texts, found, strict=True)]
+
+    def _complete(self, models: Models, engine: Engine, prompts: list[list[int]], seed: int) -> list[tuple[str, bool]]:
+        """Each prompt's completion, and whether it came to an end by itself; shared among the ranks."""
+        if not prompts:
+            return []
+        world, tokenizer = distributed.world(), models.tokenizer
+        # Prompts of like length together: a batch takes as long as its longest.
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))[world.rank :: world.size]
+        found: dict[int, tuple[str, bool]] = {}
+        with engine.evaluating(), engine.gathered() as module:
+            for first in range(0, len(order), TOGETHER):
+                numbers = order[first : first + TOGETHER]
+                completions = generate(
+                    module, [prompts[n] for n in numbers], max_new_tokens=self.sample_tokens,
+                    temperature=self.temperature, seed=seed, stops=tokenizer.stops, numbers=numbers,
+                )  # fmt: skip
+                for n, ids in zip(numbers, completions, strict=True):
+                    found[n] = (tokenizer.decode(ids), bool(ids) and ids[-1] in tokenizer.stops)
+        every = {n: text for part in distributed.gather(found) for n, text in part.items()}
+        return [every[n] for n in range(len(prompts))]
+
+    def _batches(self, rows: Prepared, micro: int) -> Iterator[Any]:
+        world = distributed.world()
+        count = min(len(rows), self.rows or len(rows))
+        for first in range(0, count, micro * world.size):
+            mine = range(first + world.rank * micro, first + (world.rank + 1) * micro)
+            yield rows.collate([n if n < count else -1 for n in mine])
+
+
+def _of_units(metrics: Metrics) -> dict[str, dict[int, float]]:
+    """By metric every unit's value by its number, from all ranks; those that only filled up a forward are left out."""
+    mine = {
+        name: [(n, v) for rows, values in kept for n, v in zip(rows.tolist(), values.tolist(), strict=True) if n >= 0]
+        for name, kept in metrics.units.items()
+    }
+    ranks = distributed.gather(mine)
+    return {name: {n: v for rank in ranks for n, v in rank[name]} for name in mine}

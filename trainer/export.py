@@ -1,0 +1,91 @@
+"""The end of a run: a Hugging Face folder of the trained weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum, auto
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import Node, schema, setting
+from trainer.data.tokenizer import Tokenizer
+from trainer.models.architecture import Architecture
+from trainer.models.hf_format import write_model
+from trainer.parallel import distributed
+
+
+class Format(StrEnum):
+    """Number format of exported weights."""
+
+    fp32 = auto()
+    bf16 = auto()
+    fp16 = auto()
+
+
+@schema("export")
+@dataclass
+class Export(Node):
+    """How the trained model is written."""
+
+    dtype: Format = setting(Format.fp32, "format of the weights; fp32 loses nothing")
+    shard_gb: float = setting(5.0, "largest file, GB; above it the weights are split, with an index", above=0)
+
+    def write(
+        self,
+        folder: Path,
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+        architecture: Architecture,
+        tokenizer: Tokenizer,
+        facts: dict[str, Any],
+    ) -> Path:
+        """Write ``folder`` and give it back; collective. What is there from the same step stays as it is.
+
+        ``weights``: gives every tensor of the model on the first rank; the others take part in it.
+        An export of an earlier step is kept beside it as ``<folder>-step-<step>``.
+        """
+        there = distributed.on_first_rank(lambda: _make_room(folder, facts["step"]))
+        if there:
+            return folder
+        dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
+
+        def write() -> None:
+            tensors = weights()
+            if distributed.world().rank:
+                _exhaust(tensors)
+                return
+            write_model(
+                folder,
+                architecture,
+                tensors,
+                dtype=dtype,
+                shard_bytes=int(self.shard_gb * 1e9),
+                tokenizer=tokenizer,
+                facts=facts,
+            )
+
+        distributed.together(write)
+        return folder
+
+
+def _make_room(folder: Path, step: int) -> bool:
+    """Whether ``folder`` holds the export of ``step`` already; another step's is moved aside."""
+    if not folder.exists():
+        return False
+    record = folder / "onecurve.json"
+    before = json.loads(record.read_text())["step"] if record.is_file() else None
+    if before == step:
+        return True
+    aside = Path(f"{folder}-step-{before:08d}" if before is not None else f"{folder}-before-{step:08d}")
+    folder.rename(aside)
+    return False
+
+
+def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Take part in every gather; only the first rank keeps what comes."""
+    for _ in weights:
+        pass

@@ -1,0 +1,87 @@
+"""The one loop. The caller's ``for`` body logs, evaluates and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.guard import Guard
+from trainer.metrics import Metrics
+from trainer.models.dropout import draw_for
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+from trainer.pipelines.base import Models, Pipeline, Source
+from trainer.throughput import Stopwatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that was taken, or skipped.
+
+    ``metrics``: global values by name, scalars on the device. ``micro_batches``: what this rank learnt from.
+    """
+
+    number: int
+    metrics: dict[str, Tensor]
+    micro_batches: Sequence[Batch]
+
+
+def train(
+    pipeline: Pipeline,
+    models: Models,
+    engine: Engine,
+    batches: Source,
+    schedule: Callable[[int], float],
+    guard: Guard,
+    watch: Stopwatch,
+    *,
+    seed: int,
+    first: int,
+    last: int,
+    accumulate: int,
+) -> Iterator[Step]:
+    """Take optimizer steps ``first`` .. ``last``, yielding after each."""
+    for number in range(first, last + 1):
+        engine.set_lr(schedule(number))
+        with watch.lap("data"):
+            micro_batches = list(islice(batches, accumulate))
+        key = (seed, number)
+        yield Step(number, optimizer_step(pipeline, models, engine, guard, watch, micro_batches, key), micro_batches)
+
+
+def optimizer_step(
+    pipeline: Pipeline,
+    models: Models,
+    engine: Engine,
+    guard: Guard,
+    watch: Stopwatch,
+    micro_batches: Sequence[Batch],
+    key: tuple[int, ...] = (),
+) -> dict[str, Tensor]:
+    """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (ALGORITHMS, section 0).
+
+    ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
+    """
+
+    def loss_of(batch: Any) -> tuple[Tensor, Metrics]:
+        draw_for(key, batch.rows.tolist())
+        loss, metrics = pipeline.loss(models, batch)
+        metrics.mean("loss", loss, batch.weight)
+        metrics.total("tokens", batch.seen)
+        return loss, metrics
+
+    with watch.lap("forward_backward"):
+        pipeline.begin(models, engine, micro_batches)
+        weights = [batch.weight for batch in micro_batches]
+        weight = distributed.all_sum(sum(weights[1:], start=weights[0]))
+        metrics = engine.accumulate(loss_of, micro_batches, weight)
+    with watch.lap("optimizer"):
+        outcome = engine.step(guard.limit)
+    guard.observe(outcome.grad_norm, outcome.applied)
+    values = distributed.reduce(metrics)
+    return {**values, "grad_norm": outcome.grad_norm, **guard.metrics()}

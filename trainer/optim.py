@@ -1,0 +1,193 @@
+"""Optimizers, their parameter groups, and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Node, schema, setting
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass
+class Optimizer(Node):
+    """What every optimizer needs to know."""
+
+    lr: float | None = setting(None, "base learning rate; null = the pipeline's default", least=0)
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; never of norms and biases", least=0)
+    clip: float = setting(1.0, "largest global gradient norm; 0 = off", least=0)
+
+    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
+        """Optimizers over the trained parameters of ``module``; `lr` must be known by now."""
+        raise NotImplementedError(f"{type(self).__name__} builds no optimizer")
+
+    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Groups:
+        """Split into decayed matrices and undecayed vectors, each group with its own ``base_lr``."""
+        assert self.lr is not None
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for _, parameter in parameters:
+            (matrices if len(whole_shape(parameter)) >= 2 else vectors).append(parameter)
+        kinds = [(matrices, self.weight_decay), (vectors, 0.0)]
+        return [{"params": p, "lr": self.lr, "base_lr": self.lr, "weight_decay": decay} for p, decay in kinds if p]
+
+
+@schema("optimizer/adamw")
+@dataclass
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), PyTorch's fused kernel."""
+
+    beta1: float = setting(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = setting(0.95, "decay of the second moment", least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+
+    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
+        groups = self.groups(trained(module))
+        return [torch.optim.AdamW(groups, lr=self.lr or 0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
+
+
+@schema("optimizer/muon")
+@dataclass
+class Muon(AdamW):
+    """Muon for the hidden matrices, AdamW for embeddings, norms, biases and heads.
+
+    (Jordan et al. 2024; scaled to AdamW's update size as in Liu et al. 2025, arXiv:2502.16982, so that one ``lr`` serves
+    both.)
+    """
+
+    momentum: float = setting(0.95, "Nesterov momentum of the matrices", least=0, below=1)
+    adamw_lr: float | None = setting(
+        None, "base learning rate of everything but the hidden matrices; null = lr", least=0
+    )
+
+    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
+        hidden = {id(p) for p in hidden_matrices(module)}
+        matrices = [p for _, p in trained(module) if id(p) in hidden]
+        others = self.groups((n, p) for n, p in trained(module) if id(p) not in hidden)
+        for group in others:
+            group["lr"] = group["base_lr"] = self.lr if self.adamw_lr is None else self.adamw_lr
+        assert self.lr is not None
+        muon = torch.optim.Muon(
+            [{"params": matrices, "base_lr": self.lr}],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        adamw = torch.optim.AdamW(others, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        return [muon, adamw]
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that receive gradients, tied ones once."""
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The logical shape, also of a parameter whose data is sharded away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def hidden_matrices(module: nn.Module) -> list[Tensor]:
+    """Weights of linear layers that are neither an embedding nor the vocabulary projection."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    linears = [(name, m.weight) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    heads = {id(w) for name, w in linears if name.rpartition(".")[2].endswith("head")}
+    return [w for _, w in linears if w.requires_grad and id(w) not in embeddings | heads]
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that the optimizer's first step would create, as zeros; existing state stays."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            for name in moments(optimizer):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have their parameter's shape."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Schedule(Node):
+    """The learning rate over the steps, as a factor of each group's base rate. ``warmup`` steps rise linearly from 0."""
+
+    warmup: int = setting(0, "steps of linear warm-up", least=0)
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor for ``step`` (1 .. ``steps``)."""
+        if step <= self.warmup:
+            return step / self.warmup
+        return self.after_warmup(step - self.warmup, max(1, steps - self.warmup))
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        """The factor for the ``step``-th of the ``steps`` that follow the warm-up."""
+        raise NotImplementedError(f"{type(self).__name__} has no curve")
+
+
+@schema("schedule/constant")
+@dataclass
+class Constant(Schedule):
+    """The base rate throughout."""
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+@schema("schedule/linear")
+@dataclass
+class Linear(Schedule):
+    """A straight line down to ``floor``."""
+
+    floor: float = setting(0.0, "the factor at the last step", least=0, most=1)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1 - (1 - self.floor) * step / steps
+
+
+@schema("schedule/cosine")
+@dataclass
+class Cosine(Schedule):
+    """Half a cosine down to ``floor`` (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+
+    floor: float = setting(0.1, "the factor at the last step", least=0, most=1)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@schema("schedule/wsd")
+@dataclass
+class WarmupStableDecay(Schedule):
+    """The base rate, and in the end ``1 - sqrt`` down to ``floor`` (Hägele et al. 2024, arXiv:2405.18392)."""
+
+    decay: float = setting(0.2, "the part of all steps that decays", above=0, most=1)
+    floor: float = setting(0.0, "the factor at the last step", least=0, most=1)
+
+    def __call__(self, step: int, steps: int) -> float:
+        length = max(1, round(self.decay * steps))
+        return super().__call__(step, steps) * self._decayed(max(0, step - (steps - length)) / length)
+
+    def after_warmup(self, step: int, steps: int) -> float:
+        return 1.0
+
+    def _decayed(self, part: float) -> float:
+        return self.floor + (1 - self.floor) * (1 - math.sqrt(part))
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm over all gradients, a float32 scalar on their device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

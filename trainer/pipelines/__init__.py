@@ -1,0 +1,1 @@
+"""One file a pipeline: which models, which batches, which loss."""

@@ -1,0 +1,89 @@
+"""What every pipeline is: which models, which batches, which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from trainer.batch import Batch
+from trainer.config import Node
+from trainer.data.corpus import Corpus
+from trainer.data.tokenizer import Tokenizer
+from trainer.metrics import Metrics
+from trainer.models.load import ModelLoader
+from trainer.models.lora import Adapter
+from trainer.parallel.engine import Engine
+
+
+class Source(Protocol):
+    """Endless micro-batches of this rank, with a state of a few integers that counts what was consumed."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Models:
+    """The models of a run: the one that is trained (wrapped by the engine once it exists), and frozen ones by name.
+
+    ``origin``: fingerprint of what the trained one started from. ``known``: what `Pipeline.begin` found out for a step.
+    """
+
+    trained: nn.Module
+    tokenizer: Tokenizer
+    origin: str = ""
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Pipeline(Node):
+    """The contract of every pipeline; its fields are its hyper-parameters."""
+
+    learning_rate: ClassVar[float]
+    """What ``optimizer.lr=null`` means here."""
+    scores: ClassVar[bool] = False
+    """Whether the trained model scores sequences instead of predicting tokens."""
+
+    @property
+    def unit(self) -> str:
+        """What it learns from, as data calls it."""
+        return "packed rows"
+
+    def refusals(self, adapter: Adapter) -> Iterator[str]:
+        """One sentence for everything about what is trained of the model that does not work here."""
+        yield from ()
+
+    def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
+        """Build the trained model and the frozen ones."""
+        return Models(load.load(), tokenizer, load.fingerprint())
+
+    def prepare(self, models: Models, engine: Engine, corpus: Corpus, cache: Path) -> None:
+        """What is computed once with the models as they start; ``cache``: a folder for it. Collective."""
+
+    def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
+        """What is found out once after the last step and kept with the export (``onecurve.json``). Collective."""
+        return {}
+
+    def batches(self, models: Models, engine: Engine, source: Source) -> Source:
+        """Turn the data's micro-batches into those that `loss` understands."""
+        return source
+
+    def begin(self, models: Models, engine: Engine, batches: Iterable[Any]) -> None:
+        """Find out, before a step's first loss, what each needs to know of all its micro-batches and ranks. Collective."""
+
+    def loss(self, models: Models, batch: Any) -> tuple[Tensor, Metrics]:
+        """The sum of the objective over a micro-batch (``batch.weight`` units), connected to the graph; and statistics."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def evaluate(self, models: Models, batch: Any) -> Metrics:
+        """What held-out data is measured by: ``loss`` and whatever else tells how good the model is."""
+        loss, metrics = self.loss(models, batch)
+        metrics.mean("loss", loss, batch.weight)
+        return metrics

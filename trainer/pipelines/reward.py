@@ -1,0 +1,83 @@
+"""Reward modelling: a score of an answer, learnt from which of two answers was preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, logsigmoid
+
+from trainer.config import schema, setting
+from trainer.data.corpus import Corpus
+from trainer.data.pairs import AnswerBatch, PairBatch
+from trainer.metrics import Metrics
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+from trainer.pipelines.base import Models, Pipeline
+
+
+@schema("pipeline/reward")
+@dataclass
+class Reward(Pipeline):
+    """Bradley-Terry on the scores of last tokens (ALGORITHMS, section 2; Ouyang et al. 2022, arXiv:2203.02155)."""
+
+    learning_rate: ClassVar[float] = 1e-5
+    scores: ClassVar[bool] = True
+
+    margin: bool = setting(True, "ask for the pair's own margin, where the data has one (arXiv:2307.09288)")
+    centering: float = setting(0.0, "weight of (r_c + r_r)^2, which keeps scores near 0; 0.01 is usual", least=0)
+    normalize: bool = setting(True, "store mean and deviation of the training set's scores with the model")
+
+    @property
+    def unit(self) -> str:
+        return "preference pairs"
+
+    def loss(self, models: Models, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        scores = read_scores(models.trained, batch)
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        wanted = batch.margins if self.margin else 0.0
+        losses = -logsigmoid(chosen - rejected - wanted) + self.centering * (chosen + rejected).square()
+        return (losses * batch.kept).sum(), report(scores.detach(), batch)
+
+    def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
+        """Mean and standard deviation of every training score; collective (R3)."""
+        if not self.normalize:
+            return {}
+        world, metrics = distributed.world(), Metrics()
+        with engine.evaluating():
+            for pairs in getattr(corpus.train, "parts", []):
+                for numbers in pairs.forwards(world.rank, world.size):
+                    batch = pairs.collate(numbers).to(engine.device)
+                    kept = batch.kept.repeat_interleave(2).bool()
+                    values = read_scores(models.trained, batch)[kept]
+                    metrics.mean("mean", values.double().sum(), float(len(values)))
+                    metrics.std("std", values)
+        return {"reward": {name: float(value) for name, value in distributed.reduce(metrics).items()}}
+
+
+def read_scores(model: Any, batch: AnswerBatch) -> Tensor:
+    """A float32 score of every answer ``(A,)``, off its last token."""
+
+    def read(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden[0, batch.last].float(), weight.float())[:, 0]
+
+    scores: Tensor = model(batch.tokens, batch.documents, read)
+    return scores
+
+
+def report(scores: Tensor, batch: PairBatch) -> Metrics:
+    """How often the chosen answer scores higher (an equal score counts as wrong), by how much, and the scores' spread."""
+    metrics, kept = Metrics(), batch.kept
+    chosen, rejected = scores.view(-1, 2).unbind(1)
+    metrics.mean("accuracy", ((chosen > rejected).float() * kept).sum(), batch.weight)
+    metrics.mean("margin", ((chosen - rejected) * kept).sum(), batch.weight)
+    metrics.each("margin", chosen - rejected, batch.rows)
+    real = scores[kept.repeat_interleave(2).bool()].double()
+    metrics.mean("score/mean", real.sum(), float(len(real)))
+    metrics.std("score/std", real)
+    metrics.minimum("score/min", real.min() if len(real) else scores.new_tensor(torch.inf).double())
+    metrics.maximum("score/max", real.max() if len(real) else scores.new_tensor(-torch.inf).double())
+    return metrics

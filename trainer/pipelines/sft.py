@@ -1,0 +1,36 @@
+"""Supervised fine-tuning: predict what the assistant wrote, given what came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from trainer.batch import PackedRows
+from trainer.config import schema
+from trainer.functional import correct, cross_entropy
+from trainer.metrics import Metrics
+from trainer.pipelines.base import Models
+from trainer.pipelines.pretrain import Pretrain
+
+
+@schema("pipeline/sft")
+@dataclass
+class SFT(Pretrain):
+    """Next-token prediction on the tokens that the data's mask names (ALGORITHMS, section 1)."""
+
+    learning_rate: ClassVar[float] = 2e-5
+
+    def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
+        """``loss`` in nats per learnt token, and ``token_accuracy``: the part of them that is the likeliest one."""
+
+        def read(hidden: Tensor, weight: Tensor) -> Any:
+            loss, _, _ = cross_entropy(hidden, weight, targets=batch.targets, mask=batch.mask)
+            return loss, correct(hidden, weight, targets=batch.targets, mask=batch.mask)
+
+        loss, hits = models.trained(batch.tokens, batch.documents, read)
+        metrics = Metrics()
+        metrics.mean("loss", loss, batch.weight)
+        metrics.mean("token_accuracy", hits, batch.weight)
+        return metrics

@@ -1,0 +1,319 @@
+"""A run: the configuration's root, and the straight line from it to an exported model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import run_folder
+from trainer.checkpoint import Checkpointer, Checkpoints, Part
+from trainer.config import ConfigError, Node, schema, setting
+from trainer.data.chat_data import ChatData
+from trainer.data.corpus import Corpus, Data
+from trainer.data.embedded import TinyWorldData
+from trainer.data.labelled_data import LabelledData
+from trainer.data.preference_data import PreferenceData
+from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
+from trainer.estimate import Layout, memory, parameters_of
+from trainer.evaluate import Evaluation
+from trainer.export import Export
+from trainer.guard import Guard, GuardSettings
+from trainer.loop import Step, train
+from trainer.metrics import Readback
+from trainer.models.architecture import Architecture
+from trainer.models.load import Model, ModelLoader
+from trainer.models.lora import Adapter, Full, LoRA
+from trainer.optim import Optimizer, Schedule
+from trainer.parallel import distributed
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Precision
+from trainer.parallel.strategy import Strategy
+from trainer.parallel.watchdog import Watchdog, WatchdogSettings
+from trainer.parallel.zero import Zero1, Zero2, Zero3
+from trainer.pipelines.base import Pipeline
+from trainer.pipelines.dpo import DPO
+from trainer.pipelines.pretrain import Pretrain
+from trainer.pipelines.reward import Reward
+from trainer.pipelines.sft import SFT
+from trainer.profiling import Profile
+from trainer.run_folder import plain
+from trainer.throughput import Speed, Stopwatch, Timing
+from trainer.tracking import Tracker, Tracking
+
+SHIPPED = (
+    Pretrain, SFT, Reward, DPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData, LabelledData,
+)  # fmt: skip
+"""Choices that come with the framework: naming them here registers them."""
+
+
+class Resume(StrEnum):
+    """What to do with what is in ``run_dir``."""
+
+    auto = "auto"
+    new = "new"
+    never = "never"
+
+
+@schema("batch")
+@dataclass
+class BatchSizes(Node):
+    """How much is learnt from at once. A unit is a packed row (pretrain, sft), a pair (reward, dpo) or a completion (ppo)."""
+
+    size: int = setting(32, "units of a step, over all ranks", least=1)
+    micro: int = setting(8, "units of a forward on one rank", least=1)
+    length: int = setting(512, "tokens of a row", least=2)
+
+    def problems(self) -> Iterator[str]:
+        ranks = distributed.ranks()
+        unit = self.micro * ranks
+        if self.size % unit:
+            below = self.size // unit * unit
+            nearest = f"{below} or {below + unit}" if below else f"{unit}, or a smaller batch.micro"
+            word = "rank" if ranks == 1 else "ranks"
+            yield (
+                f"batch.size={self.size} is not a multiple of {unit} ({ranks} {word} x batch.micro={self.micro}); "
+                f"use {nearest}"
+            )
+
+
+@schema("run")
+@dataclass
+class Run(Node):
+    """Everything about a run."""
+
+    name: str = setting("run", "what the run is called")
+    run_dir: str = setting("runs/${name}", "the folder of everything that the run leaves behind")
+    resume: Resume = setting(
+        Resume.auto,
+        "auto: continue what is in run_dir, else start; new: a fresh run_dir-2, -3, ...; never: refuse",
+    )
+    seed: int = setting(0, "of initialisation, the order of data, and sampling", least=0)
+    steps: int | None = setting(None, "optimizer steps; or give epochs", least=1)
+    epochs: float | None = setting(None, "passes over the data instead of steps", above=0)
+    imports: list[str] = setting(list, "modules to import first: they register your own pipelines and data")
+    batch: BatchSizes = setting(BatchSizes)
+    pipeline: Pipeline = setting()
+    model: Model = setting()
+    tokenizer: TokenizerChoice = setting(TokenizerChoice)
+    data: Data = setting()
+    adapter: Adapter = setting()
+    strategy: Strategy = setting()
+    precision: Precision = setting()
+    optimizer: Optimizer = setting()
+    schedule: Schedule = setting()
+    guard: GuardSettings = setting(GuardSettings)
+    watchdog: WatchdogSettings = setting(WatchdogSettings)
+    checkpoint: Checkpoints = setting(Checkpoints)
+    evaluation: Evaluation = setting(Evaluation)
+    export: Export = setting(Export)
+    tracking: Tracking = setting()
+    profile: Profile = setting(Profile)
+    estimate: bool = setting(False, "say what memory and time a rank would need, and run nothing")
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lr is None:
+            self.optimizer.lr = self.base_lr
+
+    def problems(self) -> Iterator[str]:
+        if (self.steps is None) == (self.epochs is None):
+            given = f"steps={self.steps} and epochs={self.epochs}"
+            yield f"{given}: give exactly one of them, the other null"
+        if self.data.unit != self.pipeline.unit:
+            yield f"the pipeline learns from {self.pipeline.unit} and the data holds {self.data.unit}; choose another data="
+        yield from self.strategy.refusals(self.optimizer)
+        yield from self.pipeline.refusals(self.adapter)
+        if self.steps is not None and self.schedule.warmup > self.steps:
+            yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate at the top of the schedule."""
+        default = self.pipeline.learning_rate * self.adapter.rate
+        return default if self.optimizer.lr is None else self.optimizer.lr
+
+    def loader(self, tokenizer: Tokenizer) -> ModelLoader:
+        """What builds the models of the run."""
+        return ModelLoader(
+            self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, bool(self.tokenizer.add),
+            self.precision.dtype, self.pipeline.scores,
+        )  # fmt: skip
+
+    def open_tokenizer_and_shape(self) -> tuple[Tokenizer, Architecture]:
+        """The tokenizer named, else the one in ``model.path``, else the data's own; and the model's shape for it.
+
+        Raises:
+            ConfigError: if there is no tokenizer, or the shape does not fit it or the rows.
+        """
+        path = self.tokenizer.path or self.model.path
+        tokenizer = open_tokenizer(path) if path else self.data.default_tokenizer()
+        if tokenizer is None:
+            raise ConfigError(
+                [
+                    "tokenizer.path is required for this data and a new model; scripts/train_tokenizer.py makes a tokenizer"
+                ]
+            )
+        tokenizer = tokenizer.extended(self.tokenizer.add)
+        architecture = self.loader(tokenizer).architecture
+        if architecture.scores:
+            tokenizer = tokenizer.with_own_pad()
+        longest = architecture.max_position_embeddings
+        if self.batch.length > longest:
+            raise ConfigError(
+                [
+                    f"batch.length={self.batch.length} is more than the model's {longest} positions; use at most {longest}"
+                ]
+            )
+        self.adapter.check(architecture)
+        return tokenizer, architecture
+
+    def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
+        """What the estimate of memory and time needs to know, on ``ranks`` ranks."""
+        return Layout(
+            stage=self.strategy.stage, ranks=ranks, low=self.strategy.low(self.precision, cuda=cuda),
+            compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
+            recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
+            adapters=self.adapter.trained(architecture),
+        )  # fmt: skip
+
+    def length(self, corpus: Corpus) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps or max(1, math.ceil(len(corpus.train) * (self.epochs or 0) / self.batch.size))
+
+
+class Seen:
+    """Tokens learnt from since the beginning of the run, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, tokens: Tensor) -> Tensor:
+        """The count with the tokens of another step."""
+        self.tokens = self.tokens + tokens
+        return self.tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": int(self.tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.tokens.fill_(state["tokens"])
+
+
+def run(cfg: Run) -> dict[str, float]:
+    """Carry a run out, from its configuration to its exported model; gives the last value of every metric."""
+    tokenizer, architecture = cfg.open_tokenizer_and_shape()
+    if cfg.estimate:
+        return say_estimate(cfg, architecture)
+    loader = cfg.loader(tokenizer)
+    corpus = cfg.data.open(tokenizer, cfg.batch.length, cfg.seed)
+    made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
+    made_from |= cfg.adapter.made_from(loader.files)
+    folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
+    with (
+        distributed.session() as world,
+        Watchdog(cfg.watchdog) as watchdog,
+        run_folder.begin(folder, plain(cfg), made_from, world.size) as facts,
+        ExitStack() as work,
+    ):
+        models = cfg.pipeline.models(loader, tokenizer)
+        engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
+        models.trained = engine.model
+        cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
+        rows = corpus.train.loader(micro=cfg.batch.micro, seed=cfg.seed, rank=world.rank, ranks=world.size)
+        work.callback(rows.close)
+        batches = cfg.pipeline.batches(models, engine, rows)
+        guard, seen, watch = Guard(cfg.guard, world.device), Seen(world.device), Stopwatch(world.device, watchdog)
+        parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": seen}
+        checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
+        with watchdog.phase("restore"):
+            done, last = checkpoints.restore(), cfg.length(corpus)
+        schedule = partial(cfg.schedule, steps=last)
+        steps = train(
+            cfg.pipeline, models, engine, batches, schedule, guard, watch,
+            seed=cfg.seed, first=done + 1, last=last, accumulate=cfg.batch.size // (cfg.batch.micro * world.size),
+        )  # fmt: skip
+        speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
+        readback: Readback[Logged] = Readback()
+        with (
+            Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
+            cfg.profile.recording(folder / "profile", done + 1) as profiler,
+        ):
+            tracker.say(corpus.said)
+
+            def log(arrived: list[tuple[dict[str, float], Logged]]) -> None:
+                for values, step in arrived:
+                    guard.check(step.number, values, step.rows)
+                    tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
+
+            def evaluate(number: int) -> None:
+                log(readback.flush())
+                with watch.lap("evaluation"):
+                    found = cfg.evaluation.measure(cfg.pipeline, models, engine, corpus.heldout, cfg.batch.micro)
+                    judged, samples = cfg.evaluation.answer(models, engine, corpus, number, cfg.seed)
+                tracker.log(number, {**{name: float(value) for name, value in found.values.items()}, **judged})
+                tracker.units(number, found.units)
+                tracker.texts(number, "errors", found.errors)
+                tracker.texts(number, "samples", samples)
+
+            if cfg.evaluation.first and done == 0:
+                evaluate(0)
+            for step in steps:
+                watchdog.done(step.number, engine)
+                profiler.done(step.number)
+                checkpoints.advance()
+                values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
+                log(readback.push(values, Logged.of(step, cfg.base_lr * schedule(step.number), speed)))
+                if cfg.evaluation.due(step.number, last):
+                    evaluate(step.number)
+                if cfg.checkpoint.due(step.number, last):
+                    log(readback.flush())
+                    tracker.settle()
+                    with watch.lap("checkpoint"):
+                        checkpoints.save(step.number)
+            log(readback.flush())
+            with watchdog.phase("export"):
+                checkpoints.close()
+                closing = cfg.pipeline.closing(models, engine, corpus)
+                weights = partial(cfg.adapter.weights, engine, loader)
+                if cfg.adapter.exports:
+                    cfg.export.write(
+                        folder / "export", weights, architecture, tokenizer, {**facts, **closing, "step": last}
+                    )
+                cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
+        return tracker.latest
+
+
+def say_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
+    """Print what a rank of this run would hold; gives the sum as ``memory_gb``."""
+    layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
+    found = memory(architecture, layout)
+    print(
+        f"{parameters_of(architecture):,} parameters, strategy={cfg.strategy.name}, {layout.ranks} rank(s); memory of a rank:"
+    )
+    print("\n".join(found.lines()))
+    print("scripts/estimate.py does the same for other devices and ranks, with time and advice")
+    return {"memory_gb": found.total / 1e9}
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the host knows of a step whose metrics are still on the device."""
+
+    number: int
+    lr: float
+    rows: list[int]
+    timing: Timing
+
+    @classmethod
+    def of(cls, step: Step, lr: float, speed: Speed) -> Logged:
+        """The rows of this rank's micro-batches, and the clock since the step before."""
+        speed.count(sum(batch.pairs for batch in step.micro_batches))
+        rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
+        return cls(step.number, lr, rows, speed.lap())

@@ -1,0 +1,261 @@
+"""Where the numbers of a run go: metrics.jsonl, the console, W&B and TensorBoard; the first rank alone writes."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+
+from trainer.config import Node, schema, setting
+from trainer.console import Console
+
+BINS = 40
+"""Of histograms."""
+COUNTS = ("tokens", "skipped", "skipped_in_a_row")
+
+
+class Mode(StrEnum):
+    """What W&B does with a run."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class WandB(Node):
+    """Weights & Biases."""
+
+    mode: Mode = setting(Mode.auto, "auto: online where a key is at hand, else offline")
+    project: str = setting("onecurve", "the project that runs are listed under")
+    entity: str | None = setting(None, "user or team; null = the key's default")
+    group: str | None = setting(None, "what belongs together, such as the runs of a sweep")
+    tags: list[str] = setting(list, "labels")
+
+
+@schema("tracking")
+@dataclass
+class Tracking(Node):
+    """Where numbers go besides the console and metrics.jsonl, which are always on."""
+
+    every: int = setting(1, "steps between logged ones", least=1)
+    wandb: WandB = setting(WandB)
+    tensorboard: bool = setting(True, "write event files under run_dir/tensorboard")
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step, the values of many units, and tables of texts by name."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+    def units(self, step: int, name: str, values: Sequence[float]) -> None: ...
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``, ``histograms.jsonl`` and a file for each table of texts (``samples.jsonl``, ``errors.jsonl``).
+
+    An object a line; metrics are on the disk before a checkpoint that counts on them.
+
+    A run that continues from step n drops what an earlier attempt wrote about later steps; the lines are kept in
+    ``<name>.replaced.jsonl``.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        for name in ("metrics", "samples", "errors", "histograms"):
+            _rewind(folder / f"{name}.jsonl", folder / f"{name}.replaced.jsonl", done)
+        self._metrics = (folder / "metrics.jsonl").open("a")
+        self._folder = folder
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        whole = {name: int(values[name]) for name in COUNTS if name in values}
+        self._metrics.write(json.dumps({"step": step, **values, **whole}) + "\n")
+        self._metrics.flush()
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        counts, edges = np.histogram(values, bins=BINS)
+        line = {"step": step, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
+        with (self._folder / "histograms.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with (self._folder / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+    def settle(self) -> None:
+        """Wait until what was written is on the disk itself."""
+        os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+class WandBSink:
+    """The same W&B run through all attempts: its id is recorded when the run folder is begun."""
+
+    def __init__(self, config: WandB, mode: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
+            name=folder.name, dir=str(folder), mode=cast(Any, mode), resume="allow", config=dict(facts),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        # A resumed run logs some steps again; on an axis of their own they land where they belong.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        self._run.log({"step": step, f"{name}/histogram": self._wandb.Histogram(list(values), num_bins=BINS)})
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = list(rows[0])
+        table = self._wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+        self._run.log({"step": step, name: table})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard; what an earlier attempt wrote about later steps is hidden."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        self._writer.add_histogram(name, np.asarray(values), step, bins=BINS)
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            text = f"**{row['prompt']}**{row['completion']}"
+            self._writer.add_text(f"{name}/{number}", text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """Hands numbers to every sink; on other ranks than the first there is none."""
+
+    def __init__(
+        self,
+        config: Tracking,
+        folder: Path,
+        *,
+        rank: int,
+        done: int,
+        last: int,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.config, self.last, self.latest = config, last, dict[str, float]()
+        self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
+        self._console: Console | None = None
+        if rank:
+            return
+        self._lines = JsonLines(folder, done)
+        self._sinks = [self._lines]
+        if config.tensorboard:
+            self._sinks.append(TensorBoardSink(folder, done))
+        mode = wandb_mode(config.wandb.mode)
+        if mode != "disabled":
+            self._sinks.append(WandBSink(config.wandb, mode, folder, facts))
+        self._console = Console(folder.name, done, last)
+        self._sinks.append(self._console)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.settle()
+        for sink in reversed(self._sinks):
+            sink.close()
+
+    def step(self, number: int, values: Mapping[str, float]) -> None:
+        """Log an optimizer step, if it is one of those that are logged."""
+        self.latest.update(values)
+        if number % self.config.every == 0 or number == self.last:
+            self._write(number, values)
+
+    def log(self, number: int, values: Mapping[str, float]) -> None:
+        """Log values of an evaluation after step ``number``."""
+        self.latest.update(values)
+        self._write(number, values)
+
+    def units(self, number: int, found: Mapping[str, Sequence[float]]) -> None:
+        """Log how the values of many units are spread, by metric."""
+        for name, values in found.items():
+            for sink in self._sinks:
+                sink.units(number, name, values)
+
+    def texts(self, number: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table of texts."""
+        for sink in self._sinks if rows else ():
+            sink.texts(number, name, rows)
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show text on the console."""
+        if self._console is not None:
+            for line in lines:
+                self._console.say(line)
+
+    def settle(self) -> None:
+        """Wait until what was logged is on the disk itself: a checkpoint is going to count on it."""
+        if self._lines is not None:
+            self._lines.settle()
+
+    def _write(self, number: int, values: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.numbers(number, values)
+
+
+def wandb_mode(mode: Mode) -> str:
+    """The mode to use: ``WANDB_MODE`` where the configuration says ``auto`` and it is set, else by whether there is a key."""
+    if mode is not Mode.auto:
+        return mode.value
+    if said := os.environ.get("WANDB_MODE"):
+        return said
+    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc("api.wandb.ai") else "offline"
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _rewind(file: Path, aside: Path, done: int) -> None:
+    """Keep the lines of steps up to ``done``; move later ones, and one that was cut off, to ``aside``."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    if len(keep) == len(lines):
+        return
+    dropped = [line for line in lines if not line.endswith("\n") or json.loads(line)["step"] > done]
+    with aside.open("a") as out:
+        out.writelines(line if line.endswith("\n") else f"{line}\n" for line in dropped)
+        os.fsync(out.fileno())
+    rewritten = file.with_name(f"{file.name}.partial")
+    rewritten.write_text("".join(keep))
+    rewritten.replace(file)
