@@ -1,0 +1,122 @@
+"""How fast Onecurve fine-tunes, beside TRL's SFTTrainer: same model, same real conversations, alternating in one run.
+
+    python scripts/benchmark.py sft MODEL_DIR CHATS.jsonl [--rounds 3] [--steps 4] [--length 512]
+
+TRL gets its own defaults with bf16, rows cut at the same length: as they come (``trl``), and packed (``trl-packed``), where
+without FlashAttention its documents see each other. What counts is real tokens a second: no padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import alternate, memory_gb
+
+SIDES = ("onecurve", "trl", "trl-packed")
+
+
+def main() -> None:
+    """Compare, or be one side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a Hugging Face folder")
+    parser.add_argument("chats", type=Path, help="JSON lines with messages")
+    parser.add_argument("--side", choices=SIDES, help="one process of the comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="alternations")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a process, after one that is not")
+    parser.add_argument("--length", type=int, default=512, help="longest row, tokens")
+    parser.add_argument("--size", type=int, default=2, help="packed rows a step, of both")
+    parser.add_argument("--rows", type=int, default=4, help="unpacked rows a step, of TRL")
+    parser.add_argument("--huge-pages", action="store_true", help="TRL too, for which they are not its default")
+    parser.add_argument("--no-recompute", action="store_true", help="TRL without its default recomputation")
+    a = parser.parse_args()
+    if a.side:
+        result = ours(a) if a.side == "onecurve" else theirs(a, packing=a.side == "trl-packed")
+        print(f"RESULT {json.dumps(result)}", flush=True)
+        return
+    alternate(__file__, SIDES, a.rounds, "tokens_per_second", "real tokens/s")
+
+
+def ours(a: argparse.Namespace) -> dict[str, float]:
+    """The loop's own steps on the packed conversations."""
+    from trainer.__main__ import composed
+    from trainer.guard import Guard
+    from trainer.loop import train
+    from trainer.parallel import distributed
+    from trainer.throughput import Stopwatch
+
+    cfg = composed(
+        [
+            "experiment=sft", f"model.path={a.model}", f"data.train=[{a.chats}]", "data.eval=[]", "data.on_bad_row=skip",
+            f"batch.length={a.length}", f"batch.size={a.size}", f"batch.micro={a.size}",
+        ],
+        "benchmark",
+    )  # fmt: skip
+    tokenizer, _ = cfg.open_tokenizer_and_shape()
+    with distributed.session() as world, tempfile.TemporaryDirectory() as cache:
+        cfg.data.cache = cache
+        corpus = cfg.data.open(tokenizer, a.length, 0)
+        models = cfg.pipeline.models(cfg.loader(tokenizer), tokenizer)
+        engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
+        models.trained = engine.model
+        rows = corpus.train.loader(micro=a.size, seed=0, rank=0, ranks=1)
+        clock, tokens = [], []
+        for step in train(
+            cfg.pipeline, models, engine, rows, lambda n: 1.0, Guard(cfg.guard, world.device), Stopwatch(world.device),
+            seed=0, first=1, last=a.steps + 1, accumulate=1,
+        ):  # fmt: skip
+            tokens.append(float(step.metrics["tokens"]))
+            clock.append(time.perf_counter())
+        rows.close()
+        return figures(clock, tokens)
+
+
+def theirs(a: argparse.Namespace, *, packing: bool) -> dict[str, float]:
+    """TRL's SFTTrainer."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    chats = [json.loads(line) for line in a.chats.read_text().splitlines()]
+    clock: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=a.steps + 1, per_device_train_batch_size=a.size if packing else a.rows,
+        bf16=True, max_length=a.length, packing=packing, report_to=[], save_strategy="no", logging_steps=1000,
+        disable_tqdm=True, optim="adamw_torch_fused", use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+        **({"gradient_checkpointing": False} if a.no_recompute else {}),
+    )  # fmt: skip
+    dataset = Dataset.from_list([{"messages": chat["messages"]} for chat in chats])
+    trainer = SFTTrainer(model=str(a.model), args=config, train_dataset=dataset, callbacks=[Clock()])
+    collate, tokens = trainer.data_collator, []
+
+    def counted(rows: Any) -> Any:
+        batch = collate(rows)
+        mask = batch.get("attention_mask")
+        tokens.append(float(batch["input_ids"].numel() if mask is None else mask.sum()))
+        return batch
+
+    trainer.data_collator = counted
+    trainer.train()
+    return figures(clock, tokens)
+
+
+def figures(clock: list[float], tokens: list[float]) -> dict[str, float]:
+    """Real tokens a second of all steps but the first, and the process's peak memory."""
+    steps = len(clock) - 1
+    return {"tokens_per_second": sum(tokens[1 : steps + 1]) / (clock[-1] - clock[0]), "memory_gb": memory_gb()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Talk to an exported model in the terminal.
+
+    python scripts/chat.py runs/sft/export --system "Answer briefly." --temperature 0
+
+The folder's own chat template and end-of-turn tokens are used. /system TEXT, /clear and /quit do what they say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.config import ConfigError
+from trainer.data.templates import TemplateError
+from trainer.inference import ChatModel, Sampling
+from trainer.models.hf_format import FormatError
+
+
+class Conversation:
+    """A model, and what has been said so far."""
+
+    def __init__(self, model: ChatModel, sampling: Sampling, system: str | None) -> None:
+        self.model, self.sampling, self.turns = model, sampling, 0
+        self.system, self.messages = system, [*_system(system)]
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The assistant's answer, piece by piece."""
+        self.messages.append({"role": "user", "content": text})
+        self.turns += 1
+        whole = ""
+        for piece in self.model.stream(self.messages, replace(self.sampling, seed=self.sampling.seed + self.turns)):
+            whole += piece
+            yield piece
+        self.messages.append({"role": "assistant", "content": whole})
+
+    def clear(self, system: str | None) -> None:
+        """Begin anew."""
+        self.system, self.messages = system, [*_system(system)]
+
+
+def main() -> None:
+    """Load the folder and talk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
+    parser.add_argument("--system", help="the system prompt")
+    parser.add_argument("--template", help="a built-in chat template instead of the folder's own")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    parser.add_argument("--tokens", type=int, default=512, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    try:
+        model = ChatModel.open(a.model, a.template)
+        talk(Conversation(model, Sampling(a.temperature, a.tokens, a.seed), a.system))
+    except (ConfigError, FormatError, TemplateError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, EOFError):
+        print()
+
+
+def talk(conversation: Conversation) -> None:
+    """Read, answer, repeat; ends with the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("/system TEXT, /clear, /quit")
+    while True:
+        text = input("you> " if interactive else "").strip()
+        command, _, rest = text.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/clear", "/system"):
+            conversation.clear(rest if command == "/system" else conversation.system)
+            continue
+        if not text:
+            continue
+        began, pieces = time.perf_counter(), 0
+        for piece in conversation.answer(text):
+            print(piece, end="", flush=True)
+            pieces += 1
+        print()
+        if interactive:
+            print(f"     ({pieces / (time.perf_counter() - began):.0f} tokens/s)")
+
+
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Turn a GGUF file of the Llama family into a Hugging Face folder: weights, tokenizer and chat template.
+
+    python scripts/convert.py MODEL.gguf FOLDER [--dtype bf16|fp16|fp32]
+
+Quantised weights are dequantised in float32 and rounded once. Needs the extra `convert` (the package gguf).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from gguf import GGUFReader, dequantize
+from tokenizers import decoders, models, pre_tokenizers
+
+from trainer.data.tokenizer import Tokenizer
+from trainer.models.architecture import Architecture, Family
+from trainer.models.hf_format import write_model
+
+FAMILIES = {"llama": Family.llama, "mistral": Family.mistral, "qwen2": Family.qwen2, "qwen3": Family.qwen3}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+CONTROL, USER = 3, 4
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+SPLITS = {
+    "default": (GPT2, False),
+    "gpt-2": (GPT2, False),
+    "smollm": (GPT2, True),
+    "llama-bpe": (LLAMA3, False),
+    "qwen2": (QWEN2, False),
+}
+"""How text is cut before merging, by ``tokenizer.ggml.pre``: the pattern, and whether digits are cut apart first."""
+
+
+class UnsupportedError(ValueError):
+    """A GGUF file that holds something this converter does not know."""
+
+
+class Gguf:
+    """Metadata and tensors of a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.reader = GGUFReader(file)
+        self.kind = ""
+        self.kind = str(self.get("general.architecture"))
+        if self.kind not in FAMILIES:
+            raise UnsupportedError(
+                f"{file}: architecture {self.kind} is not supported; use one of {', '.join(FAMILIES)}"
+            )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata; ``{arch}`` stands for the architecture's name."""
+        held = self.reader.fields.get(key.replace("{arch}", self.kind))
+        return default if held is None else held.contents()
+
+    def names(self) -> set[str]:
+        return {tensor.name for tensor in self.reader.tensors}
+
+
+def architecture_of(file: Gguf) -> Architecture:
+    """The shape that the metadata describes."""
+    heads = file.get("{arch}.attention.head_count")
+    width = file.get("{arch}.embedding_length")
+    family, names = FAMILIES[file.kind], file.names()
+    if file.get("{arch}.rope.scaling.type", "none") not in ("none", None) or "rope_freqs.weight" in names:
+        raise UnsupportedError("scaled rotary positions are not written in a form that this converter reads")
+    return Architecture(
+        vocab_size=len(file.get("tokenizer.ggml.tokens")),
+        family=family,
+        hidden_size=width,
+        intermediate_size=file.get("{arch}.feed_forward_length"),
+        num_hidden_layers=file.get("{arch}.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=file.get("{arch}.attention.head_count_kv", heads),
+        head_dim=file.get("{arch}.attention.key_length", width // heads),
+        max_position_embeddings=file.get("{arch}.context_length"),
+        rope_theta=float(file.get("{arch}.rope.freq_base", 10000.0)),
+        # The file holds the float32 next to the number that was meant (1e-5): seven digits give it back.
+        rms_norm_eps=float(f"{file.get('{arch}.attention.layer_norm_rms_epsilon'):.7g}"),
+        tie_word_embeddings="output.weight" not in names,
+        attention_bias="blk.0.attn_q.bias" in names,
+        qk_norm="blk.0.attn_q_norm.weight" in names,
+        sliding_window=file.get("{arch}.attention.sliding_window") if family is Family.mistral else None,
+    )
+
+
+def weights_of(file: Gguf, a: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors under Hugging Face's names, float32."""
+    for tensor in file.reader.tensors:
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        parts = tensor.name.split(".")
+        if parts[0] == "blk":
+            name = f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
+        else:
+            name = f"{OUTER[parts[0]]}.{parts[1]}"
+        # llama.cpp turns neighbouring pairs where Hugging Face turns halves; its converter reordered the rows.
+        if file.kind == "llama" and parts[-2] in ("attn_q", "attn_k"):
+            heads = a.num_attention_heads if parts[-2] == "attn_q" else a.num_key_value_heads
+            split = values.reshape(heads, a.head_dim // 2, 2, *values.shape[1:])
+            values = split.swapaxes(1, 2).reshape(values.shape)
+        yield name, torch.from_numpy(np.ascontiguousarray(values))
+
+
+def tokenizer_of(file: Gguf) -> Tokenizer:
+    """The byte-level BPE that the metadata holds."""
+    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in SPLITS:
+        raise UnsupportedError(f"tokenizer {kind}/{pre} is not supported; use gpt2 with one of {', '.join(SPLITS)}")
+    pieces = file.get("tokenizer.ggml.tokens")
+    merges = [tuple(m.split(" ", 1)) for m in file.get("tokenizer.ggml.merges")]
+    backend = tokenizers.Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, merges))
+    pattern, digits = SPLITS[pre]
+    cut = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *cut,
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    types = file.get("tokenizer.ggml.token_type")
+    backend.add_special_tokens([_exact(p) for p, t in zip(pieces, types, strict=True) if t == CONTROL])
+    backend.add_tokens([_exact(p) for p, t in zip(pieces, types, strict=True) if t == USER])
+    roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    ids = {role: file.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
+    settings = {role: pieces[number] for role, number in ids.items() if number is not None}
+    settings["model_max_length"] = file.get("{arch}.context_length")
+    if template := file.get("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    return Tokenizer(backend.to_str(), settings)
+
+
+def _exact(piece: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(piece, normalized=False, special=True)
+
+
+def convert(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``folder`` from the file ``source``."""
+    file = Gguf(source)
+    architecture = architecture_of(file)
+    facts = {"converted_from": source.name, "license": file.get("general.license")}
+    write_model(
+        folder, architecture, weights_of(file, architecture), dtype=dtype, shard_bytes=5 * 10**9,
+        tokenizer=tokenizer_of(file), facts=facts,
+    )  # fmt: skip
+    print(json.dumps({"folder": str(folder), "family": architecture.family, "layers": architecture.num_hidden_layers}))
+
+
+def main() -> None:
+    """Convert what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a .gguf file")
+    parser.add_argument("folder", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    arguments = parser.parse_args()
+    try:
+        convert(arguments.source, arguments.folder, DTYPES[arguments.dtype])
+    except (UnsupportedError, FileExistsError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Make preferences out of prompts: a model answers each twice, a judge says which answer is better (RLAIF for DPO).
+
+    python scripts/label_preferences.py runs/sft/export prompts.jsonl pairs.jsonl --reward runs/reward/export
+    python scripts/label_preferences.py runs/sft/export prompts.jsonl pairs.jsonl --judge http://localhost:8000/v1 \\
+        --judge-model NAME
+
+Rows of prompts have ``prompt`` (text or messages) or ``messages``, whose last answer is left out. A judge is asked in both
+orders and must say the same twice; its key comes from OPENAI_API_KEY. Equal answers, ties and unclear verdicts are counted
+and left out. Started again, it goes on behind the last prompt that is finished in pairs.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError
+from trainer.data.chat import Chat, ChatError, checked, side
+from trainer.data.sources import DataError, Source
+from trainer.data.templates import TemplateError
+from trainer.inference import ChatModel, RewardModel, Sampling
+from trainer.judge import Endpoint, JudgeError, compare
+from trainer.models.hf_format import FormatError
+
+Prompt = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Answer, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="answers: an export with a chat template")
+    parser.add_argument("prompts", type=Path, help="JSON lines")
+    parser.add_argument("out", type=Path, help="JSON lines of prompt, chosen, rejected")
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--reward", type=Path, help="an exported reward model")
+    judge.add_argument("--judge", help="the URL of an OpenAI-compatible endpoint, up to /v1")
+    parser.add_argument("--judge-model", help="the model's name at the endpoint")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--tokens", type=int, default=256, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--together", type=int, default=16, help="prompts that are answered and judged at once")
+    a = parser.parse_args()
+    if a.judge and not a.judge_model:
+        parser.error("--judge needs --judge-model")
+    if a.temperature <= 0:
+        parser.error(f"--temperature {a.temperature} would give the same answer twice; use a number above 0")
+    try:
+        label(a)
+    except (ConfigError, FormatError, DataError, TemplateError, ChatError, JudgeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def label(a: argparse.Namespace) -> None:
+    """Append a pair for every prompt where one answer is found better."""
+    model = ChatModel.open(a.model)
+    judge = reward_judge(RewardModel.open(a.reward)) if a.reward else endpoint_judge(Endpoint(a.judge, a.judge_model))
+    sampling, counts = Sampling(a.temperature, a.tokens, a.seed), Counter[str]()
+    prompts, done = enumerate(read(a.prompts)), finished(a.out)
+    waiting = islice(prompts, done, None)
+    with a.out.open("a") as out:
+        while group := list(islice(waiting, a.together)):
+            twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
+            texts = model.answers([p for _, p, _ in twice], [2 * n + turn for n, _, turn in twice], sampling)
+            pairs = [(first.strip(), second.strip()) for first, second in zip(texts[::2], texts[1::2], strict=True)]
+            differ = [i for i, (first, second) in enumerate(pairs) if first != second and first and second]
+            found = judge([group[i][1] for i in differ], [pairs[i] for i in differ])
+            for i, (better, facts) in zip(differ, found, strict=True):
+                if better is None:
+                    counts["without a clear verdict"] += 1
+                    continue
+                row = {"prompt": group[i][1], "chosen": said(pairs[i][better]), "rejected": said(pairs[i][1 - better])}
+                out.write(json.dumps({**row, **facts, "number": group[i][0]}, ensure_ascii=False) + "\n")
+                counts["pairs"] += 1
+            counts["with equal or empty answers"] += len(pairs) - len(differ)
+            out.flush()
+            print(
+                f"{group[-1][0] + 1} prompts: {', '.join(f'{n} {what}' for what, n in counts.items())}", file=sys.stderr
+            )
+
+
+def reward_judge(model: RewardModel):  # type: ignore[no-untyped-def]
+    """The higher score is better; both are kept, so that reward modelling can use their difference."""
+
+    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, float]]]:
+        chats = [Chat([*p, *said(text)], len(p)) for p, both in zip(prompts, pairs, strict=True) for text in both]
+        scores, found = model.scores(chats), []
+        for both in zip(scores[::2], scores[1::2], strict=True):
+            facts = {"score_chosen": max(both), "score_rejected": min(both)}
+            found.append((None if both[0] == both[1] else int(both[1] > both[0]), facts))
+        return found
+
+    return judge
+
+
+def endpoint_judge(endpoint: Endpoint):  # type: ignore[no-untyped-def]
+    """What the endpoint says in both orders."""
+
+    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, str]]]:
+        return [(better, {"judge": endpoint.model}) for better in compare(endpoint, prompts, pairs)] if pairs else []
+
+    return judge
+
+
+def read(file: Path) -> Iterator[Prompt]:
+    """Every row's prompt."""
+    for where, row in Source(str(file)).rows():
+        try:
+            if row.get("prompt") is not None:
+                yield side(row["prompt"], "prompt", "user")
+                continue
+            messages = checked(row.get("messages"), "messages")
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                raise ChatError("messages holds no question")
+            yield messages
+        except ChatError as error:
+            raise ChatError(f"{where}: {error}") from None
+
+
+def finished(out: Path) -> int:
+    """How many prompts lie behind the last pair that was written."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return rows[-1]["number"] + 1 if rows else 0
+
+
+def said(text: str) -> Prompt:
+    """An answer as messages."""
+    return [{"role": "assistant", "content": text}]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Benchmarks whose sides run in processes of their own, alternating: a machine that slows down slows all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def alternate(script: str, sides: Sequence[str], rounds: int, rate: str, unit: str) -> None:
+    """Run every side ``rounds`` times as ``script --side NAME`` and print a table; ``rate`` is the figure to compare."""
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            runs[side].append(child(script, side))
+            print(f"round {number + 1}: {side:12} {json.dumps(runs[side][-1])}", flush=True)
+    for side, held in runs.items():
+        pairs = list(zip(runs[sides[0]], held, strict=True))
+        speed = statistics.median(o[rate] / t[rate] for o, t in pairs)
+        memory = statistics.median(o["memory_gb"] / t["memory_gb"] for o, t in pairs)
+        figure, most = statistics.median(r[rate] for r in held), max(r["memory_gb"] for r in held)
+        beside = f"{sides[0]} beside it: {speed:.2f}x the rate, {memory:.2f}x the memory"
+        print(f"{side:21} {figure:9,.2f} {unit} {most:5.2f} GB   {beside}")
+
+
+def child(script: str, side: str) -> dict[str, Any]:
+    """What one process of the comparison measured."""
+    # Huge pages where a side asks for them: ours does so itself.
+    pages = {"THP_MEM_ALLOC_ENABLE": "1"} if "--huge-pages" in sys.argv else {}
+    command = [sys.executable, script, *sys.argv[1:], "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **pages})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
+
+
+def memory_gb() -> float:
+    """Most memory that this process has held: of the GPU where there is one."""
+    from trainer.throughput import peak_memory_gb
+
+    return peak_memory_gb(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
