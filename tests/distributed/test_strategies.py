@@ -1,0 +1,321 @@
+"""What ZeRO must not change: generation between steps, frozen and tied weights, precision, construction, watching."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.command import ROOT, TINY, Command, environment, metrics
+from tests.ranks import free_port, on_ranks
+from tests.small_run import Net, Run, same
+from trainer.metrics import Metrics
+from trainer.optim import AdamW, whole_shape
+from trainer.parallel import distributed
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Compute, Precision
+from trainer.parallel.watchdog import EXIT_CODE, DivergenceError, Watchdog, WatchdogSettings
+from trainer.parallel.zero import Zero1, Zero2, Zero3
+
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
+
+
+def gathering(folder: str, strategy: str, gather: bool) -> tuple[dict, float]:
+    """Train, look at whole weights with a different number of forwards on every rank, train on."""
+    run = Run(Path(folder) / ("a" if gather else "b"), strategy=strategy)
+    run.steps(1, 2)
+    value = 0.0
+    if gather:
+        with run.engine.evaluating(), run.engine.gathered() as module:
+            for _ in range(1 + 3 * distributed.world().rank):
+                value = float(module(torch.arange(5)))
+    run.steps(3, 4)
+    return run.state(), value
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whole_weights_are_there_for_unequal_numbers_of_forwards_and_training_goes_on_unchanged(strategy, tmp_path):
+    both = on_ranks(2, gathering, str(tmp_path), strategy, True)
+    plain = on_ranks(2, gathering, str(tmp_path), strategy, False)
+    assert same(both[0][0], plain[0][0])
+    assert both[0][1] == both[1][1]
+    [(_, alone), *_] = on_ranks(1, gathering, str(tmp_path / "one"), "ddp", True)
+    assert both[0][1] == pytest.approx(alone, rel=1e-5)
+
+
+def shards(strategy_name: str) -> tuple[int, int]:
+    """(elements of parameters that this rank holds, elements of the model)."""
+    kind = {"zero2": Zero2, "zero3": Zero3}[strategy_name]
+    strategy = kind(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    with strategy.construction():
+        net = Net(32)
+    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters())
+    assert strategy_name != "zero3" or all(p.numel() == 0 for p in net.parameters())
+    return held, whole
+
+
+def test_under_zero3_parameters_are_born_sharded():
+    for held, whole in on_ranks(2, shards, "zero3"):
+        assert whole / 2 <= held <= whole / 2 + 4  # padding to an even split, an element a parameter
+    for held, whole in on_ranks(2, shards, "zero2"):
+        assert held == whole
+
+
+def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
+    """Two groups with base rates of their own: one of them 0, so its weights must stay."""
+
+    class Two(AdamW):
+        def build(self, module):
+            named = dict(module.named_parameters())
+            rates = {"hidden.weight": 0.0}
+            sets = [[named["hidden.weight"]], [p for n, p in named.items() if n not in rates and p.requires_grad]]
+            made = [
+                {"params": s, "lr": lr, "base_lr": lr, "weight_decay": 0.0}
+                for s, lr in zip(sets, (0.0, 0.1), strict=True)
+            ]
+            return [torch.optim.AdamW(made, lr=0.1, fused=True)]
+
+    strategy = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy_name]()
+    with strategy.construction():
+        net = Net()
+    for number, p in enumerate(net.parameters()):
+        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)))
+    engine = strategy.wrap(net, Two(lr=0.1), Precision())
+    before = {n: w.clone() for n, w in engine.weights()}
+    for factor in (1.0, 0.5):
+        engine.set_lr(factor)
+        ids = torch.arange(4)[distributed.world().rank :: distributed.world().size]
+        engine.accumulate(lambda b, ids=ids: (engine.model(ids), Metrics()), [Unread()], torch.tensor(4.0))
+        engine.step()
+    return {n: (w - before[n]).numpy().copy() for n, w in engine.weights()}
+
+
+def frozen(strategy_name: str) -> tuple[float, int]:
+    """(what a frozen model computes, elements that this rank holds of it)."""
+    strategy = {"ddp": DDP, "zero3": Zero3}[strategy_name]()
+    if isinstance(strategy, Zero3):
+        strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    with strategy.construction():
+        net = Net(32)
+    for number, p in enumerate(net.parameters()):
+        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 6)
+    model = strategy.freeze(net)
+    with torch.no_grad():
+        value = float(model(torch.arange(5)))
+    assert not any(p.requires_grad for p in net.parameters())
+    return value, sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
+
+
+def test_a_frozen_model_computes_the_same_from_shards():
+    [(expected, whole)] = on_ranks(1, frozen, "ddp")
+    for value, held in on_ranks(2, frozen, "zero3"):
+        assert value == pytest.approx(expected, rel=1e-6)
+        assert held <= whole / 2 + 4
+
+
+class Unread:
+    def to(self, device: torch.device) -> "Unread":
+        return self
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parameter_groups_keep_their_own_rates_and_frozen_weights_stay(strategy):
+    moved = on_ranks(2, separate_rates, strategy)[0]
+    expected = separate_rates("ddp")
+    assert not moved["hidden.weight"].any()
+    assert not moved["frozen.weight"].any()
+    for name, change in expected.items():
+        np.testing.assert_allclose(moved[name], change, atol=1e-5)  # fp32 sums in another order, Adam's first steps
+
+
+def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[float]:
+    kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+    strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
+    with strategy.construction():
+        net = Net(16)
+    for number, p in enumerate(net.parameters()):
+        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 4)
+    engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute(compute), initial_scale=256.0))
+    losses = []
+    for _ in range(15):
+        metrics = Metrics()
+        ids = torch.arange(4)[distributed.world().rank :: distributed.world().size]
+
+        def loss_of(_, ids=ids, metrics=metrics):
+            loss = engine.model(ids).float()
+            metrics.total("loss", loss)
+            return loss, Metrics()
+
+        engine.accumulate(loss_of, [Unread()], torch.tensor(4.0))
+        assert bool(engine.step().applied)
+        losses.append(float(distributed.reduce(metrics)["loss"]))
+    assert all(w.dtype is torch.float32 for _, w in engine.weights())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", pytest.param("zero3", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("autocast", "compute"), [(True, "bf16"), (False, "bf16"), (True, "fp16")])
+def test_both_forms_of_low_precision_follow_ddp(strategy, autocast, compute):
+    found = on_ranks(2, low_precision, strategy, autocast, compute)[0]
+    reference = on_ranks(1, low_precision, "ddp", autocast, compute)[0]
+    assert found[-1] < found[0]
+    # bf16 weights round to 8 bits; under autocast only products do, and only the order of sums differs.
+    np.testing.assert_allclose(found, reference, rtol=2e-3 if autocast else 5e-2, atol=2e-2)
+
+
+RUN = [*TINY, "steps=12", "checkpoint.every=5", "optimizer.lr=0.003"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    Command(folder, "run_dir=run", *RUN).finish()
+    return folder / "run"
+
+
+def export_of(run: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(run / "export" / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_run_under_every_strategy_gives_the_same_curve_and_model(strategy, ranks, reference, tmp_path):
+    Command(tmp_path, "run_dir=run", *RUN, f"strategy={strategy}", ranks=ranks).finish()
+    for one, other in zip(metrics(reference), metrics(tmp_path / "run"), strict=True):
+        for key in ("loss", "grad_norm", "eval/loss"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=2e-5), (one["step"], key)  # G1, 12 steps of Adam
+    ours, theirs = export_of(tmp_path / "run"), export_of(reference)
+    assert ours.keys() == theirs.keys()
+    assert max(float(np.abs(ours[n] - theirs[n]).max()) for n in theirs) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "offload"), [("zero2", "optimizer"), ("zero3", "parameters")])
+def test_offloading_changes_neither_a_run_nor_its_continuation(strategy, offload, reference, tmp_path):
+    run = [*RUN, f"strategy={strategy}", f"strategy.offload={offload}"]
+    Command(tmp_path, "run_dir=run", *run, ranks=2).finish()
+    (tmp_path / "run" / "checkpoints" / "latest").unlink()
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again, ignore=shutil.ignore_patterns("export", "step-00000012"))
+    assert "continuing after step 10" in Command(tmp_path, "run_dir=again", *run, ranks=2).finish()
+    for run_dir in (tmp_path / "run", again):
+        ours, theirs = export_of(run_dir), export_of(reference)
+        assert max(float(np.abs(ours[n] - theirs[n]).max()) for n in theirs) < 1e-4
+
+
+def test_a_run_changes_ranks_and_strategy_thrice_and_stays_the_run(reference, tmp_path):
+    constant = [*RUN, "schedule=constant"]
+    Command(tmp_path, "run_dir=whole", *constant).finish()
+    for steps, strategy, ranks in ((3, "zero3", 2), (6, "ddp", 1), (9, "zero3", 2), (12, "zero1", 2)):
+        Command(tmp_path, "run_dir=run", *constant, f"steps={steps}", f"strategy={strategy}", ranks=ranks).finish()
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("whole", "run")]
+    assert len(losses[1]) == 12
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+
+
+def exported(folder: str, strategy: str) -> dict[str, bytes]:
+    run = Run(Path(folder), strategy=strategy, seed=5)
+    run.checkpointer.restore()
+    return {name: w.detach().float().numpy().tobytes() for name, w in run.engine.weights()}
+
+
+def first_save(folder: str) -> None:
+    run = Run(Path(folder))
+    run.steps(1, 2)
+    run.checkpointer.save(2)
+
+
+def test_of_one_checkpoint_every_strategy_exports_the_same_bytes(tmp_path):
+    on_ranks(1, first_save, str(tmp_path))
+    results = [on_ranks(2, exported, str(tmp_path), strategy)[0] for strategy in STRATEGIES]
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["strategy=zero2", "optimizer=muon"], "optimizer=muon needs whole matrices, and strategy=zero2 flattens them"),
+        (["strategy=zero1", "strategy.offload=parameters"], "strategy.offload=parameters needs strategy=zero3"),
+        (
+            ["strategy=zero3", "+strategy.deepspeed={zero_optimization: {stage: 1}}"],
+            "strategy.deepspeed.zero_optimization.stage contradicts Onecurve's own settings",
+        ),
+        (["strategy=zero2", "+strategy.deepspeed={gradient_clipping: 1}"], "deepspeed.gradient_clipping contradicts"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(overrides, said, tmp_path):
+    code, output = Command(tmp_path, "run_dir=run", *TINY, "steps=1", *overrides).fail()
+    assert code == 2
+    assert said in output
+
+
+HANG = """
+import torch, time
+from trainer.parallel import distributed
+from trainer.parallel.watchdog import Watchdog, WatchdogSettings
+with distributed.session() as world, Watchdog(WatchdogSettings(seconds=3)) as watchdog:
+    watchdog.step = 7
+    with watchdog.phase("forward_backward"):
+        if world.rank == 0:
+            distributed.all_sum(torch.ones(1))
+        else:
+            time.sleep(60)
+"""
+
+
+def test_a_collective_that_hangs_ends_the_run_with_rank_phase_step_and_stack():
+    port, started = free_port(), time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANG], env=environment(rank, 2, port), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [p.communicate(timeout=60)[1] for p in processes]
+    assert all(p.returncode not in (0, None) for p in processes)
+    assert EXIT_CODE in [p.returncode for p in processes]
+    assert time.monotonic() - started < 40
+    assert any("after step 7, phase forward_backward: no progress in 3 s (watchdog.seconds)" in s for s in said)
+    assert any("all_sum" in s or "sleep" in s or "<string>" in s for s in said)
+
+
+def test_a_rank_that_dies_ends_the_others_within_seconds(tmp_path):
+    command = Command(tmp_path, "run_dir=run", *TINY, "steps=100000", "checkpoint.every=0", ranks=2)
+    end = time.monotonic() + 90
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    command.processes[1].kill()
+    died = time.monotonic()
+    command.processes[0].communicate(timeout=60)
+    assert command.processes[0].returncode not in (0, None)
+    assert time.monotonic() - died < 30
+
+
+def compared(folder: str, flip: bool) -> str:
+    run = Run(Path(folder))
+    run.steps(1, 1)
+    if flip and distributed.world().rank == 1:
+        parameter = next(run.engine.model.parameters()).detach()
+        bits = parameter.view(torch.int32)
+        bits[0, 0] ^= 1  # the last bit of one weight
+    try:
+        Watchdog(WatchdogSettings(digest_every=1)).done(1, run.engine)
+    except DivergenceError as error:
+        return str(error)
+    return "equal"
+
+
+def test_one_flipped_bit_on_one_rank_is_found(tmp_path):
+    assert on_ranks(2, compared, str(tmp_path), False) == ["equal", "equal"]
+    for said in on_ranks(2, compared, str(tmp_path), True):
+        assert "after step 1 the weights of ranks 1 differ from those of rank 0" in said

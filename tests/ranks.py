@@ -1,0 +1,63 @@
+"""Real ranks for tests: processes that join a gloo group, run one function each, and hand back what it returned."""
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from trainer.parallel import distributed
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    try:
+        with distributed.session(timeout=120):
+            results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise
+
+
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``size`` ranks; it must be importable, its results plain or arrays."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank, args=(rank, size, port, function, args, results)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    gathered: dict[int, Any] = {}
+    end = time.monotonic() + timeout
+    try:
+        while len(gathered) < size:
+            try:
+                rank, fine, value = results.get(timeout=1)
+            except queue.Empty:
+                dead = [p.pid for p in processes if p.exitcode not in (None, 0)]
+                assert not dead, f"a rank died without a word: {dead}"
+                assert time.monotonic() < end, f"only ranks {sorted(gathered)} of {size} finished in {timeout} s"
+                continue
+            assert fine, f"rank {rank} failed:\n{value}"
+            gathered[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            process.kill()
+    return [gathered[rank] for rank in range(size)]

@@ -1,0 +1,99 @@
+"""The decoder: initialisation, activation checkpointing, compilation."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from trainer.batch import Documents
+from trainer.functional import cross_entropy
+from trainer.models.load import Model, ModelLoader, initial
+from trainer.models.transformer import Recompute
+from trainer.parallel.ddp import DDP
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def built(seed: int = 0, **changes):
+    return ModelLoader(Model(**{**SMALL, **changes}), DDP(), seed, 50).load()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    tokens, targets = (torch.randint(0, 50, (2, 24), generator=draw) for _ in range(2))
+    documents = Documents.from_lengths((10, 14, 24), 2)
+    read = partial(cross_entropy, targets=targets, mask=torch.ones(2, 24))
+    model.train()
+    model(tokens, documents, read)[0].backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
+def test_recomputing_activations_changes_no_bit_of_the_gradient(recompute):
+    plain, again = gradients(built()), gradients(built(activation_checkpointing=recompute))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+KEPT = """
+import sys, torch
+from tests.unit.models.test_transformer import Recompute, built
+model = built(activation_checkpointing=Recompute(sys.argv[1]))
+kept = {}
+def pack(t):
+    kept[t.data_ptr()] = t  # held, so that no other takes its place
+    return t
+from torch.autograd.graph import saved_tensors_hooks
+from functools import partial
+from trainer.batch import Documents
+from trainer.functional import cross_entropy
+tokens = torch.randint(0, 50, (2, 24))
+model.train()
+weights = {p.data_ptr() for p in model.parameters()}
+with saved_tensors_hooks(pack, lambda t: t):
+    model(tokens, Documents.from_lengths((24, 24), 2), partial(cross_entropy, targets=tokens, mask=torch.ones(2, 24)))
+print(sum(t.nbytes for at, t in kept.items() if at not in weights))
+"""
+
+
+def test_recomputing_keeps_less():
+    def kept(kind: str) -> int:
+        done = subprocess.run([sys.executable, "-c", KEPT, kind], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert kept("full") < 0.5 * kept("none")
+
+
+def test_a_parameter_s_first_value_depends_on_seed_and_name_alone():
+    first, deeper, other = built(), built(num_hidden_layers=4), built(seed=1)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(first.get_parameter(name), deeper.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), first.get_parameter(name.replace("layers.1", "layers.2")))
+
+
+def test_new_weights_have_the_deviation_that_is_asked_for():
+    wide = initial("model.layers.0.mlp.up_proj.weight", (400, 500), 0, 0.02, 8)
+    assert wide.std().item() == pytest.approx(0.02, rel=0.02)  # 200,000 draws: one standard error is 0.16%
+    out = initial("model.layers.0.mlp.down_proj.weight", (400, 500), 0, 0.02, 8)
+    assert out.std().item() == pytest.approx(0.02 / 4, rel=0.02)  # 1 / sqrt(2 * 8)
+    assert initial("model.norm.weight", (7,), 0, 0.02, 8).tolist() == [1] * 7
+    assert initial("model.layers.0.self_attn.q_proj.bias", (7,), 0, 0.02, 8).tolist() == [0] * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+def test_a_compiled_model_learns_the_same(recompute):
+    plain, compiled = gradients(built()), gradients(built(compile=True, activation_checkpointing=recompute))
+    for name, expected in plain.items():
+        # Fused kernels sum in another order: float32, relative to the largest entry.
+        torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_selective_recomputation_of_compiled_blocks_is_refused():
+    said = list(Model(compile=True, activation_checkpointing=Recompute.selective).problems())
+    assert said == ["model.compile=true does not work with model.activation_checkpointing=selective; use full or none"]
