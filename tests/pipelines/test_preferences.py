@@ -1,0 +1,99 @@
+"""What preference training reaches, against starts and optima that are known."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT, Command, environment, metrics
+
+QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "evaluation.samples=0", "checkpoint.every=0"]
+DATA = Path(os.environ.get("ONECURVE_DATA", ROOT.parent / "shared" / "data")) / "preference"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs real preferences (ONECURVE_DATA)")
+
+
+def script(name: str, *arguments) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / name, *map(str, arguments)], check=True, env=environment())
+
+
+@pytest.fixture(scope="module")
+def quartz(tmp_path_factory):
+    """Pairs to learn from and 500 held out, none of which has a near-equal prompt among the others."""
+    folder = tmp_path_factory.mktemp("quartz")
+    files = [folder / "train.jsonl", folder / "held.jsonl"]
+    script("split_preferences.py", DATA / "quartz_pairs.jsonl", *files, "--held", 500)
+    assert len(files[1].read_text().splitlines()) >= 500
+    return [f"data.train=[{files[0]}]", f"data.eval=[{files[1]}]"]
+
+
+@pytest.mark.slow
+@needs_data
+def test_a_run_on_real_chats_begins_at_the_logarithm_of_two_with_rewards_of_zero(smollm2, tmp_path):
+    pairs = [f"data.{part}=[{DATA / 'dpo_en_demo.jsonl'}]" for part in ("train",)]
+    lively = [
+        "pipeline.reference=model",
+        "precision=fp32",
+        "batch.size=4",
+        "batch.micro=2",
+        "batch.length=512",
+        "steps=1",
+    ]
+    Command(
+        tmp_path, "experiment=dpo", "run_dir=run", f"model.path={smollm2}", *pairs, *QUIET, *lively, "epochs=null"
+    ).finish(timeout=500)
+    [first] = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert [first[f"rewards/{name}"] for name in ("chosen", "rejected", "margin", "accuracy")] == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.timeout(1500)
+def test_preference_optimisation_orders_ten_points_more_of_the_real_pairs_it_never_saw(smollm2, quartz, tmp_path):
+    run = ["experiment=dpo_quartz", "run_dir=run", f"model.path={smollm2}", *quartz, "batch.micro=16", *QUIET]
+    Command(tmp_path, *run, ranks=2).finish(timeout=1400)
+    first, last = (metrics(tmp_path / "run")[n] for n in (0, -1))
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert last["eval/logps/accuracy"] >= first["eval/logps/accuracy"] + 0.1
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.timeout(1500)
+def test_a_reward_model_orders_ten_points_more_of_the_real_pairs_it_never_saw(smollm2, quartz, tmp_path):
+    run = ["experiment=reward_quartz", "run_dir=run", f"model.path={smollm2}", *quartz, "batch.micro=16", *QUIET]
+    Command(tmp_path, *run, ranks=2).finish(timeout=1400)
+    # Before, 0.488 of the held-out pairs have the higher log-probability on the chosen side (the run above measures it).
+    assert metrics(tmp_path / "run")[-1]["eval/accuracy"] >= 0.588
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model that tells stories of tiny world, and pairs of which the rejected one breaks what the prompt asks."""
+    folder = tmp_path_factory.mktemp("world")
+    Command(folder, "experiment=tinyworld", "run_dir=base", "steps=400", *QUIET, ranks=2).finish(timeout=900)
+    script("tinyworld_preferences.py", folder / "train.jsonl", folder / "held.jsonl")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("stage", "accuracy"), [("reward", "eval/accuracy"), ("dpo", "eval/rewards/accuracy")])
+def test_what_a_prompt_asks_for_is_told_from_what_breaks_it(stage, accuracy, world, tmp_path):
+    held = [json.loads(line) for line in (world / "held.jsonl").read_text().splitlines()]
+    assert {row["breaks"] for row in held} == {"name", "mood", "color", "thing", "place"}
+    data = [f"data.train=[{world}/train.jsonl]", f"data.eval=[{world}/held.jsonl]"]
+    Command(
+        tmp_path,
+        f"experiment={stage}_tinyworld",
+        "run_dir=run",
+        f"model.path={world}/base/export",
+        *data,
+        *QUIET,
+        ranks=2,
+    ).finish(timeout=900)
+    assert metrics(tmp_path / "run")[-1][accuracy] >= 0.97
