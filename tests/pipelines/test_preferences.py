@@ -33,18 +33,11 @@ def quartz(tmp_path_factory):
 @pytest.mark.slow
 @needs_data
 def test_a_run_on_real_chats_begins_at_the_logarithm_of_two_with_rewards_of_zero(smollm2, tmp_path):
-    pairs = [f"data.{part}=[{DATA / 'dpo_en_demo.jsonl'}]" for part in ("train",)]
-    lively = [
-        "pipeline.reference=model",
-        "precision=fp32",
-        "batch.size=4",
-        "batch.micro=2",
-        "batch.length=512",
-        "steps=1",
-    ]
     Command(
-        tmp_path, "experiment=dpo", "run_dir=run", f"model.path={smollm2}", *pairs, *QUIET, *lively, "epochs=null"
-    ).finish(timeout=500)
+        tmp_path, "experiment=dpo", "run_dir=run", f"model.path={smollm2}", f"data.train=[{DATA}/dpo_en_demo.jsonl]",
+        "pipeline.reference=model", "precision=fp32", "batch.size=4", "batch.micro=2", "batch.length=256", "steps=1",
+        "epochs=null", "schedule.warmup=0", *QUIET,
+    ).finish(timeout=500)  # fmt: skip
     [first] = [line for line in metrics(tmp_path / "run") if "loss" in line]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert [first[f"rewards/{name}"] for name in ("chosen", "rejected", "margin", "accuracy")] == [0, 0, 0, 0]
