@@ -11,6 +11,7 @@ starts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import tempfile
@@ -50,9 +51,24 @@ def main() -> None:
         alternate(__file__, list(PARTS) if a.parts else SIDES, a.rounds, "pairs_per_second", "pairs/s")
         return
     rows = [json.loads(line) for line in a.file.read_text().splitlines()]
-    rows = random.Random(0).sample(rows, a.pairs)
+    rows = random.Random(0).sample([row for row in rows if fits(row, a)], a.pairs)
     result = theirs(a, rows) if a.side.startswith("trl") else ours(a, rows)
     print(f"RESULT {json.dumps(result)}", flush=True)
+
+
+@functools.cache
+def opened(kind: Any, folder: Path) -> Any:
+    """A tokenizer, once."""
+    return kind.from_pretrained(folder)
+
+
+def fits(row: dict[str, Any], a: argparse.Namespace) -> bool:
+    """Whether at least an eighth of a row is left for the answers: TRL would learn nothing of a pair that we leave out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = opened(AutoTokenizer, a.model)
+    ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    return len(ids) <= a.length * 7 // 8 and row["chosen"] != row["rejected"]
 
 
 def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -83,7 +99,8 @@ def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
-        steps = len(corpus.train) // a.size
+        assert len(corpus.train) == len(rows), "a pair that TRL learns from was left out"
+        steps = len(rows) // a.size
         batches = corpus.train.loader(micro=cfg.batch.micro, seed=0, rank=0, ranks=1)
         started = time.perf_counter()
         tokens = 0.0
