@@ -50,7 +50,7 @@ def main() -> None:
     if not a.side:
         alternate(__file__, list(PARTS) if a.parts else SIDES, a.rounds, "pairs_per_second", "pairs/s")
         return
-    rows = [json.loads(line) for line in a.file.read_text().splitlines()]
+    rows = [json.loads(line) for line in dict.fromkeys(a.file.read_text().splitlines())]
     rows = random.Random(0).sample([row for row in rows if fits(row, a)], a.pairs)
     result = theirs(a, rows) if a.side.startswith("trl") else ours(a, rows)
     print(f"RESULT {json.dumps(result)}", flush=True)
