@@ -11,20 +11,20 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.data.templates import TemplateError
-from trainer.inference import ChatModel, Sampling
+from trainer.inference import ChatModel
 from trainer.models.hf_format import FormatError
+from trainer.models.sampling import Sampling
 
 
 class Conversation:
     """A model, and what has been said so far."""
 
-    def __init__(self, model: ChatModel, sampling: Sampling, system: str | None) -> None:
-        self.model, self.sampling, self.turns = model, sampling, 0
+    def __init__(self, model: ChatModel, sampling: Sampling, seed: int, system: str | None) -> None:
+        self.model, self.sampling, self.seed, self.turns = model, sampling, seed, 0
         self.system, self.messages = system, [*_system(system)]
 
     def answer(self, text: str) -> Iterator[str]:
@@ -32,7 +32,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         self.turns += 1
         whole = ""
-        for piece in self.model.stream(self.messages, replace(self.sampling, seed=self.sampling.seed + self.turns)):
+        for piece in self.model.stream(self.messages, self.sampling, (self.seed, self.turns)):
             whole += piece
             yield piece
         self.messages.append({"role": "assistant", "content": whole})
@@ -49,12 +49,18 @@ def main() -> None:
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--template", help="a built-in chat template instead of the folder's own")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from that many of the likeliest tokens; 0 = all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share")
+    parser.add_argument("--min-p", type=float, default=0.0, help="draw from tokens of this share of the likeliest one")
     parser.add_argument("--tokens", type=int, default=512, help="longest answer")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     try:
-        model = ChatModel.open(a.model, a.template)
-        talk(Conversation(model, Sampling(a.temperature, a.tokens, a.seed), a.system))
+        sampling = Sampling(a.tokens, a.temperature, a.top_k, a.top_p, a.min_p)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        talk(Conversation(ChatModel.open(a.model, a.template), sampling, a.seed, a.system))
     except (ConfigError, FormatError, TemplateError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, EOFError):

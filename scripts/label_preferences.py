@@ -24,9 +24,10 @@ from trainer.config import ConfigError
 from trainer.data.chat import Chat, ChatError, checked, side
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.inference import ChatModel, RewardModel, Sampling
+from trainer.inference import ChatModel, RewardModel
 from trainer.judge import Endpoint, JudgeError, compare
 from trainer.models.hf_format import FormatError
+from trainer.models.sampling import Sampling
 
 Prompt = list[dict[str, Any]]
 
@@ -60,13 +61,14 @@ def label(a: argparse.Namespace) -> None:
     """Append a pair for every prompt where one answer is found better."""
     model = ChatModel.open(a.model)
     judge = reward_judge(RewardModel.open(a.reward)) if a.reward else endpoint_judge(Endpoint(a.judge, a.judge_model))
-    sampling, counts = Sampling(a.temperature, a.tokens, a.seed), Counter[str]()
+    sampling, counts = Sampling(a.tokens, a.temperature), Counter[str]()
     prompts, done = enumerate(read(a.prompts)), finished(a.out)
     waiting = islice(prompts, done, None)
     with a.out.open("a") as out:
         while group := list(islice(waiting, a.together)):
             twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
-            texts = model.answers([p for _, p, _ in twice], [2 * n + turn for n, _, turn in twice], sampling)
+            keys = [(a.seed, n, turn) for n, _, turn in twice]
+            texts = model.answers([p for _, p, _ in twice], sampling, keys)
             pairs = [(first.strip(), second.strip()) for first, second in zip(texts[::2], texts[1::2], strict=True)]
             differ = [i for i, (first, second) in enumerate(pairs) if first != second and first and second]
             found = judge([group[i][1] for i in differ], [pairs[i] for i in differ])

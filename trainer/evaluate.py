@@ -13,12 +13,13 @@ from trainer.config import Node, schema, setting
 from trainer.data.corpus import Corpus, Prepared
 from trainer.metrics import Metrics
 from trainer.models.generate import generate
+from trainer.models.sampling import Sampling
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
 
 TOGETHER = 32
-"""Prompts that are answered in one batch."""
+"""Prompts that are answered at once."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,15 @@ class Evaluation(Node):
         if not prompts:
             return []
         world, tokenizer = distributed.world(), models.tokenizer
-        # Prompts of like length together: a batch takes as long as its longest.
-        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))[world.rank :: world.size]
-        found: dict[int, tuple[str, bool]] = {}
+        # In order of length, so that every rank has short and long ones.
+        mine = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))[world.rank :: world.size]
+        sampling = Sampling(self.sample_tokens, self.temperature)
         with engine.evaluating(), engine.gathered() as module:
-            for first in range(0, len(order), TOGETHER):
-                numbers = order[first : first + TOGETHER]
-                completions = generate(
-                    module, [prompts[n] for n in numbers], max_new_tokens=self.sample_tokens,
-                    temperature=self.temperature, seed=seed, stops=tokenizer.stops, numbers=numbers,
-                )  # fmt: skip
-                for n, ids in zip(numbers, completions, strict=True):
-                    found[n] = (tokenizer.decode(ids), bool(ids) and ids[-1] in tokenizer.stops)
+            completions = generate(
+                module, [prompts[n] for n in mine], sampling, stops=tokenizer.stops, keys=[(seed, n) for n in mine],
+                together=TOGETHER,
+            )  # fmt: skip
+        found = {n: (tokenizer.decode(c.ids), c.ended) for n, c in zip(mine, completions, strict=True)}
         every = {n: text for part in distributed.gather(found) for n, text in part.items()}
         return [every[n] for n in range(len(prompts))]
 

@@ -21,18 +21,10 @@ from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.models.generate import generate, stream
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.load import HEAD, Model, ModelLoader
+from trainer.models.sampling import Sampling
 from trainer.parallel.ddp import DDP
 
 Messages = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. ``temperature`` 0 takes the likeliest token; ``tokens``: the longest answer."""
-
-    temperature: float = 1.0
-    tokens: int = 512
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,13 +51,10 @@ class ChatModel:
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
         return cls(_on_device(model), tokenizer, found)
 
-    def stream(self, messages: Messages, sampling: Sampling) -> Iterator[str]:
-        """The answer to a conversation, piece by piece."""
+    def stream(self, messages: Messages, sampling: Sampling, key: tuple[int, ...]) -> Iterator[str]:
+        """The answer to a conversation, piece by piece; what is drawn depends on ``key``."""
         ids, shown = list[int](), ""
-        for token in stream(
-            self.model, self.template.prompt(messages), max_new_tokens=sampling.tokens, temperature=sampling.temperature,
-            seed=sampling.seed, stops=self.tokenizer.stops,
-        ):  # fmt: skip
+        for token in stream(self.model, self.template.prompt(messages), sampling, stops=self.tokenizer.stops, key=key):
             ids.append(token)
             whole = self.tokenizer.decode(ids)
             # A character of several tokens is shown when it is complete.
@@ -73,14 +62,13 @@ class ChatModel:
                 yield whole[len(shown) :]
                 shown = whole
 
-    def answers(self, conversations: Sequence[Messages], numbers: Sequence[int], sampling: Sampling) -> list[str]:
-        """An answer to each conversation; what is drawn depends on (seed, number), not on what is answered together."""
+    def answers(
+        self, conversations: Sequence[Messages], sampling: Sampling, keys: Sequence[tuple[int, ...]]
+    ) -> list[str]:
+        """An answer to each conversation; what is drawn depends on its key, not on what is answered together."""
         prompts = [self.template.prompt(messages) for messages in conversations]
-        found = generate(
-            self.model, prompts, max_new_tokens=sampling.tokens, temperature=sampling.temperature, seed=sampling.seed,
-            stops=self.tokenizer.stops, numbers=numbers,
-        )  # fmt: skip
-        return [self.tokenizer.decode(ids) for ids in found]
+        found = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
+        return [self.tokenizer.decode(completion.ids) for completion in found]
 
 
 @dataclass(frozen=True)

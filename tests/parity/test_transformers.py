@@ -10,7 +10,7 @@ import torch
 from trainer.batch import Documents
 from trainer.functional import logits, logprobs
 from trainer.models.architecture import Architecture, Family
-from trainer.models.generate import generate
+from trainer.models.generate import Sampling, generate
 from trainer.models.hf_format import read_architecture, write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
@@ -172,13 +172,13 @@ def test_smollm2_packed_equals_alone_and_greedy_text_equals_that_of_transformers
     theirs = theirs_of(smollm2)
     ours = ModelLoader(Model(path=str(smollm2)), DDP(), 0, 1).load().eval()
     prompts = [smol_tokens(tokenizer, t)[0].tolist() for t in ("The capital of France is", TEXT, "1, 2, 3,")]
-    completions = generate(ours, prompts, max_new_tokens=12, temperature=0, seed=0, stops=[tokenizer.eos_token_id])
-    for prompt, completion in zip(prompts, completions, strict=True):
+    found = generate(ours, prompts, Sampling(12, temperature=0), stops=[tokenizer.eos_token_id])
+    for prompt, completion in zip(prompts, found, strict=True):
         with torch.no_grad():
             expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[
                 0, len(prompt) :
             ].tolist()
-        assert completion == expected
+        assert completion.ids == expected
     lengths = [len(p) for p in prompts]
     row = torch.tensor([[t for p in prompts for t in p]])
     with torch.no_grad():

@@ -73,7 +73,7 @@ def reward(model):
 
 LABEL = ["label_preferences.py", "run/export", "prompts.jsonl"]
 PROMPTS = [{"prompt": f"Who {verb}?"} for verb in ("paints", "sings", "runs")]
-SHORT = ["--tokens", "12", "--temperature", "3"]
+SHORT = ["--tokens", "12", "--temperature", "3", "--seed", "1"]
 
 
 def pairs_in(file) -> list[dict]:

@@ -1,9 +1,9 @@
-"""Generation a token at a time."""
+"""Generation: what is drawn, and that it does not depend on what it is drawn with."""
 
 import pytest
 
 from tests.unit.models.test_transformer import SMALL
-from trainer.models.generate import generate, stream
+from trainer.models.generate import Sampling, generate, stream
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
 
@@ -11,9 +11,10 @@ from trainer.parallel.ddp import DDP
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stream_gives_the_tokens_that_generation_gives(temperature):
     model = ModelLoader(Model(**SMALL), DDP(), 1, 50).load().eval()
-    settings = {"max_new_tokens": 12, "temperature": temperature, "seed": 7}
-    [whole] = generate(model, [[3, 1, 4, 1, 5]], stops=(), **settings)
-    assert list(stream(model, [3, 1, 4, 1, 5], stops=(), **settings)) == whole
-    assert len(whole) == 12
-    end = whole[4]
-    assert list(stream(model, [3, 1, 4, 1, 5], stops=(end,), **settings)) == whole[: whole.index(end) + 1]
+    sampling = Sampling(12, temperature)
+    prompt, key = [3, 1, 4, 1, 5], (7, 0)
+    [whole] = generate(model, [prompt], sampling, stops=(), keys=[key])
+    assert list(stream(model, prompt, sampling, stops=(), key=key)) == whole.ids
+    assert len(whole.ids) == 12
+    end = whole.ids[4]
+    assert list(stream(model, prompt, sampling, stops=(end,), key=key)) == whole.ids[: whole.ids.index(end) + 1]
