@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,19 @@ class Optimizer(Node):
         """Optimizers over the trained parameters of ``module``; `lr` must be known by now."""
         raise NotImplementedError(f"{type(self).__name__} builds no optimizer")
 
-    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Groups:
-        """Split into decayed matrices and undecayed vectors, each group with its own ``base_lr``."""
+    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]], rates: Mapping[str, float] = {}) -> Groups:
+        """Split into decayed matrices and undecayed vectors, each group with its own ``base_lr``.
+
+        ``rates``: base learning rates of parameters whose names begin so; of the others it is ``lr``.
+        """
         assert self.lr is not None
-        matrices: list[nn.Parameter] = []
-        vectors: list[nn.Parameter] = []
-        for _, parameter in parameters:
-            (matrices if len(whole_shape(parameter)) >= 2 else vectors).append(parameter)
-        kinds = [(matrices, self.weight_decay), (vectors, 0.0)]
-        return [{"params": p, "lr": self.lr, "base_lr": self.lr, "weight_decay": decay} for p, decay in kinds if p]
+        kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in parameters:
+            kinds.setdefault((rate_of(name, rates, self.lr), len(whole_shape(parameter)) < 2), []).append(parameter)
+        return [
+            {"params": p, "lr": lr, "base_lr": lr, "weight_decay": 0.0 if vector else self.weight_decay}
+            for (lr, vector), p in sorted(kinds.items(), key=lambda kind: (kind[0][0] != self.lr, kind[0][1]))
+        ]
 
 
 @schema("optimizer/adamw")
@@ -48,7 +52,7 @@ class AdamW(Optimizer):
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
 
     def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
-        groups = self.groups(trained(module))
+        groups = self.groups(trained(module), rates_of(module))
         return [torch.optim.AdamW(groups, lr=self.lr or 0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
 
 
@@ -68,13 +72,17 @@ class Muon(AdamW):
 
     def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
         hidden = {id(p) for p in hidden_matrices(module)}
-        matrices = [p for _, p in trained(module) if id(p) in hidden]
-        others = self.groups((n, p) for n, p in trained(module) if id(p) not in hidden)
-        for group in others:
-            group["lr"] = group["base_lr"] = self.lr if self.adamw_lr is None else self.adamw_lr
         assert self.lr is not None
+        rates, matrices = rates_of(module), dict[float, list[nn.Parameter]]()
+        for name, p in trained(module):
+            if id(p) in hidden:
+                matrices.setdefault(rate_of(name, rates, self.lr), []).append(p)
+        others = self.groups(((n, p) for n, p in trained(module) if id(p) not in hidden), rates)
+        for group in others if self.adamw_lr is not None else ():
+            if group["base_lr"] == self.lr:
+                group["lr"] = group["base_lr"] = self.adamw_lr
         muon = torch.optim.Muon(
-            [{"params": matrices, "base_lr": self.lr}],
+            [{"params": p, "lr": lr, "base_lr": lr} for lr, p in matrices.items()],
             lr=self.lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
@@ -82,6 +90,17 @@ class Muon(AdamW):
         )
         adamw = torch.optim.AdamW(others, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
         return [muon, adamw]
+
+
+def rate_of(name: str, rates: Mapping[str, float], usual: float) -> float:
+    """The base learning rate of a parameter: that of the beginning of its name which ``rates`` knows, else the usual one."""
+    return next((rate for start, rate in rates.items() if name.startswith(start)), usual)
+
+
+def rates_of(module: nn.Module) -> Mapping[str, float]:
+    """Base learning rates that a module wants for some of its parameters, by beginning of name."""
+    found: Mapping[str, float] = getattr(module, "rates", {})
+    return found
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -38,11 +38,12 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._guarded = watchdog.phase if watchdog else lambda _: nullcontext()
         self._seconds: dict[str, float] = defaultdict(float)
+        self._inner = 0.0
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
-        """Time what happens inside under ``name``, watched for hanging."""
+        """Time what happens inside under ``name``, watched for hanging; laps inside it are taken out of its own time."""
         with self._guarded(name):
             yield from self._timed(name)
 
@@ -54,9 +55,12 @@ class Stopwatch:
             last.record()
             self._events.append((name, first, last))
             return
+        before, self._inner = self._inner, 0.0
         started = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - started
+        spent = time.perf_counter() - started
+        self._seconds[name] += spent - self._inner
+        self._inner = before + spent
 
     def take(self) -> dict[str, float]:
         """Seconds by lap since the last call; laps that the device has not finished come with the next one."""
@@ -172,4 +176,5 @@ class Speed:
             "mfu": flops / timing.seconds / self.peak,
             "memory_gb": timing.memory_gb,
             **{f"time/{name}": value for name, value in timing.laps.items()},
+            "time/update": timing.laps.get("forward_backward", 0.0) + timing.laps.get("optimizer", 0.0),
         }

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from trainer.checkpoint.folder import (
     CheckpointError,
     FragmentFiles,
     Manifest,
-    Stored,
     commit,
     damage,
     folder_name,
@@ -27,24 +25,35 @@ from trainer.checkpoint.folder import (
     remove,
     steps_in,
     sweep,
-    write_fragments,
     write_manifest,
 )
+from trainer.checkpoint.saving import Save, Written, owned
 from trainer.config import Node, schema, setting
 from trainer.parallel import distributed
-from trainer.parallel.engine import Engine
+from trainer.parallel.engine import Engine, Fragment, shares
 
 log = logging.getLogger(__name__)
 
-FILE_BYTES = 2**30
-"""A rank's fragments are written in files of about this size, so that a save needs little memory beside the model."""
+HELD = "held"
+"""The state of tensors that belong to a part of the run instead of the model."""
 
 
 class Part(Protocol):
-    """Something of a run with a state of JSON values, equal on all ranks: the loader, the guard, the tracker."""
+    """Something of a run with a state of JSON values, equal on all ranks: the loader, the guard, the tracker.
+
+    One that also has ``tensors()``, by name and equal on all ranks, gets them back by ``load_tensors(tensors)``.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """A part that has tensors too."""
+
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 @schema("checkpoint")
@@ -73,7 +82,7 @@ class Checkpointer:
         facts: Mapping[str, Any],
     ) -> None:
         self.config, self.folder, self.engine, self.parts, self.facts = config, folder, engine, dict(parts), dict(facts)
-        self._writing: _Save | None = None
+        self._writing: Save | None = None
         self._good: set[int] = set()
         distributed.on_first_rank(self._prepare)
         self._refuse_unshared()
@@ -86,16 +95,16 @@ class Checkpointer:
         """
         self.advance(wait=True)
         unfinished = Path(distributed.on_first_rank(lambda: self._begin(step)))
-        fragments = list(self.engine.fragments(owned=True))
-        save = _Save(step, unfinished, distributed.world().rank, {f.name: list(f.shape) for f in fragments})
+        fragments = [*self.engine.fragments(owned=True), *self._tensors_of_parts()]
+        save = Save(step, unfinished, distributed.world().rank, {f.name: list(f.shape) for f in fragments})
         if self.config.asynchronous:
-            copies = [(f.name, f.state, f.start, _owned(f.tensor)) for f in fragments]
+            copies = [(f.name, f.state, f.start, owned(f.tensor)) for f in fragments]
             save.manifest = self._facts_of(step)
             save.start(lambda: iter(copies))
             self._writing = save
         else:
             save.manifest = self._facts_of(step)
-            save.write(lambda: ((f.name, f.state, f.start, _owned(f.tensor)) for f in fragments))
+            save.write(lambda: ((f.name, f.state, f.start, owned(f.tensor)) for f in fragments))
             self._finish(save)
 
     def advance(self, *, wait: bool = False) -> None:
@@ -183,7 +192,20 @@ class Checkpointer:
             "parts": parts, "facts": self.facts,
         }  # fmt: skip
 
-    def _finish(self, save: _Save) -> None:
+    def _tensors_of_parts(self) -> Iterator[Fragment]:
+        """This rank's share of what parts hold alike on all ranks."""
+        world = distributed.world()
+        held = [
+            (f"{name}/{key}", t)
+            for name, part in self.parts.items()
+            if isinstance(part, Holder)
+            for key, t in part.tensors().items()
+        ]
+        for number, first, last in shares([t.numel() for _, t in held], world.rank, world.size):
+            name, tensor = held[number]
+            yield Fragment(name, HELD, tuple(tensor.shape), first, tensor.reshape(-1)[first:last])
+
+    def _finish(self, save: Save) -> None:
         """Exchange what was written, write the manifest, and give the checkpoint its name."""
         try:
             written = distributed.together(save.result)
@@ -196,7 +218,7 @@ class Checkpointer:
         self._good.add(save.step)
         distributed.on_first_rank(self._retire)
 
-    def _commit(self, save: _Save, written: list[_Written]) -> None:
+    def _commit(self, save: Save, written: list[Written]) -> None:
         shapes = {name: shape for part in written for name, shape in part.shapes.items()}
         files = {name: facts for part in written for name, facts in part.files.items()}
         fragments = [f for part in written for f in part.fragments]
@@ -233,6 +255,9 @@ class Checkpointer:
             raise CheckpointError(f"{folder} holds no state of {', '.join(sorted(missing))}")
         for name, part in self.parts.items():
             part.load_state_dict(manifest.parts[name])
+            if isinstance(part, Holder):
+                held = {n.removeprefix(f"{name}/"): n for n in manifest.shapes if n.startswith(f"{name}/")}
+                part.load_tensors({key: files.whole(n, HELD, manifest.shapes[n]) for key, n in held.items()})
 
     def _refuse_another_model(self, folder: Path, manifest: Manifest, files: FragmentFiles, wanted: list[Any]) -> None:
         problems = []
@@ -245,79 +270,3 @@ class Checkpointer:
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
-
-
-@dataclass
-class _Written:
-    """What one rank wrote."""
-
-    files: dict[str, dict[str, Any]]
-    shapes: dict[str, list[int]]
-    fragments: list[Stored]
-
-
-class _Save:
-    """One rank's share of one checkpoint, on its way to the disk."""
-
-    manifest: dict[str, Any]
-
-    def __init__(self, step: int, partial: Path, rank: int, shapes: dict[str, list[int]]) -> None:
-        self.step, self.partial, self.rank = step, partial, rank
-        self._written = _Written({}, shapes, [])
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self, pieces: Callable[[], Any]) -> None:
-        """Write in a thread, which talks to no other rank."""
-        self._thread = threading.Thread(target=self.write, args=(pieces,), name="checkpoint")
-        self._thread.start()
-
-    def write(self, pieces: Callable[[], Any]) -> None:
-        """Write ``(name, state, start, tensor)`` pieces; a failure is kept for `result`."""
-        try:
-            held: dict[str, Tensor] = {}
-            size = 0
-            for name, state, start, tensor in pieces():
-                if held and size + tensor.nbytes > FILE_BYTES:
-                    self._write_file(held)
-                    held, size = {}, 0
-                key = str(len(self._written.fragments))
-                held[key] = tensor
-                size += tensor.nbytes
-                self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
-            if held:
-                self._write_file(held)
-        except Exception as error:
-            self._error = error
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to write, for better or worse."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def result(self) -> _Written:
-        """What was written.
-
-        Raises:
-            CheckpointError: if something could not be.
-        """
-        if self._error is not None:
-            raise self._error
-        return self._written
-
-    @property
-    def _file(self) -> str:
-        return f"rank-{self.rank:05d}-{len(self._written.files):03d}.safetensors"
-
-    def _write_file(self, tensors: dict[str, Tensor]) -> None:
-        name = self._file
-        self._written.files[name] = write_fragments(self.partial / name, tensors)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy in CPU memory that nobody else writes to."""
-    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -210,6 +210,18 @@ class FragmentFiles:
         if at < end:
             raise CheckpointError(f"{self.folder} lacks elements {at} .. {end} of {name} ({state})")
 
+    def whole(self, name: str, state: str, shape: Sequence[int]) -> Tensor:
+        """A whole tensor, in the format that it was written in.
+
+        Raises:
+            CheckpointError: if a part of it is not there.
+        """
+        pieces = [self._slice(stored)[:] for stored in self._by_tensor.get((name, state), ())]
+        flat = torch.cat(pieces) if pieces else torch.zeros(0)
+        if flat.numel() != torch.Size(shape).numel():
+            raise CheckpointError(f"{self.folder} lacks a part of {name} ({state})")
+        return flat.view(*shape)
+
     def _slice(self, stored: Stored) -> Any:
         if stored.file not in self._open:
             self._open[stored.file] = safe_open(self.folder / stored.file, framework="pt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +121,7 @@ class ReplicatedEngine(Engine):
         return self.precision.autocast(self.device)
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
+    def gathered(self, *, only: Callable[[str], bool] = bool) -> Iterator[nn.Module]:
         yield self.module
 
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:

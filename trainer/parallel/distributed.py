@@ -114,6 +114,8 @@ def all_sum(value: Tensor) -> Tensor:
 def reduce(metrics: Metrics) -> dict[str, Tensor]:
     """Combine every rank's numbers in one exchange; collective, with the same names on all ranks."""
     mine = metrics.packed().to(_world.device)
+    if not len(mine):
+        return {}
     if _world.size == 1:
         return metrics.reduced(mine[None])
     every = mine.new_empty(_world.size, *mine.shape)

@@ -81,8 +81,11 @@ class Engine(ABC):
         """Set every parameter group's learning rate to ``factor`` times its own base rate."""
 
     @abstractmethod
-    def gathered(self) -> AbstractContextManager[nn.Module]:
-        """A plain module with full weights, to generate with; training continues unchanged afterwards."""
+    def gathered(self, *, only: Callable[[str], bool] = bool) -> AbstractContextManager[nn.Module]:
+        """A plain module with full weights, to generate with; training continues unchanged afterwards.
+
+        ``only``: says by name which weights are needed. Collective at both ends; inside, ranks need not keep step.
+        """
 
     @abstractmethod
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, auto
@@ -227,8 +227,8 @@ class ZeroEngine(Engine):
         for group in self.inner.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    def gathered(self) -> AbstractContextManager[nn.Module]:
-        return zero_state.gathered(self.module, self.zero) if self.stage == 3 else nullcontext(self.module)
+    def gathered(self, *, only: Callable[[str], bool] = bool) -> AbstractContextManager[nn.Module]:
+        return zero_state.gathered(self.module, self.zero, only) if self.stage == 3 else nullcontext(self.module)
 
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
         yield from self.state_of.full_weights(frozen)

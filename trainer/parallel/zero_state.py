@@ -5,7 +5,7 @@ The accessors are DeepSpeed's internals (0.19.8), pinned in setup.py and held by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,16 +182,16 @@ def share(p: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def gathered(module: nn.Module, zero: Any) -> Iterator[nn.Module]:
+def gathered(module: nn.Module, zero: Any, only: Callable[[str], bool]) -> Iterator[nn.Module]:
     """A plain module with whole weights and without DeepSpeed's hooks, so that ranks may run unequal numbers of forwards.
 
-    Collective at both ends; training continues unchanged afterwards.
+    ``only``: says by name which weights are needed. Collective at both ends; training continues unchanged afterwards.
     """
     import deepspeed
 
     parameters = list(module.parameters())
     training = module.training
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters([p for name, p in module.named_parameters() if only(name)]):
         zero.parameter_offload._remove_module_hooks()
         for p in parameters:
             p.ds_active_sub_modules.clear()  # type: ignore[attr-defined]

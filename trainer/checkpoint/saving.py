@@ -1,0 +1,92 @@
+"""One rank's share of a checkpoint on its way to the disk, in the foreground or by a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint.folder import Stored, write_fragments
+
+FILE_BYTES = 2**30
+"""A rank's fragments are written in files of about this size, so that a save needs little memory beside the model."""
+
+
+@dataclass
+class Written:
+    """What one rank wrote."""
+
+    files: dict[str, dict[str, Any]]
+    shapes: dict[str, list[int]]
+    fragments: list[Stored]
+
+
+class Save:
+    """One rank's share of one checkpoint, on its way to the disk."""
+
+    manifest: dict[str, Any]
+
+    def __init__(self, step: int, partial: Path, rank: int, shapes: dict[str, list[int]]) -> None:
+        self.step, self.partial, self.rank = step, partial, rank
+        self._written = Written({}, shapes, [])
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, pieces: Callable[[], Any]) -> None:
+        """Write in a thread, which talks to no other rank."""
+        self._thread = threading.Thread(target=self.write, args=(pieces,), name="checkpoint")
+        self._thread.start()
+
+    def write(self, pieces: Callable[[], Any]) -> None:
+        """Write ``(name, state, start, tensor)`` pieces; a failure is kept for `result`."""
+        try:
+            held: dict[str, Tensor] = {}
+            size = 0
+            for name, state, start, tensor in pieces():
+                if held and size + tensor.nbytes > FILE_BYTES:
+                    self._write_file(held)
+                    held, size = {}, 0
+                key = str(len(self._written.fragments))
+                held[key] = tensor
+                size += tensor.nbytes
+                self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
+            if held:
+                self._write_file(held)
+        except Exception as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to write, for better or worse."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> Written:
+        """What was written.
+
+        Raises:
+            CheckpointError: if something could not be.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._written
+
+    @property
+    def _file(self) -> str:
+        return f"rank-{self.rank:05d}-{len(self._written.files):03d}.safetensors"
+
+    def _write_file(self, tensors: dict[str, Tensor]) -> None:
+        name = self._file
+        self._written.files[name] = write_fragments(self.partial / name, tensors)
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory that nobody else writes to."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
