@@ -11,12 +11,16 @@ LAYERS = [
     ["trainer.run"],
     [
         "trainer.pipelines", "trainer.loop", "trainer.evaluate", "trainer.checkpoint", "trainer.tracking", "trainer.console",
-        "trainer.throughput", "trainer.profiling", "trainer.provenance", "trainer.export", "trainer.guard",
-        "trainer.run_folder", "trainer.estimate", "trainer.inference", "trainer.judge",
+        "trainer.profiling", "trainer.provenance", "trainer.export", "trainer.guard",
+        "trainer.run_folder", "trainer.estimate", "trainer.inference",
+    ],
+    [
+        "trainer.rollout", "trainer.actor", "trainer.experience", "trainer.rewards", "trainer.scoring", "trainer.judge",
+        "trainer.throughput",
     ],
     ["trainer.models", "trainer.data"],
     ["trainer.parallel"],
-    ["trainer.functional", "trainer.cross_entropy", "trainer.batch", "trainer.metrics", "trainer.optim", "trainer.config"],
+    ["trainer.functional", "trainer.advantages", "trainer.batch", "trainer.metrics", "trainer.optim", "trainer.config"],
 ]  # fmt: skip
 COMMUNICATION = ("deepspeed", "torch.distributed")
 

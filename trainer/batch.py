@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class Batch:
     def pairs(self) -> int:
         """(query, key) pairs that attention looks at, known to the host."""
         raise NotImplementedError(f"{type(self).__name__} does not count what it attends to")
+
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """Texts that are to be seen with the step that learns from it."""
+        return []
 
 
 @dataclass

@@ -161,6 +161,8 @@ def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -
             continue
         if schema_of(value) is not None:
             values[name] = _build(value, f"{where}.", root, problems)
+        elif (kind := _kind_of_members(hints[name])) and isinstance(value, DictConfig):
+            values[name] = {str(k): _member(value[k], f"{where}.{k!s}", kind, root, problems) for k in value}
         elif dataclasses.is_dataclass(hints[name]):
             problems.append(f"{where}={value!r} is not a group of settings; choose one with {where}=NAME")
         else:
@@ -171,6 +173,20 @@ def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -
     built = cls(**values)
     problems.extend(built.problems())
     return built
+
+
+def _kind_of_members(hint: Any) -> type | None:
+    """The dataclass of the values of a mapping of groups of settings."""
+    members = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else ()
+    return members[0] if members and dataclasses.is_dataclass(members[0]) else None  # type: ignore[return-value]
+
+
+def _member(value: Any, where: str, kind: type, root: DictConfig, problems: list[str]) -> Any:
+    if schema_of(value) is None:
+        group = kind.__name__.lower()
+        problems.append(f"{where} is not a group of settings; choose one with +{group}@{where}=NAME")
+        return None
+    return _build(value, f"{where}.", root, problems)
 
 
 def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:

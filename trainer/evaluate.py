@@ -5,18 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from trainer.config import Node, schema, setting
-from trainer.data.corpus import Corpus, Prepared
+from trainer.data.corpus import Corpus, Prepared, Prompt
 from trainer.metrics import Metrics
-from trainer.models.generate import generate
-from trainer.models.sampling import Sampling
+from trainer.models.generate import Sampling, generate
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
+from trainer.rewards import Answer
 
 TOGETHER = 32
 """Prompts that are answered at once."""
@@ -29,6 +29,14 @@ class Measured:
     values: dict[str, Tensor]
     units: dict[str, list[float]]
     errors: list[dict[str, Any]]
+
+
+class Answered(NamedTuple):
+    """A held-out prompt's completion, whether it came to an end by itself, and its scores by name."""
+
+    answer: Answer
+    ended: bool
+    scores: dict[str, float | None]
 
 
 @schema("evaluation")
@@ -79,30 +87,29 @@ class Evaluation(Node):
         return Measured(values, units, errors)
 
     def answer(
-        self, models: Models, engine: Engine, corpus: Corpus, step: int, seed: int
+        self, pipeline: Pipeline, models: Models, engine: Engine, corpus: Corpus, step: int, seed: int
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of the held-out prompts' completions, and rows for ``samples.jsonl``; every rank writes its share.
 
         Without held-out prompts, ``prompts`` are continued and nothing is measured.
         """
         prompts = corpus.prompts(self.answers)
-        texts = self._complete(models, engine, [p.ids for p in prompts], seed)
+        answers = self._complete(pipeline, models, engine, prompts, seed)
         values = {}
         if prompts:
-            values["eval/ended"] = statistics.fmean(ended for _, ended in texts)
-        if judged := [(p, text) for p, (text, _) in zip(prompts, texts, strict=True) if p.ideal]:
-            values["eval/exact_match"] = statistics.fmean(p.right(text) for p, text in judged)
+            values["eval/ended"] = statistics.fmean(found.ended for found in answers)
+            values["eval/length"] = statistics.fmean(len(found.answer.ids) for found in answers)
+        if ideal := [a for a, _, _ in answers if a.prompt.ideal]:
+            values["eval/exact_match"] = statistics.fmean(a.prompt.right(a.text) for a in ideal)
+        for name in sorted({name for _, _, scores in answers for name in scores}):
+            known = [value for _, _, scores in answers if (value := scores[name]) is not None]
+            values[f"eval/{name}"] = statistics.fmean(known) if known else 0.0
         shown = [
-            {
-                "step": step,
-                "prompt": p.text,
-                "completion": text,
-                "ended": ended,
-                **({"ideal": p.ideal} if p.ideal else {}),
-            }
-            for p, (text, ended) in zip(prompts, texts, strict=True)
+            {"step": step, "prompt": a.prompt.text, "completion": a.text, "ended": ended, **scores}
+            | ({"ideal": a.prompt.ideal} if a.prompt.ideal else {})
+            for a, ended, scores in answers[: self.samples]
         ]
-        return values, shown[: self.samples] if prompts else self._continued(models, engine, step, seed)
+        return values, shown if prompts else self._continued(models, engine, step, seed)
 
     def _continued(self, models: Models, engine: Engine, step: int, seed: int) -> list[dict[str, Any]]:
         if not self.samples:
@@ -110,25 +117,35 @@ class Evaluation(Node):
         tokenizer = models.tokenizer
         start = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
         texts = (self.prompts or [""])[: self.samples]
-        texts = [texts[i % len(texts)] for i in range(self.samples)]
-        found = self._complete(models, engine, [start + tokenizer.encode(text) for text in texts], seed)
-        return [{"step": step, "prompt": text, "completion": c} for text, (c, _) in zip(texts, found, strict=True)]
+        prompts = [Prompt(start + tokenizer.encode(t), t) for t in (texts[i % len(texts)] for i in range(self.samples))]
+        found = self._complete(Pipeline(), models, engine, prompts, seed)
+        return [{"step": step, "prompt": f.answer.prompt.text, "completion": f.answer.text} for f in found]
 
-    def _complete(self, models: Models, engine: Engine, prompts: list[list[int]], seed: int) -> list[tuple[str, bool]]:
-        """Each prompt's completion, and whether it came to an end by itself; shared among the ranks."""
+    def _complete(
+        self, pipeline: Pipeline, models: Models, engine: Engine, prompts: list[Prompt], seed: int
+    ) -> list[Answered]:
+        """Each prompt's completion, judged by the pipeline; shared among the ranks."""
         if not prompts:
             return []
         world, tokenizer = distributed.world(), models.tokenizer
         # In order of length, so that every rank has short and long ones.
-        mine = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))[world.rank :: world.size]
+        mine = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))[world.rank :: world.size]
         sampling = Sampling(self.sample_tokens, self.temperature)
-        with engine.evaluating(), engine.gathered() as module:
-            completions = generate(
-                module, [prompts[n] for n in mine], sampling, stops=tokenizer.stops, keys=[(seed, n) for n in mine],
-                together=TOGETHER,
-            )  # fmt: skip
-        found = {n: (tokenizer.decode(c.ids), c.ended) for n, c in zip(mine, completions, strict=True)}
-        every = {n: text for part in distributed.gather(found) for n, text in part.items()}
+        with engine.evaluating():
+            with engine.gathered() as module:
+                completions = generate(
+                    module, [prompts[n].ids for n in mine], sampling, stops=tokenizer.stops,
+                    keys=[(seed, n) for n in mine], together=TOGETHER,
+                )  # fmt: skip
+            answers = [
+                Answer(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)
+            ]
+            scores = pipeline.judge(models, answers)
+        own = [
+            Answered(answer, completion.ended, {name: values[at] for name, values in scores.items()})
+            for at, (answer, completion) in enumerate(zip(answers, completions, strict=True))
+        ]
+        every = {found.answer.number: found for part in distributed.gather(own) for found in part}
         return [every[n] for n in range(len(prompts))]
 
     def _batches(self, rows: Prepared, micro: int) -> Iterator[Any]:

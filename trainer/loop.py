@@ -30,6 +30,11 @@ class Step:
     metrics: dict[str, Tensor]
     micro_batches: Sequence[Batch]
 
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """Texts that came with what it learnt from."""
+        return [text for batch in self.micro_batches for text in batch.shown]
+
 
 def train(
     pipeline: Pipeline,
@@ -50,8 +55,9 @@ def train(
         engine.set_lr(schedule(number))
         with watch.lap("data"):
             micro_batches = list(islice(batches, accumulate))
-        key = (seed, number)
-        yield Step(number, optimizer_step(pipeline, models, engine, guard, watch, micro_batches, key), micro_batches)
+        metrics = optimizer_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number))
+        batches.observe(metrics)
+        yield Step(number, metrics, micro_batches)
 
 
 def optimizer_step(

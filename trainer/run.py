@@ -21,6 +21,7 @@ from trainer.data.corpus import Corpus, Data
 from trainer.data.embedded import TinyWorldData
 from trainer.data.labelled_data import LabelledData
 from trainer.data.preference_data import PreferenceData
+from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.estimate import Layout, memory, parameters_of
 from trainer.evaluate import Evaluation
@@ -34,12 +35,14 @@ from trainer.models.lora import Adapter, Full, LoRA
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.engine import Engine
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
 from trainer.parallel.zero import Zero1, Zero2, Zero3
-from trainer.pipelines.base import Pipeline
+from trainer.pipelines.base import Pipeline, Plan
 from trainer.pipelines.dpo import DPO
+from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
@@ -49,7 +52,8 @@ from trainer.throughput import Speed, Stopwatch, Timing
 from trainer.tracking import Tracker, Tracking
 
 SHIPPED = (
-    Pretrain, SFT, Reward, DPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData, LabelledData,
+    Pretrain, SFT, Reward, DPO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData,
+    LabelledData, PromptData,
 )  # fmt: skip
 """Choices that come with the framework: naming them here registers them."""
 
@@ -130,6 +134,7 @@ class Run(Node):
             yield f"the pipeline learns from {self.pipeline.unit} and the data holds {self.data.unit}; choose another data="
         yield from self.strategy.refusals(self.optimizer)
         yield from self.pipeline.refusals(self.adapter)
+        yield from self.pipeline.misfits(self.batch, distributed.ranks())
         if self.steps is not None and self.schedule.warmup > self.steps:
             yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
 
@@ -172,6 +177,8 @@ class Run(Node):
                 ]
             )
         self.adapter.check(architecture)
+        if unfit := list(self.pipeline.unfit(tokenizer)):
+            raise ConfigError(unfit)
         return tokenizer, architecture
 
     def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
@@ -185,7 +192,9 @@ class Run(Node):
 
     def length(self, corpus: Corpus) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps or max(1, math.ceil(len(corpus.train) * (self.epochs or 0) / self.batch.size))
+        return self.steps or max(
+            1, math.ceil(self.pipeline.steps(len(corpus.train), self.epochs or 0, self.batch.size))
+        )
 
 
 class Seen:
@@ -212,7 +221,7 @@ def run(cfg: Run) -> dict[str, float]:
     if cfg.estimate:
         return say_estimate(cfg, architecture)
     loader = cfg.loader(tokenizer)
-    corpus = cfg.data.open(tokenizer, cfg.batch.length, cfg.seed)
+    corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), cfg.seed)
     made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
     made_from |= cfg.adapter.made_from(loader.files)
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
@@ -226,10 +235,10 @@ def run(cfg: Run) -> dict[str, float]:
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
-        rows = corpus.train.loader(micro=cfg.batch.micro, seed=cfg.seed, rank=world.rank, ranks=world.size)
-        work.callback(rows.close)
-        batches = cfg.pipeline.batches(models, engine, rows)
         guard, seen, watch = Guard(cfg.guard, world.device), Seen(world.device), Stopwatch(world.device, watchdog)
+        plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, cfg.seed, watch)
+        batches = cfg.pipeline.batches(models, engine, corpus, plan)
+        work.callback(batches.close)
         parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": seen}
         checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
         with watchdog.phase("restore"):
@@ -256,7 +265,7 @@ def run(cfg: Run) -> dict[str, float]:
                 log(readback.flush())
                 with watch.lap("evaluation"):
                     found = cfg.evaluation.measure(cfg.pipeline, models, engine, corpus.heldout, cfg.batch.micro)
-                    judged, samples = cfg.evaluation.answer(models, engine, corpus, number, cfg.seed)
+                    judged, samples = cfg.evaluation.answer(cfg.pipeline, models, engine, corpus, number, cfg.seed)
                 tracker.log(number, {**{name: float(value) for name, value in found.values.items()}, **judged})
                 tracker.units(number, found.units)
                 tracker.texts(number, "errors", found.errors)
@@ -268,6 +277,7 @@ def run(cfg: Run) -> dict[str, float]:
                 watchdog.done(step.number, engine)
                 profiler.done(step.number)
                 checkpoints.advance()
+                tracker.texts(step.number, "samples", step.shown)
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
                 log(readback.push(values, Logged.of(step, cfg.base_lr * schedule(step.number), speed)))
                 if cfg.evaluation.due(step.number, last):
@@ -281,13 +291,18 @@ def run(cfg: Run) -> dict[str, float]:
             with watchdog.phase("export"):
                 checkpoints.close()
                 closing = cfg.pipeline.closing(models, engine, corpus)
-                weights = partial(cfg.adapter.weights, engine, loader)
+                weights = partial(exported, cfg, engine, loader)
                 if cfg.adapter.exports:
                     cfg.export.write(
                         folder / "export", weights, architecture, tokenizer, {**facts, **closing, "step": last}
                     )
                 cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
         return tracker.latest
+
+
+def exported(cfg: Run, engine: Engine, loader: ModelLoader) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model that is exported; collective, complete on the first rank."""
+    return ((name, tensor) for name, tensor in cfg.adapter.weights(engine, loader) if cfg.pipeline.exports(name))
 
 
 def say_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:

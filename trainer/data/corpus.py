@@ -50,13 +50,16 @@ class Prepared(Protocol):
 class Prompt:
     """A prompt to answer: its ids, what to show of it, and the answers that are right, if any are known.
 
-    ``pattern``: its last match in a completion is the answer; None = the whole completion.
+    ``pattern``: its last match in a completion is the answer; None = the whole completion. ``messages``, ``row``: the
+    conversation that it renders, and all columns of the data's row.
     """
 
     ids: list[int]
     text: str
     ideal: list[str] = field(default_factory=list)
     pattern: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    row: dict[str, Any] = field(default_factory=dict)
 
     def right(self, completion: str) -> bool:
         """Whether a completion gives one of the right answers, letter for letter."""
@@ -74,7 +77,8 @@ class Corpus:
     """``train``; ``heldout`` rows by source; ``said``: what preparing them found, a line each, for the log.
 
     ``floors``: the lowest value that any model can reach, by metric, where the data's own entropy is known.
-    ``prompts``: the first n held-out prompts to answer; none where the data has no such thing.
+    ``prompts``: the first n held-out prompts to answer; none where the data has no such thing. ``fingerprint_of``: of what is
+    held out in a form that ``heldout`` does not have.
     """
 
     train: Train
@@ -82,10 +86,13 @@ class Corpus:
     said: list[str]
     floors: dict[str, float] = field(default_factory=dict)
     prompts: Callable[[int], list[Prompt]] = lambda count: []
+    fingerprint_of: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """Of everything that is learnt from and measured on."""
+        if self.fingerprint_of is not None:
+            return self.fingerprint_of
         parts = [self.train.fingerprint, *(f"{n}:{r.fingerprint}" for n, r in self.heldout.items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 

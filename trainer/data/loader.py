@@ -94,6 +94,9 @@ class Prefetched:
         self.close()
         self._state = dict(state)
 
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """What is learnt does not change what comes next."""
+
     def close(self) -> None:
         """Stop the thread."""
         self._stop.set()

@@ -117,6 +117,10 @@ class Tokenizer:
         ids = json.dumps([self.bos, self.eos, self.pad])
         return hashlib.sha256(f"{self._definition}{ids}".encode()).hexdigest()[:16]
 
+    def ids_as(self, other: Tokenizer) -> bool:
+        """Whether text becomes the same ids as with another tokenizer; which of them pads does not matter."""
+        return self._definition == other._definition
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of ``text``, without added BOS or EOS. ``specials``: names of special tokens become their ids."""
         backend = self._backend if specials else self._plain

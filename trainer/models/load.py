@@ -113,7 +113,7 @@ class ModelLoader:
     """Builds models under a strategy: born sharded where it shards, the same numbers on any number of ranks.
 
     ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``dtype``: of matrices that are never trained.
-    ``scores``: with a head that scores, a new one where the folder has none.
+    ``scores``: with a head that scores, a new one where the folder has none. ``kind``: the class to build.
     """
 
     config: Model
@@ -124,6 +124,7 @@ class ModelLoader:
     grow: bool = False
     dtype: torch.dtype = torch.float32
     scores: bool = False
+    kind: type[Transformer] = Transformer
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -139,7 +140,7 @@ class ModelLoader:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
         with self.strategy.construction():
-            model = Transformer(self.architecture, self.config.activation_checkpointing)
+            model = self.kind(self.architecture, self.config.activation_checkpointing)
             self.adapter.install(model, grown=grown)
         if self.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
@@ -156,7 +157,8 @@ class ModelLoader:
 
     def frozen(self) -> nn.Module:
         """The configured model before any training and without adapters, for forwards alone."""
-        return self.strategy.freeze(dataclasses.replace(self, adapter=Full(), dtype=torch.float32).load())
+        plain = dataclasses.replace(self, adapter=Full(), dtype=torch.float32, kind=Transformer)
+        return self.strategy.freeze(plain.load())
 
     def fingerprint(self) -> str:
         """Of what the model starts from."""

@@ -214,7 +214,7 @@ class LoRA(Adapter):
         return self.merge
 
     def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
-        trained = {name: tensor.clone() for name, tensor in engine.weights(frozen=False)}
+        trained = {name: tensor.clone() for name, tensor in engine.weights(frozen=False) if of_model(name, load)}
         if distributed.world().rank:
             return
         for name in load.shapes:
@@ -226,7 +226,8 @@ class LoRA(Adapter):
                 yield name, trained[name] if name in trained else load.start(name)
 
     def write(self, folder: Path, engine: Engine, load: Start, tokenizer: Any) -> None:
-        trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in engine.weights(frozen=False)}
+        weights = engine.weights(frozen=False)
+        trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights if of_model(name, load)}
         table, head = "model.embed_tokens.weight", "lm_head.weight"
         if table in trained and load.architecture.tie_word_embeddings:
             # PEFT would train a copy of the one and leave the other as it was.
@@ -279,6 +280,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is that of an adapter's matrix."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def of_model(name: str, load: Start) -> bool:
+    """Whether a trained tensor is the model's or an adapter's, and not of something that is trained beside it."""
+    return is_adapter(name) or name in load.shapes
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,7 +16,10 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.metrics import Metrics
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
+from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
+from trainer.rewards import Answer
+from trainer.throughput import Stopwatch
 
 
 class Source(Protocol):
@@ -26,6 +29,22 @@ class Source(Protocol):
     def __next__(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def observe(self, metrics: Mapping[str, Tensor]) -> None:
+        """What became of the step that was taken last."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is learnt from at once: ``size`` units over all ranks, ``micro`` in a forward of one, of ``length`` tokens."""
+
+    size: int
+    micro: int
+    length: int
+    seed: int
+    watch: Stopwatch
 
 
 @dataclass
@@ -60,6 +79,22 @@ class Pipeline(Node):
         """One sentence for everything about what is trained of the model that does not work here."""
         yield from ()
 
+    def misfits(self, batch: Any, ranks: int) -> Iterator[str]:
+        """One sentence for everything about ``batch`` (size, micro, length) on so many ranks that does not work here."""
+        yield from ()
+
+    def unfit(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """One sentence for everything about the tokenizer that does not work here."""
+        yield from ()
+
+    def room(self, length: int) -> int:
+        """Tokens of the data that a row of ``length`` may hold."""
+        return length
+
+    def steps(self, units: int, epochs: float, size: int) -> float:
+        """Optimizer steps of ``epochs`` passes over so many units, ``size`` a step."""
+        return units * epochs / size
+
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
         """Build the trained model and the frozen ones."""
         return Models(load.load(), tokenizer, load.fingerprint())
@@ -71,9 +106,19 @@ class Pipeline(Node):
         """What is found out once after the last step and kept with the export (``onecurve.json``). Collective."""
         return {}
 
-    def batches(self, models: Models, engine: Engine, source: Source) -> Source:
-        """Turn the data's micro-batches into those that `loss` understands."""
+    def batches(self, models: Models, engine: Engine, corpus: Corpus, plan: Plan) -> Source:
+        """The micro-batches that `loss` understands, of this rank."""
+        world = distributed.world()
+        source: Source = corpus.train.loader(micro=plan.micro, seed=plan.seed, rank=world.rank, ranks=world.size)
         return source
+
+    def exports(self, name: str) -> bool:
+        """Whether a tensor of the trained module belongs to the model that is exported."""
+        return True
+
+    def judge(self, models: Models, answers: Sequence[Answer]) -> dict[str, list[float | None]]:
+        """Scores by name of answers to held-out prompts, of this rank; collective."""
+        return {}
 
     def begin(self, models: Models, engine: Engine, batches: Iterable[Any]) -> None:
         """Find out, before a step's first loss, what each needs to know of all its micro-batches and ranks. Collective."""

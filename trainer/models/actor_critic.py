@@ -1,0 +1,64 @@
+"""A policy under its own names, and beside it, as ``critic.*``, what estimates its returns: one module, one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from trainer.batch import Documents
+from trainer.models.architecture import Architecture
+from trainer.models.transformer import Context, Read, Recompute, Transformer
+
+CRITIC = "critic."
+"""Begins the names of all that is not the policy's."""
+
+
+class ActorCritic(Transformer):
+    """A language model with a critic: a scoring model of its own, or a vector that reads the policy's hidden states.
+
+    ``rates``: base learning rates by beginning of name.
+    """
+
+    critic: nn.Module
+
+    def __init__(self, architecture: Architecture, recompute: Recompute = Recompute.none) -> None:
+        super().__init__(architecture, recompute)
+        self.rates: Mapping[str, float] = {}
+
+    def forward(self, tokens: Tensor, documents: Documents | Context, read: Read, values: Read | None = None) -> Any:
+        """What ``read`` makes of the policy; with ``values``, also what that makes of the critic."""
+        if values is None:
+            return super().forward(tokens, documents, read)
+        if isinstance(self.critic, Transformer):
+            return super().forward(tokens, documents, read), self.critic(tokens, documents, values)
+
+        def both(hidden: Tensor, weight: Tensor) -> Any:
+            return read(hidden, weight), self.critic(hidden, values)
+
+        return super().forward(tokens, documents, both)
+
+
+class ValueHead(nn.Module):
+    """A vector that reads values off a policy's own hidden states; it begins at zero, so every value does."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, size))
+
+    def forward(self, hidden: Tensor, read: Read) -> Any:
+        return read(hidden, self.weight)
+
+
+def of_policy(name: str) -> bool:
+    """Whether a parameter is the policy's."""
+    return not name.startswith(CRITIC)
+
+
+def values_at(places: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Float32 scores ``(n,)`` of the tokens at ``places`` of a single row."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden[0, places].float(), weight.float())[:, 0]

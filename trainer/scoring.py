@@ -1,0 +1,50 @@
+"""Forwards over sequences of any length without gradients: batched by length, as many on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Documents
+from trainer.models.actor_critic import values_at
+from trainer.parallel import distributed
+
+FORWARD = 4096
+"""Tokens of a forward in which nothing is learnt."""
+
+
+def in_forwards(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of sequences, longest first, in groups of at most `FORWARD` tokens where several fit; collective.
+
+    Every rank gets as many groups, its last ones empty: a forward of ZeRO-3 is collective.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if lengths[number] > room:
+            groups.append([])
+            room = FORWARD
+        groups[-1].append(number)
+        room -= lengths[number]
+    most = max(distributed.gather(len(groups)))
+    return groups + [[] for _ in range(most - len(groups))]
+
+
+def score(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> list[float]:
+    """A scoring model's score of every sequence, off its last token; collective."""
+    found = [0.0] * len(sequences)
+    for numbers in in_forwards([len(ids) for ids in sequences]):
+        # An empty group still takes part: a token of no meaning.
+        chosen = [sequences[n] for n in numbers] or [[0]]
+        lengths = [len(ids) for ids in chosen]
+        tokens = torch.tensor([token for ids in chosen for token in ids], device=device)[None]
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        read: Callable[[Tensor, Tensor], Tensor] = partial(values_at, last)
+        with torch.no_grad():
+            scores = model(tokens, Documents.from_lengths(lengths, 1).to(device), read)
+        for n, value in zip(numbers, scores.tolist(), strict=False):
+            found[n] = value
+    return found
