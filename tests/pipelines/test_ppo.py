@@ -1,0 +1,212 @@
+"""Policy gradients from the command line: ratio 1 at first, the same run on every layout, killed runs, adapters, refusals."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.chats import write_jsonl
+from tests.command import TINY, Command, metrics
+from trainer.__main__ import composed
+from trainer.config import ConfigError
+
+PROMPTS = [
+    {"prompt": f"In {place} {name}", "wanted": name}
+    for name in ("Ada", "Ben", "Cleo")
+    for place in ("Oslo", "Rome", "Lima")
+]
+WORTH = """
+def vowels(prompts, completions, rows):
+    return [sum(text.count(v) for v in "aeiou") / 10 for text in completions]
+
+def brief(prompts, completions, rows):
+    return [-float(len(text)) for text in completions]
+"""
+SMALL = [
+    "pipeline=ppo", "data=prompts", "data.template=raw", "batch.size=8", "batch.micro=2", "batch.length=40",
+    "pipeline.rollout.size=16", "pipeline.rollout.tokens=12", "pipeline.update_epochs=2", "pipeline.rollout.shown=99",
+    "steps=20", "checkpoint.every=3", "schedule=constant", "optimizer.lr=0.001", "pipeline.critic_lr=0.001",
+    "reward@pipeline.reward.main=function", "pipeline.reward.main.function=worth.vowels", "pipeline.critic=policy",
+    "evaluation.samples=0", "tracking.wandb.mode=disabled", "tracking.tensorboard=false",
+]  # fmt: skip
+KINDS = {
+    "gae": ["pipeline.kl_target=0.02"],
+    "grpo": ["pipeline.advantage=grpo", "pipeline.samples=4", "pipeline.kl_loss=0.1"],
+    "lora": ["adapter=lora", "adapter.rank=4", "pipeline.reference=adapters_off", "pipeline.critic=head"],
+}
+QUICK = [("gae", (2, "zero3")), ("grpo", (2, "ddp"))]
+LAYOUTS = [(2, "zero3"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small pretrained model, and prompts."""
+    folder = tmp_path_factory.mktemp("base")
+    Command(folder, "run_dir=run", *TINY, "steps=60", "optimizer.lr=0.003").finish()
+    write_jsonl(folder / "prompts.jsonl", PROMPTS)
+    return folder
+
+
+def arguments(base, folder, *overrides) -> list[str]:
+    (folder / "worth.py").write_text(WORTH)
+    return [
+        "run_dir=run", f"model.path={base / 'run' / 'export'}", f"data.train=[{base}/prompts.jsonl]",
+        f"data.eval=[{base}/prompts.jsonl]", f"data.cache={folder / 'cache'}", *SMALL, *overrides,
+    ]  # fmt: skip
+
+
+def run(base, folder, *overrides, ranks=1) -> list[dict]:
+    Command(folder, *arguments(base, folder, *overrides), ranks=ranks).finish()
+    return metrics(folder / "run")
+
+
+def samples(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    return load_file(folder / "run" / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(base, tmp_path_factory):
+    made = {}
+
+    def of(kind: str):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = (run(base, folder, *KINDS[kind]), samples(folder), folder)
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "strategy"),
+    [
+        pytest.param(kind, *layout, marks=() if (kind, layout) in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for layout in LAYOUTS
+    ],
+)
+def test_every_layout_gives_the_same_run(kind, ranks, strategy, base, reference, tmp_path):
+    expected, texts, _ = reference(kind)
+    found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
+    first = [row for row in samples(tmp_path) if row["step"] == 1]
+    assert [row["completion"] for row in first] == [row["completion"] for row in texts if row["step"] == 1]
+    # Five iterations; from the second on completions may differ where a draw falls between two sums.
+    for one, other in zip(expected, found, strict=True):
+        for key in ("loss", "grad_norm", "policy/approx_kl", "objective/score", "objective/kl", "value/loss"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (one["step"], key)
+
+
+def test_at_first_nothing_has_moved(reference):
+    for kind in ("gae", "grpo"):
+        first = reference(kind)[0][0]
+        assert first["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert first["policy/approx_kl"] == pytest.approx(0, abs=1e-8)
+        assert first["policy/clip_fraction"] == 0
+        assert first["objective/kl"] == 0
+        assert first["rollout/mismatch"] < 1e-5  # sampler and trainer: sums in another order
+    later = reference("gae")[0]
+    assert max(line.get("policy/approx_kl", 0) for line in later) > 1e-4
+
+
+def test_the_price_of_a_nat_follows_its_target(reference):
+    lines = [line for line in reference("gae")[0] if "objective/kl_price" in line]
+    prices, found = ([line[f"objective/{name}"] for line in lines] for name in ("kl_price", "kl"))
+    assert prices[0] == 0.05
+    for n in range(1, len(prices)):
+        wanted = prices[n - 1] * (1 + 0.1 * min(0.2, max(-0.2, found[n - 1] / 0.02 - 1)))
+        assert prices[n] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gae", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_continues_bitwise(kind, base, reference, tmp_path):
+    expected, texts, folder = reference(kind)
+    kills = 0
+    for after in (4, 10):  # in the middle of an iteration's updates, and around a rollout
+        going = Command(tmp_path, *arguments(base, tmp_path, *KINDS[kind]))
+        file = tmp_path / "run" / "metrics.jsonl"
+        while not (file.exists() and sum(1 for _ in file.open()) >= after):
+            assert going.processes[0].poll() is None, going.processes[0].communicate()[0]
+            time.sleep(0.02)
+        os.kill(going.processes[0].pid, signal.SIGKILL)
+        going.kill()
+        kills += 1
+    found = run(base, tmp_path, *KINDS[kind])
+    assert kills == 2
+    keys = ("step", "loss", "objective/score", "policy/approx_kl", "objective/kl_price", "value/loss")
+    assert [[line.get(k) for k in keys] for line in found] == [[line.get(k) for k in keys] for line in expected]
+    assert samples(tmp_path) == texts
+    ours, theirs = weights(tmp_path), weights(folder)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_in_the_middle_of_an_iteration_continues_on_another_layout(base, reference, tmp_path):
+    for steps, strategy, ranks in ((6, "zero3", 2), (11, "ddp", 1), (20, "zero2", 2)):
+        found = run(base, tmp_path, *KINDS["gae"], f"steps={steps}", f"strategy={strategy}", ranks=ranks)
+    losses = [line["loss"] for line in found if "loss" in line]
+    wanted = [line["loss"] for line in reference("gae")[0] if "loss" in line]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_export_is_the_policy_alone(base, reference):
+    before = load_file(base / "run" / "export" / "model.safetensors")
+    after = weights(reference("gae")[2])
+    assert after.keys() == before.keys()
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_adapters_are_written_without_the_critic(reference):
+    written = load_file(reference("lora")[2] / "run" / "adapter" / "adapter_model.safetensors")
+    assert written
+    assert all("lora" in name for name in written)
+
+
+def test_held_out_prompts_are_answered_and_scored(base, tmp_path):
+    extra = ["+reward@pipeline.reward.brief=function", "pipeline.reward.brief.function=worth.brief",
+             "pipeline.reward.brief.weight=0"]  # fmt: skip
+    found = run(base, tmp_path, *extra, "steps=1", "evaluation.answers=9", "evaluation.samples=9",
+                "evaluation.sample_tokens=6", "evaluation.temperature=0")  # fmt: skip
+    rows = [row for row in samples(tmp_path) if "kl" not in row]
+    assert len(rows) == 9
+    last = found[-1]
+    assert last["eval/score"] == pytest.approx(np.mean([row["score"] for row in rows]))
+    assert last["eval/main"] == last["eval/score"]  # the other counts for nothing
+    assert last["eval/brief"] == pytest.approx(np.mean([-len(row["completion"]) for row in rows]))
+    assert found[0]["objective/brief"] < 0
+
+
+def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
+    found = run(base, tmp_path, "pipeline.kl_limit=1e-9", "steps=6")
+    starts = [line["step"] for line in found if "objective/score" in line]
+    # The first step of an iteration cannot have moved; the second has, and ends it: two of four steps are taken.
+    assert starts == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pipeline.advantage=gea"], "pipeline.advantage=gea is not known; use gae, grpo"),
+        (["pipeline.rollout.size=20"], "pipeline.rollout.size=20 is not a multiple of batch.size=8; use 16"),
+        (["pipeline.advantage=grpo", "pipeline.samples=1"], "pipeline.advantage=grpo needs 2 or more"),
+        (["pipeline.critic=reward"], "pipeline.critic=reward needs a reward model in pipeline.reward"),
+        (["pipeline.reward.main.function=worth.nothing"], "is no function; worth has none called nothing"),
+        (["pipeline.reward.main.weight=0"], "pipeline.reward holds nothing to learn from"),
+        (["pipeline.rollout.tokens=40"], "leaves no room for a prompt in batch.length=40"),
+        (["data=preference"], "the pipeline learns from prompts and the data holds preference pairs"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, said, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        composed(arguments(base, tmp_path, *overrides), "run")
+    assert said in str(refused.value)
