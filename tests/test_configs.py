@@ -15,9 +15,13 @@ from trainer.config import parse
 
 CONFIGS = ROOT / "configs"
 CHOICES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml"))
-CLOUDS = ("data.train", "model.path", "tokenizer.path", "data.eval")
+CLOUDS = ("data.train", "model.path", "tokenizer.path", "data.eval", "pipeline.reward.")
 """Settings that a shipped example leaves to the user: paths."""
-BESIDE = {"pipeline/dpo": ["data=preference"], "pipeline/reward": ["data=preference"]}
+PPO = ["pipeline=ppo", "data=prompts"]
+BESIDE = {
+    "pipeline/dpo": ["data=preference"], "pipeline/reward": ["data=preference"], "pipeline/ppo": ["data=prompts"],
+    **{f"reward/{kind}": PPO for kind in ("model", "function", "judge")},
+}  # fmt: skip
 """What a choice only works with."""
 
 
@@ -34,6 +38,8 @@ def test_every_choice_composes(choice, tmp_path):
     prefix = "+" if group == "experiment" else ""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         chosen = f"{prefix}{group}={name}".replace("+experiment", "experiment")
+        if group == "reward":
+            chosen = f"reward@pipeline.reward.main={name}"
         cfg = compose("train", overrides=[chosen, *BESIDE.get(choice, []), "name=x"])
     try:
         parse(cfg)

@@ -6,7 +6,7 @@ from tests.small_world import overrides, write_world
 from trainer.__main__ import composed
 from trainer.run import run
 
-STEPS = {"bandit": 60, "chain": 400}
+STEPS = {"bandit": 100, "chain": 400}
 SEEDS = [(0, "bandit"), *((seed, "chain") for seed in range(3)), (1, "bandit"), (2, "bandit")]
 
 
