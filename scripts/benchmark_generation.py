@@ -6,8 +6,8 @@ Greedy, at most ``--tokens`` a completion, ``--together`` at once on both sides.
 end token at a length that both sides are told, evenly spread from a quarter of ``--tokens`` to all of it, in an order that
 says nothing about the prompt. ``--ends none``: every completion has ``--tokens``.
 
-transformers gets its prompts padded on the left, its end token honoured. ``--clock cpu`` counts the processor's time instead of
-the wall's, for machines that are shared; with one thread (OMP_NUM_THREADS=1) nobody's waiting is in it.
+transformers gets its prompts padded on the left, its end token honoured. ``--clock cpu`` counts the processor's time instead
+of the wall's, for machines that are shared; with one thread (OMP_NUM_THREADS=1) no waiting is in it.
 """
 
 from __future__ import annotations
