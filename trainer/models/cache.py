@@ -15,6 +15,7 @@ from trainer.models.attention import attend
 
 BLOCK = 64
 """Tokens of a block."""
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 HIDDEN = -1e30
 """Added to scores that count for nothing. Finite: a block of them alone then weighs nothing, and is not 0 / 0."""
 
@@ -24,52 +25,58 @@ class Cache:
 
     A sequence holds whole blocks. On CPU it takes them as it grows, and those in use are always the first ones: whoever ends
     leaves holes that the last blocks are moved into, so that attention reads a view of what is in use, without padding to
-    the longest. ``fixed``: a slot's blocks are its own for ever, so that shapes and addresses never change (CUDA graphs).
+    the longest. ``fixed``: a slot has one long block, its own for ever: shapes and addresses never change (CUDA graphs).
     """
 
     def __init__(self, a: Architecture, slots: int, longest: int, device: torch.device, *, fixed: bool) -> None:
-        self.width = -(-longest // BLOCK)
+        width = -(-longest // BLOCK)
+        self.block, self.width = (width * BLOCK, 1) if fixed else (BLOCK, width)
+        """Tokens of a block; most blocks of a sequence."""
         self.slots, self.device, self.fixed = slots, device, fixed
+        self.groups = np.arange(a.num_key_value_heads)
         self.lengths = np.zeros(slots, np.int64)
-        own = [range(slot * self.width, (slot + 1) * self.width if fixed else 0) for slot in range(slots)]
-        self.held: list[list[int]] = [list(blocks) for blocks in own]
-        self._shape = (a.num_hidden_layers, slots * self.width * BLOCK, a.num_key_value_heads, a.head_dim)
+        self.held: list[list[int]] = [[slot] if fixed else [] for slot in range(slots)]
+        self._shape = (a.num_hidden_layers, slots * self.width, a.num_key_value_heads, self.block, a.head_dim)
         self._tensors: tuple[Tensor, Tensor] | None = None
-        self.used = slots * self.width if fixed else 0
+        self.used = slots if fixed else 0
         self._clean = 0
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(slots * width * BLOCK, Hkv, D)`` of a layer."""
+        """Keys and values ``(blocks, Hkv, block, D)`` of a layer."""
         assert self._tensors is not None
         return self._tensors[0][layer], self._tensors[1][layer]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put ``k`` and ``v`` ``(n, Hkv, D)`` at ``places`` ``(n,)``; returns the layer's keys and values."""
+        """Put ``k`` and ``v`` ``(n, Hkv, D)`` at ``places`` ``(n, Hkv)``; returns the layer's keys and values."""
         if self._tensors is None:
             self._tensors = k.new_empty(self._shape), v.new_empty(self._shape)
         self._wipe()
         keys, values = self.of(layer)
-        keys[places], values[places] = k, v
+        flat(keys)[places], flat(values)[places] = k, v
         return keys, values
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for a sequence of ``length`` tokens."""
         held = self.held[slot]
-        while len(held) * BLOCK < length:
+        while len(held) * self.block < length:
             held.append(self.used)
             self.used += 1
         self.lengths[slot] = length
 
-    def places(self, slot: int, first: int, last: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Where the tokens ``first`` to ``last - 1`` of a sequence lie, ``(last - first,)``."""
+    def places(self, slot: int, first: int, last: int) -> Tensor:
+        """A layer's `flat` rows ``(last - first, Hkv)`` for the tokens ``first`` to ``last - 1`` of a sequence."""
         at = np.arange(first, last)
-        return np.asarray(self.held[slot])[at // BLOCK] * BLOCK + at % BLOCK
+        return torch.from_numpy(self.rows(np.asarray(self.held[slot])[at // self.block], at)).to(self.device)
+
+    def rows(self, blocks: Numbers, positions: Numbers) -> Numbers:
+        """The rows ``(n, Hkv)`` of tokens at ``positions`` ``(n,)`` of their sequences, whose blocks there are ``blocks``."""
+        return (blocks[:, None] * len(self.groups) + self.groups) * self.block + (positions % self.block)[:, None]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give ``target`` the first ``length`` tokens of ``source``."""
         self._wipe()
         assert self._tensors is not None
-        count = -(-length // BLOCK)
+        count = -(-length // self.block)
         self._move(self.held[source][:count], self.held[target][:count])
 
     def release(self, slots: Sequence[int]) -> None:
@@ -96,14 +103,13 @@ class Cache:
             return
         here, there = (torch.tensor(blocks, device=self.device) for blocks in (origins, targets))
         for tensor in self._tensors:
-            blocks = tensor.view(len(tensor), -1, BLOCK, *tensor.shape[2:])
-            blocks[:, there] = blocks[:, here]
+            tensor[:, there] = tensor[:, here]
 
     def _wipe(self) -> None:
         """Zero blocks before their first use: what lies in fresh memory could be NaN, which no mask hides."""
         if self._clean < self.used and self._tensors is not None:
             for tensor in self._tensors:
-                tensor[:, self._clean * BLOCK : self.used * BLOCK].zero_()
+                tensor[:, self._clean : self.used].zero_()
             self._clean = self.used
 
 
@@ -113,8 +119,7 @@ class Prompts:
     def __init__(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> None:
         self.cache = cache
         self.documents = Documents.from_lengths(list(lengths), 1).to(cache.device)
-        places = [cache.places(slot, 0, length) for slot, length in zip(slots, lengths, strict=True)]
-        self.places = torch.from_numpy(np.concatenate(places)).to(cache.device)
+        self.places = torch.cat([cache.places(slot, 0, length) for slot, length in zip(slots, lengths, strict=True)])
         self.positions = self.documents.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
@@ -127,7 +132,7 @@ class Piece:
 
     def __init__(self, cache: Cache, slot: int, first: int, last: int) -> None:
         self.cache = cache
-        whole = torch.from_numpy(cache.places(slot, 0, last)).to(cache.device)
+        whole = cache.places(slot, 0, last)
         self.seen, self.places = whole, whole[first:]
         self.positions = torch.arange(first, last, device=cache.device)[None]
 
@@ -138,7 +143,7 @@ class Piece:
         if window is not None:
             mask &= places > own - window
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys[self.seen].transpose(0, 1)[None], values[self.seen].transpose(0, 1)[None],
+            q.transpose(1, 2), flat(keys)[self.seen].transpose(0, 1)[None], flat(values)[self.seen].transpose(0, 1)[None],
             attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
         )  # fmt: skip
         return out.transpose(1, 2)
@@ -158,8 +163,7 @@ class Step:
             cache.reserve(slot, int(cache.lengths[slot]) + 1)
         held = [cache.held[slot] for slot in active]
         self.positions = torch.from_numpy(lengths)[:, None]
-        last = np.array([blocks[-1] for blocks in held])
-        self.places = torch.from_numpy(last * BLOCK + lengths % BLOCK)
+        self.places = torch.from_numpy(cache.rows(np.array([blocks[-1] for blocks in held]), lengths))
         owner, first = np.empty(cache.used, np.int64), np.empty(cache.used, np.int64)
         table = np.full((len(held), max(map(len, held))), cache.used)
         for row, blocks in enumerate(held):
@@ -174,27 +178,46 @@ class Step:
         keys, values = self.cache.write(layer, self.places, k[:, 0], v[:, 0])
         rows, _, heads, size = q.shape
         groups, blocks = k.shape[2], self.cache.used
-        keys, values = (t[: blocks * BLOCK].view(blocks, BLOCK, groups, size).transpose(1, 2) for t in (keys, values))
         queries = q.view(rows, groups, heads // groups, size)[self.owner]
-        out, normalisers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, False, attn_mask=self._mask(window), scale=scale
-        )
+        out, normalisers = _of_blocks(queries, keys[:blocks], values[:blocks], self._mask(window), scale)
+        out = out.view(blocks, heads, size)
         if self.table.shape[1] == 1:
-            return out[self.table[:, 0]].view(q.shape)  # type: ignore[no-any-return]
+            return out[self.table[:, 0], None]
         none = normalisers.new_full((1, heads), -torch.inf)
         weights = torch.cat([normalisers.reshape(blocks, heads), none])[self.table].softmax(1)
-        flat = out.reshape(blocks, heads, size)
-        parts: Tensor = flat[self.table.clamp(max=blocks - 1)].float()
+        parts = out[self.table.clamp(max=blocks - 1)].float()
         return parts.mul_(weights[..., None]).sum(1, keepdim=True).to(q.dtype)
 
     def _mask(self, window: int | None) -> Tensor:
-        """0 or `HIDDEN` for every place of every block, ``(blocks, 1, 1, BLOCK)``."""
+        """0 or `HIDDEN` for every place of every block, ``(blocks, BLOCK)``."""
         if window not in self._masks:
             hidden = self._places > self._own
             if window is not None:
                 hidden |= self._places <= self._own - window
-            self._masks[window] = (hidden * HIDDEN)[:, None, None]
+            self._masks[window] = hidden * HIDDEN
         return self._masks[window]
+
+
+def _of_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What each block's own queries ``(n, Hkv, G, D)`` find in it, and the log of its normaliser ``(n, Hkv, G)``."""
+    if q.dtype is not torch.float32:
+        # Scores in float32.
+        out, normalisers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask[:, None, None], scale=scale
+        )
+        return out.contiguous(), normalisers
+    # Products of a few queries with a block: half the time that the fused kernel takes for so few.
+    scores = torch.bmm(k.flatten(0, 1), q.flatten(0, 1).transpose(1, 2)).view(*k.shape[:3], -1)
+    scores.mul_(scale).add_(mask[:, None, :, None])
+    normalisers = scores.logsumexp(2)
+    weights = scores.sub_(normalisers[:, :, None]).exp_()
+    out = torch.bmm(weights.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)).view(q.shape)
+    return out, normalisers
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Keys or values of a layer by rows, ``(blocks * Hkv * block, D)``."""
+    return tensor.view(-1, tensor.shape[-1])
 
 
 class FixedStep:
@@ -205,15 +228,16 @@ class FixedStep:
 
     def __init__(self, cache: Cache, lengths: Tensor, span: int) -> None:
         self.cache, self.span = cache, span
-        most = cache.width * BLOCK
-        self._lengths = lengths.clamp(max=most - 1)[:, None]
+        self._lengths = lengths.clamp(max=cache.block - 1)[:, None]
         self.positions = self._lengths
-        self._places = (torch.arange(cache.slots, device=cache.device) * most) + self._lengths[:, 0]
+        groups = len(cache.groups)
+        first = torch.arange(cache.slots * groups, device=cache.device).view(-1, groups) * cache.block
+        self._places = first + self._lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         keys, values = self.cache.write(layer, self._places, k[:, 0], v[:, 0])
         rows, _, heads, size = q.shape
-        keys, values = (t.view(rows, -1, *t.shape[1:])[:, : self.span].transpose(1, 2) for t in (keys, values))
+        keys, values = keys[:, :, : self.span], values[:, :, : self.span]
         places = torch.arange(self.span, device=q.device)
         mask = places <= self._lengths
         if window is not None:

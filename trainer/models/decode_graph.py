@@ -36,7 +36,7 @@ class FixedDecoder:
         if self.stale:
             self._load(running)
         longest = max(going.cached for going in running.values()) + 1
-        span = min(-(-longest // SPAN) * SPAN, self.cache.width * BLOCK)
+        span = min(-(-longest // SPAN) * SPAN, self.cache.block)
         if self.cache.device.type != "cuda":
             self._compute(span)
         else:

@@ -164,7 +164,7 @@ def test_the_cache_is_bounded_by_what_is_decoded_together(model, prompts):
         held = [block for blocks in steps.cache.held for block in blocks]
         # In use are always the first blocks, without a gap.
         assert sorted(held) == list(range(steps.cache.used))
-        assert steps.cache.of(0)[0].shape[0] == 3 * 3 * 64
+        assert steps.cache.of(0)[0].shape == (3 * 3, 2, 64, 8)
     assert steps.cache.used == 0
 
 
