@@ -15,8 +15,8 @@ LAYERS = [
         "trainer.run_folder", "trainer.estimate", "trainer.inference",
     ],
     [
-        "trainer.rollout", "trainer.actor", "trainer.experience", "trainer.rewards", "trainer.scoring", "trainer.judge",
-        "trainer.throughput",
+        "trainer.rollout", "trainer.vllm_sampler", "trainer.actor", "trainer.experience", "trainer.rewards",
+        "trainer.scoring", "trainer.judge", "trainer.throughput",
     ],
     ["trainer.models", "trainer.data"],
     ["trainer.parallel"],

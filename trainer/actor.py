@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +26,13 @@ from trainer.parallel.engine import Engine
 from trainer.scoring import in_forwards
 
 
+class Decoder(StrEnum):
+    """What samples."""
+
+    own = auto()
+    vllm = auto()
+
+
 @schema("rollout")
 @dataclass
 class Rollout(Node):
@@ -39,7 +48,13 @@ class Rollout(Node):
     redraws: int = setting(
         0, "further draws of prompts in place of groups whose scores are all equal (DAPO, arXiv:2503.14476)", least=0
     )
+    engine: Decoder = setting(Decoder.own, "what samples: own, or vllm where it is installed (NVIDIA GPUs)")
+    memory: float = setting(0.3, "vllm: part of a GPU's memory that it may take", above=0, below=1)
     shown: int = setting(4, "completions of an iteration that are written to samples.jsonl", least=0)
+
+    def problems(self) -> Iterator[str]:
+        if self.engine is Decoder.vllm and importlib.util.find_spec("vllm") is None:
+            yield "pipeline.rollout.engine=vllm needs the package vllm, which is not installed; install it, or use own"
 
     @property
     def sampling(self) -> Sampling:
