@@ -17,6 +17,8 @@ BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 """Float32 bytes of logits that exist at once: on CPU what stays near the caches, on CUDA what keeps the kernels long."""
 GROUP_BYTES = 128 * 2**20
 """Bytes of logits' gradients, in the compute format, that go through one matrix product."""
+KEPT_BYTES = 256 * 2**20
+"""Bytes of probabilities that a forward of log-probabilities keeps for its backward, instead of computing logits twice."""
 
 
 def cross_entropy(
@@ -64,10 +66,15 @@ def correct(hidden: Tensor, weight: Tensor, *, targets: Tensor, mask: Tensor) ->
 def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities of ``targets`` and entropies of the distributions, both ``(B, T)`` float32, in nats.
 
-    Logits are divided by ``temperature``. Both are differentiable; the backward computes the logits again.
+    Logits are divided by ``temperature``. Both are differentiable. The backward computes the logits again where their
+    probabilities are larger than `KEPT_BYTES`, and for a gradient of the entropies.
     """
+    dtype = _compute_dtype(hidden)
+    learnt = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # In float16 probabilities that a loss scale has not yet raised would lose their small entries.
+    keeps = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
     values, entropy = _LogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, _compute_dtype(hidden)
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keeps
     )
     return values.view(targets.shape), entropy.view(targets.shape)
 
@@ -188,31 +195,52 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-probabilities under any upstream gradient: the logits are computed twice and never kept."""
+    """Log-probabilities under any upstream gradient: logits are never kept, probabilities where they are few."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, keeps: bool
     ) -> tuple[Tensor, Tensor]:
         values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
         compute = weight.detach().to(dtype)
+        kept = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keeps else None
         with torch.autocast(hidden.device.type, enabled=False):
             room = _Room(len(ids), weight, dtype)
             for part in _blocks(len(ids), weight):
-                scores = room(hidden[part].detach().to(dtype), compute).div_(temperature)
-                lse = scores.logsumexp(1)
-                values[part] = scores.gather(1, ids[part, None]).squeeze(1) - lse
-                entropies[part] = lse - ((scores - lse[:, None]).exp_() * scores).sum(1)
-                lses[part] = lse
-        ctx.save_for_backward(hidden, weight, ids, lses, entropies)
+                target = ids[part, None]
+                scores = room(hidden[part].detach().to(dtype), compute)
+                if temperature != 1.0:
+                    scores.div_(temperature)
+                top = scores.amax(1, keepdim=True)
+                scores.sub_(top)
+                chosen, p = scores.gather(1, target), scores.exp()
+                total = p.sum(1, keepdim=True)
+                norm = total.log()
+                values[part] = (chosen - norm).squeeze(1)
+                # H = log sum exp s - E[s], for s = logits less their largest.
+                entropies[part] = (norm - scores.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
+                lses[part] = (norm + top).squeeze(1)
+                if kept is not None:
+                    # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
+                    kept[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+        ctx.save_for_backward(hidden, weight, ids, lses, entropies, kept)
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.dtype = temperature, dtype
         return values, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, up_values: Tensor, up_entropies: Tensor) -> tuple[Any, ...]:
-        hidden, weight, ids, lses, entropies = ctx.saved_tensors
+    def backward(ctx: Any, up_values: Tensor | None, up_entropies: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, ids, lses, entropies, kept = ctx.saved_tensors
         dtype, compute = ctx.dtype, weight.detach().to(ctx.dtype)
+        up_values = torch.zeros_like(lses) if up_values is None else up_values
+        if kept is not None and up_entropies is None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                factor = (up_values / -ctx.temperature)[:, None]
+                grad_hidden = ((kept @ compute) * factor).to(hidden.dtype)
+                grad_weight = kept.T @ (hidden * factor).to(dtype)
+            return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        up_entropies = torch.zeros_like(lses) if up_entropies is None else up_entropies
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             room = _Room(len(ids), weight, dtype)
@@ -230,4 +258,4 @@ class _LogProbs(torch.autograd.Function):
                     gradient[part] = scores.div_(ctx.temperature)
                 grad_hidden[group] = gradient @ compute
                 grad_weight += gradient.T @ states
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -89,6 +89,32 @@ def test_logprobs_and_entropies_and_their_gradients_are_the_plain_ones(chunks, t
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kept(kept, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(functional, "KEPT_BYTES", kept)
+    hidden, weight, targets, _ = inputs()
+    with torch.no_grad():
+        # The first token's target is nearly certain: 1 - p is about 0.004, which bfloat16 cannot tell from 1.
+        hidden[0, 0] = weight[targets[0, 0]] * (9 / weight[targets[0, 0]].square().sum())
+    up = torch.randn(2, 11, generator=torch.Generator().manual_seed(5))
+    log_p = (logits(hidden.to(dtype).double(), weight.to(dtype).double()) / 0.7).log_softmax(-1)
+    expected = torch.autograd.grad((log_p.gather(-1, targets[..., None]).squeeze(-1) * up).sum(), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        values, _ = logprobs(hidden, weight, targets=targets, temperature=0.7)
+    found = torch.autograd.grad((values * up).sum(), (hidden, weight))
+    for mine, theirs in zip(found, expected, strict=True):
+        # bfloat16 holds 8 bits: a rounding of each factor is 0.4% of it.
+        torch.testing.assert_close(
+            mine.float(), theirs.float(), rtol=tolerance, atol=tolerance * theirs.abs().max().item()
+        )
+    # That token by itself: float32 gets p - 1 to 1e-3 of its value.
+    certain = expected[0][0, 0].float()
+    torch.testing.assert_close(
+        found[0][0, 0], certain, rtol=0, atol=max(1e-3, 2 * tolerance) * certain.abs().max().item()
+    )
+
+
 MEASURE = """
 import sys, torch
 from torch.nn import functional as F
