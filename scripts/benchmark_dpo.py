@@ -1,11 +1,11 @@
 """How fast Onecurve optimises preferences, beside TRL's DPOTrainer: same model, same real pairs, alternating in one run.
 
-    python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl [--rounds 2] [--pairs 24] [--length 512]
+    python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl [--rounds 2] [--pairs 24] [--length 512] [--sides onecurve trl]
     python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl --parts    (ours alone, with one idea less a side)
 
 Every side learns from the same pairs once, in bf16, TRL with its own defaults; answers are cut at the same length. What
 counts is pairs a second, of all steps. ``-precomputed``: the reference's log-probabilities are computed before the clock
-starts.
+starts. ``cpu_seconds`` a pair are the process's own, of all its threads: they hardly change where others use the machine too.
 """
 
 from __future__ import annotations
@@ -39,19 +39,24 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("file", type=Path, help="JSON lines with prompt, chosen, rejected")
     parser.add_argument("--side", choices=[*SIDES, *PARTS], help="one process of the comparison")
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *PARTS], default=SIDES, help="what is compared")
     parser.add_argument("--parts", action="store_true", help="compare ours with itself, one idea less a side")
     parser.add_argument("--rounds", type=int, default=2, help="alternations")
     parser.add_argument("--pairs", type=int, default=24, help="pairs to learn from, drawn from the file")
     parser.add_argument("--length", type=int, default=512, help="longest prompt with an answer, tokens")
     parser.add_argument("--size", type=int, default=4, help="pairs a step, of both")
+    parser.add_argument("--micro", type=int, default=2, help="pairs a forward, ours")
+    parser.add_argument("--recompute", default="selective", help="model.activation_checkpointing, ours")
+    parser.add_argument("--their-micro", type=int, help="pairs a forward, theirs; those of a step unless given")
+    parser.add_argument("--seed", type=int, default=0, help="which pairs are drawn")
     parser.add_argument("--huge-pages", action="store_true", help="TRL too, for which they are not its default")
     parser.add_argument("--no-recompute", action="store_true", help="TRL without its default recomputation")
     a = parser.parse_args()
     if not a.side:
-        alternate(__file__, list(PARTS) if a.parts else SIDES, a.rounds, "pairs_per_second", "pairs/s")
+        alternate(__file__, list(PARTS) if a.parts else a.sides, a.rounds, "pairs_per_second", "pairs/s")
         return
     rows = [json.loads(line) for line in dict.fromkeys(a.file.read_text().splitlines())]
-    rows = random.Random(0).sample([row for row in rows if fits(row, a)], a.pairs)
+    rows = random.Random(a.seed).sample([row for row in rows if fits(row, a)], a.pairs)
     result = theirs(a, rows) if a.side.startswith("trl") else ours(a, rows)
     print(f"RESULT {json.dumps(result)}", flush=True)
 
@@ -88,7 +93,8 @@ def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
         cfg = composed(
             [
                 "experiment=dpo", f"model.path={a.model}", f"data.train=[{file}]", "data.eval=[]", f"data.cache={folder}",
-                "data.truncation=keep_start", f"batch.length={a.length}", f"batch.size={a.size}", f"batch.micro={a.size}",
+                "data.truncation=keep_start", f"batch.length={a.length}", f"batch.size={a.size}", f"batch.micro={a.micro}",
+                f"model.activation_checkpointing={a.recompute}",
                 f"pipeline.reference={'model' if live else 'precomputed'}", *PARTS.get(a.side, []),
             ],
             "benchmark",
@@ -102,16 +108,22 @@ def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
         assert len(corpus.train) == len(rows), "a pair that TRL learns from was left out"
         steps = len(rows) // a.size
         batches = corpus.train.loader(micro=cfg.batch.micro, seed=0, rank=0, ranks=1)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         tokens = 0.0
         for step in train(
             cfg.pipeline, models, engine, batches, lambda n: 1.0, Guard(cfg.guard, world.device),
             Stopwatch(world.device), seed=0, first=1, last=steps, accumulate=a.size // cfg.batch.micro,
         ):  # fmt: skip
             tokens += float(step.metrics["tokens"])
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
         batches.close()
-        return {"pairs_per_second": steps * a.size / seconds, "memory_gb": memory_gb(), "tokens": tokens}
+        pairs = steps * a.size
+        return {
+            "pairs_per_second": pairs / seconds,
+            "memory_gb": memory_gb(),
+            "cpu_seconds": used / pairs,
+            "tokens": tokens,
+        }
 
 
 def without_chunks() -> None:
@@ -136,18 +148,23 @@ def theirs(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float
     from trl import DPOConfig, DPOTrainer
 
     clock: list[float] = []
+    used: list[float] = []
+    micro = a.their_micro or a.size
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             clock.append(time.perf_counter())
+            used.append(time.process_time())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             clock.append(time.perf_counter())
+            used.append(time.process_time())
 
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=a.size, bf16=True, max_length=a.length,
+        output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=a.size // micro, bf16=True, max_length=a.length,
         precompute_ref_log_probs=a.side == "trl-precomputed", report_to=[], save_strategy="no", logging_steps=1000,
         disable_tqdm=True, optim="adamw_torch_fused", use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
         **({"gradient_checkpointing": False} if a.no_recompute else {}),
@@ -155,7 +172,8 @@ def theirs(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float
     trainer = DPOTrainer(model=str(a.model), args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
     trainer.train()
     pairs = (len(clock) - 1) * a.size
-    return {"pairs_per_second": pairs / (clock[-1] - clock[0]), "memory_gb": memory_gb()}
+    seconds = clock[-1] - clock[0]
+    return {"pairs_per_second": pairs / seconds, "memory_gb": memory_gb(), "cpu_seconds": (used[-1] - used[0]) / pairs}
 
 
 if __name__ == "__main__":
