@@ -2,8 +2,8 @@
 
     python scripts/reasoning_tasks.py FOLDER [--train 2400] [--held 200] [--seed 0] [--kinds coin_flip,gcd]
 
-`sft_train.jsonl`, `sft_held.jsonl`: prompt, completion, ideal. `tasks_train.jsonl`, `tasks_held.jsonl`: prompt, ideal, kind; no
-prompt of the one is in the other. A right answer is what the generator itself says, letter for letter.
+`sft_train.jsonl`, `sft_held.jsonl`: prompt, completion, ideal. `tasks_train.jsonl`, `tasks_held.jsonl`: prompt, ideal, kind.
+No prompt that is learnt from is held out. A right answer is what the generator itself says, letter for letter.
 """
 
 from __future__ import annotations

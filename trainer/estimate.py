@@ -25,7 +25,8 @@ class Layout:
 
     ``stage``: 0 (DDP) to 3. ``low``: whether the working copy of the weights is bfloat16 (DeepSpeed's bf16), instead of
     float32 under autocast. ``compute``: bytes of an activation (2 or 4). ``offload``: none, optimizer or parameters.
-    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is.
+    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is. ``beside``: elements of further
+    models (a reference, a critic, a reward model), and whether each is trained.
     """
 
     stage: int
@@ -38,6 +39,7 @@ class Layout:
     offload: str = "none"
     cuda: bool = True
     adapters: int = 0
+    beside: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Memory:
     activations: float
     loss: float
     temporary: float
+    others: float
     base: float
 
     @property
@@ -170,8 +173,15 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     if layout.stage == 3:
         live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
         temporary += (2 if layout.low else 4) * min(count, live)
+    others = 0.0
+    for elements, trained in layout.beside:
+        if trained:
+            # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
+            others += sum(states(elements, layout)) + kept * elements / count
+        else:
+            others += 4 * elements / (layout.ranks if layout.stage == 3 else 1)
     base = 0.0 if layout.cuda else BASE_CPU
-    return Memory(held, gradients, moments, kept, head, temporary, base)
+    return Memory(held, gradients, moments, kept, head, temporary, others, base)
 
 
 def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float, utilisation: float) -> float:

@@ -187,7 +187,7 @@ class Run(Node):
             stage=self.strategy.stage, ranks=ranks, low=self.strategy.low(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
-            adapters=self.adapter.trained(architecture),
+            adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.beside(architecture)),
         )  # fmt: skip
 
     def length(self, corpus: Corpus) -> int:

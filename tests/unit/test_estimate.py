@@ -44,6 +44,16 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
     assert sharded.parameters == pytest.approx(2 * (count + 10_000_000) / 8)
 
 
+def test_models_beside_the_policy_take_their_share():
+    shape = layout(ranks=8, stage=3)
+    alone, beside = (memory(SEVEN, Layout(**{**vars(shape), "beside": b})) for b in ((), ((1000, False), (2000, True))))
+    # A frozen float32 model over 8 ranks; a trained one of 16 bytes a weight, and what its forward keeps.
+    kept = alone.activations * 2000 / parameters_of(SEVEN)
+    assert beside.others == pytest.approx(4 * 1000 / 8 + 16 * 2000 / 8 + kept)
+    assert alone.others == 0
+    assert beside.total == pytest.approx(alone.total + beside.others)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -14,6 +14,7 @@ from trainer.config import Node
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.metrics import Metrics
+from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
 from trainer.parallel import distributed
@@ -94,6 +95,10 @@ class Pipeline(Node):
     def steps(self, units: int, epochs: float, size: int) -> float:
         """Optimizer steps of ``epochs`` passes over so many units, ``size`` a step."""
         return units * epochs / size
+
+    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
+        """Elements of each model beside a policy of this shape, and whether it is trained too: what memory they take."""
+        yield from ()
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
         """Build the trained model and the frozen ones."""

@@ -21,7 +21,9 @@ from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, Pairs
 from trainer.data.tokenizer import Tokenizer
+from trainer.estimate import parameters_of
 from trainer.metrics import Metrics
+from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, adapters_off
 from trainer.parallel import distributed
@@ -90,6 +92,10 @@ class DPO(Pipeline):
             usual.beta if self.beta is None else self.beta, self.label_smoothing,
             usual.gamma if self.gamma is None else self.gamma, self.average, self.desirable, self.undesirable,
         )  # fmt: skip
+
+    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
+        if self.chosen.referenced and self.reference is Reference.model:
+            yield parameters_of(architecture), False
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
         models = super().models(load, tokenizer)

@@ -17,9 +17,12 @@ from trainer.advantages import AGGREGATES, KL, Discount
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
+from trainer.estimate import parameters_of
 from trainer.experience import RolloutBatch
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
+from trainer.models.architecture import Architecture
+from trainer.models.hf_format import read_architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Full
 from trainer.parallel import distributed
@@ -46,6 +49,16 @@ class Players(Models):
 @dataclass
 class PPO(PolicyGradient):
     """Clipped policy gradients on rollouts (ALGORITHMS, section 4; Schulman et al. 2017, arXiv:1707.06347)."""
+
+    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
+        if self.reference is Reference.model and (self.kl_price or self.kl_loss):
+            yield parameters_of(architecture), False
+        for scorer in (found for reward in self.reward.values() if (found := reward.starts_critic())):
+            yield parameters_of(read_architecture(Path(scorer))), False
+        if self.estimator.critic and (self.critic is not Critic.head or self.critic_path):
+            folder = self.critic_path or (self.reward_folder if self.critic is Critic.reward else None)
+            shape = architecture if folder is None else read_architecture(Path(folder))
+            yield parameters_of(dataclasses.replace(shape, scores=True)), True
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Players:
         policy = dataclasses.replace(load, kind=ActorCritic).load() if self.estimator.critic else load.load()
