@@ -7,12 +7,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
 from trainer.__main__ import composed
+from trainer.checkpoint.folder import FragmentFiles, read_manifest
 from trainer.config import ConfigError
+from trainer.experience import Experience
+from trainer.inference import RewardModel
+from trainer.scoring import score
 
 PROMPTS = [
     {"prompt": f"In {place} {name}", "wanted": name}
@@ -30,9 +35,13 @@ SMALL = [
     "pipeline=ppo", "data=prompts", "data.template=raw", "batch.size=8", "batch.micro=2", "batch.length=40",
     "pipeline.rollout.size=16", "pipeline.rollout.tokens=12", "pipeline.update_epochs=2", "pipeline.rollout.shown=99",
     "steps=20", "checkpoint.every=3", "schedule=constant", "optimizer.lr=0.001", "pipeline.critic_lr=0.001",
-    "reward@pipeline.reward.main=function", "pipeline.reward.main.function=worth.vowels", "pipeline.critic=policy",
     "evaluation.samples=0", "tracking.wandb.mode=disabled", "tracking.tensorboard=false",
 ]  # fmt: skip
+VOWELS = [
+    "reward@pipeline.reward.main=function",
+    "pipeline.reward.main.function=worth.vowels",
+    "pipeline.critic=policy",
+]
 KINDS = {
     "gae": ["pipeline.kl_target=0.02"],
     "grpo": ["pipeline.advantage=grpo", "pipeline.samples=4", "pipeline.kl_loss=0.1"],
@@ -53,9 +62,10 @@ def base(tmp_path_factory):
 
 def arguments(base, folder, *overrides) -> list[str]:
     (folder / "worth.py").write_text(WORTH)
+    reward = [] if any(o.startswith("pipeline.reward.main.path") for o in overrides) else VOWELS
     return [
         "run_dir=run", f"model.path={base / 'run' / 'export'}", f"data.train=[{base}/prompts.jsonl]",
-        f"data.eval=[{base}/prompts.jsonl]", f"data.cache={folder / 'cache'}", *SMALL, *overrides,
+        f"data.eval=[{base}/prompts.jsonl]", f"data.cache={folder / 'cache'}", *SMALL, *reward, *overrides,
     ]  # fmt: skip
 
 
@@ -182,6 +192,47 @@ def test_held_out_prompts_are_answered_and_scored(base, tmp_path):
     assert last["eval/main"] == last["eval/score"]  # the other counts for nothing
     assert last["eval/brief"] == pytest.approx(np.mean([-len(row["completion"]) for row in rows]))
     assert found[0]["objective/brief"] < 0
+
+
+@pytest.fixture(scope="module")
+def judged_by(base, tmp_path_factory):
+    """A reward model, hardly trained."""
+    folder = tmp_path_factory.mktemp("reward")
+    pairs = [{"prompt": row["prompt"], "chosen": f" {row['wanted']}.", "rejected": " The end."} for row in PROMPTS]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    Command(
+        folder, "pipeline=reward", "data=preference", "run_dir=run", f"model.path={base / 'run' / 'export'}",
+        f"data.train=[{folder}/pairs.jsonl]", f"data.cache={folder / 'cache'}", "data.template=raw", "batch.size=3",
+        "batch.micro=3", "batch.length=40", "steps=3", "optimizer.lr=0.001", "evaluation.samples=0",
+        "tracking.wandb.mode=disabled", "tracking.tensorboard=false",
+    ).finish()  # fmt: skip
+    return folder / "run" / "export"
+
+
+def experience(checkpoint) -> Experience:
+    """What a checkpoint in the middle of an iteration holds of it."""
+    manifest = read_manifest(checkpoint)
+    files = FragmentFiles(checkpoint, manifest)
+    shapes = {name: shape for name, shape in manifest.shapes.items() if name.startswith("data/")}
+    return Experience.of({n.removeprefix("data/"): files.whole(n, "held", shape) for n, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), pytest.param(2, "zero3", marks=pytest.mark.slow)])
+def test_a_reward_model_scores_what_was_sampled_and_the_critic_begins_from_it(
+    ranks, strategy, base, judged_by, tmp_path
+):
+    model = f"pipeline.reward.main.path={judged_by}"
+    found = run(base, tmp_path, model, f"strategy={strategy}", "steps=3", ranks=ranks)
+    reward, held = RewardModel.open(judged_by), experience(tmp_path / "run" / "checkpoints" / "step-00000003")
+    prompts, completions = held.prompts.split(held.prompt_lengths.tolist()), held.ids.split(held.lengths.tolist())
+    with torch.no_grad():
+        ids = [[*prompt.tolist(), *ids.tolist()] for prompt, ids in zip(prompts, completions, strict=True)]
+        alone = score(reward.model, ids, torch.device("cpu"))
+    given = [row["score"] for row in samples(tmp_path) if row["step"] == 1]
+    # The ids that were sampled, not their text encoded again (P3).
+    assert given == pytest.approx([(value - reward.mean) / reward.std for value in alone], rel=1e-4, abs=1e-4)
+    assert found[0]["objective/score"] == pytest.approx(np.mean(given), rel=1e-5)
+    assert found[0]["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
 
 
 def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
