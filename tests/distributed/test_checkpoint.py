@@ -72,8 +72,8 @@ def test_every_layout_restores_what_another_saved_bit_for_bit(source, target, sa
 
 
 TWELVE = LAYOUTS + MORE
-PAIRS = [(TWELVE[n], TWELVE[(n + step) % 12]) for n in range(12) for step in (5, 7)]
-"""Each of the twelve layouts as source and as target of two."""
+PAIRS = [(TWELVE[n], TWELVE[(n + 5) % 12]) for n in range(12)]
+"""Each of the twelve layouts as source and as target of another."""
 
 
 @pytest.mark.slow
