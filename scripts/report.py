@@ -1,0 +1,45 @@
+"""Write report.html.
+
+    python scripts/report.py RUN                 into the run's folder
+    python scripts/report.py RUN RUN [RUN ...]   one that compares them, into the folder that they share
+    python scripts/report.py runs/sweeps         the same for all runs inside
+    python scripts/report.py LIFECYCLE           a folder with lifecycle.json
+
+One file that needs neither network nor server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from trainer.report import FILE, runs_in, write, write_comparison
+from trainer.report.lifecycle import RECORD
+
+
+def main() -> None:
+    """Write what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--out", type=Path, help="where to write a comparison; default: in the folder that the runs share"
+    )
+    a = parser.parse_args()
+    if len(a.folders) == 1 and (a.folders[0] / RECORD).is_file():
+        print(write(a.folders[0]))
+        return
+    runs = [run for folder in a.folders for run in runs_in(folder)]
+    if missing := [str(folder) for folder in a.folders if not any(runs_in(folder))]:
+        parser.error(f"{', '.join(missing)}: no run is there (a run has a config.yaml and a metrics.jsonl)")
+    if len(runs) == 1 and a.out is None:
+        print(write(runs[0]))
+        return
+    shared = Path(os.path.commonpath([run.resolve() for run in runs]))
+    # A lifecycle's folder has a report of its own.
+    name = "comparison.html" if (shared / RECORD).is_file() or shared in [r.resolve() for r in runs] else FILE
+    print(write_comparison(a.out or shared / name, runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""``report.html``: what a run, several runs or a whole lifecycle say, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from trainer.report.charts import drawn, sections
+from trainer.report.comparison import comparison, named
+from trainer.report.curves import number
+from trainer.report.histograms import histograms
+from trainer.report.lifecycle import RECORD, lifecycle
+from trainer.report.page import opening, page, plots
+from trainer.report.recording import Recording, read
+from trainer.report.tables import ancestry, changed, errors, made, samples, settings, statistics, time_split
+from trainer.report.verdict import duration, headline, verdict
+
+FILE = "report.html"
+
+
+def write(folder: Path, ended: str | None = None) -> Path:
+    """Write the report of a run or of a lifecycle into its folder, and give its path. ``ended``: why a run failed."""
+    text = lifecycle(folder) if (folder / RECORD).is_file() else of_run(read(folder, ended))
+    return _put(folder / FILE, text)
+
+
+def write_comparison(file: Path, folders: Sequence[Path]) -> Path:
+    """Write a report that compares runs."""
+    return _put(file, comparison([read(folder) for folder in folders], named(folders)))
+
+
+def runs_in(folder: Path) -> Iterator[Path]:
+    """The run folders that a path means: itself, or those inside, as of a sweep."""
+    if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
+        yield folder
+        return
+    if folder.is_dir():
+        for inside in sorted(folder.iterdir()):
+            if inside.is_dir() and inside.name not in ("checkpoints", "export"):
+                yield from runs_in(inside)
+
+
+def of_run(run: Recording) -> str:
+    """The page of one run."""
+    found = drawn(run)
+    parts = {}
+    spread = histograms(run)
+    for name, group in sections(found).items():
+        parts[name] = plots(group)
+        if name == "Rewards":
+            parts[name] = parts[name].removesuffix("</div>") + spread + "</div>"
+            spread = ""
+    if spread:
+        parts["Spread"] = f'<div class="plots">{spread}</div>'
+    parts["Time"] = time_split(run)
+    parts["Samples"] = samples(run)
+    parts["Largest errors"] = errors(run)
+    parts["Data"] = statistics(run)
+    parts["Configuration"] = changed(run) + settings(run)
+    parts["Ancestry"] = ancestry(run) + made(run)
+    return page(run.name, opening(run.name, headline(run, found), verdict(run, found), _tiles(run)), parts)
+
+
+def _tiles(run: Recording) -> dict[str, str]:
+    tiles = {"Steps": number(run.last)} if run.last else {}
+    for name, label in (("tokens", "Tokens"), ("eval/loss", "Held-out loss"), ("loss", "Last training loss")):
+        if (value := run.latest(name)) is not None and not (label == "Last training loss" and "Held-out loss" in tiles):
+            tiles[label] = number(value)
+    if run.seconds:
+        tiles["Time"] = duration(sum(run.seconds.values()))
+    if (held := run.latest("memory_gb")) is not None:
+        tiles["Memory"] = f"{held:.2f} GB"
+    return tiles
+
+
+def _put(file: Path, text: str) -> Path:
+    """Replace a file at once: whoever has it open sees the old one or the new one."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+    return file
