@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ class TrainingError(RuntimeError):
     """The run cannot go on: too many steps in a row were skipped."""
 
 
+class FirstStep(StrEnum):
+    """What becomes of a run whose first step contradicts its algorithm."""
+
+    error = auto()
+    warn = auto()
+    off = auto()
+
+
 @schema("guard")
 @dataclass
 class GuardSettings(Node):
@@ -29,6 +38,9 @@ class GuardSettings(Node):
         0.0,
         "skip a step whose gradient norm is this many standard deviations above the mean of the window; 0 = off",
         least=0,
+    )
+    first_step: FirstStep = setting(
+        FirstStep.error, "a first step that cannot be right (DPO not at ln 2, nothing learnt): error, warn or off"
     )
     spike_window: int = setting(100, "applied steps whose gradient norms are remembered", least=10)
 

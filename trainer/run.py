@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer import run_folder
 from trainer.checkpoint import Checkpointer, Checkpoints, Part
+from trainer.checks import Expectation, check
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.chat_data import ChatData
 from trainer.data.corpus import Corpus, Data
@@ -223,6 +224,7 @@ def run(cfg: Run) -> dict[str, float]:
     loader = cfg.loader(tokenizer)
     corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), cfg.seed)
     made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
+    made_from |= {"statistics": corpus.said, "defaults": run_folder.defaults(cfg)}
     made_from |= cfg.adapter.made_from(loader.files)
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
@@ -256,9 +258,13 @@ def run(cfg: Run) -> dict[str, float]:
         ):
             tracker.say(corpus.said)
 
+            expected: list[Expectation] = []
+
             def log(arrived: list[tuple[dict[str, float], Logged]]) -> None:
                 for values, step in arrived:
                     guard.check(step.number, values, step.rows)
+                    if step.number == 1:
+                        check(expected, values, cfg.guard.first_step)
                     tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
 
             def evaluate(number: int) -> None:
@@ -270,6 +276,7 @@ def run(cfg: Run) -> dict[str, float]:
                 tracker.units(number, found.units)
                 tracker.texts(number, "errors", found.errors)
                 tracker.texts(number, "samples", samples)
+                tracker.report()
 
             if cfg.evaluation.first and done == 0:
                 evaluate(0)
@@ -278,6 +285,8 @@ def run(cfg: Run) -> dict[str, float]:
                 profiler.done(step.number)
                 checkpoints.advance()
                 tracker.texts(step.number, "samples", step.shown)
+                if step.number == 1:
+                    expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
                 log(readback.push(values, Logged.of(step, cfg.base_lr * schedule(step.number), speed)))
                 if cfg.evaluation.due(step.number, last):

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
+from omegaconf import MISSING
 
 from trainer.config import ConfigError
 from trainer.parallel import distributed
@@ -21,7 +22,7 @@ RECORD = "config.yaml"
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
     "evaluation", "export", "profile", "watchdog",
-    "estimate", "data.workers", "data.cache", "guard.max_bad_steps", "model.compile",
+    "estimate", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step", "model.compile",
     "model.activation_checkpointing",
 )  # fmt: skip
 """Settings that a resumed run may change: they decide how the work is done and for how long, not what is computed."""
@@ -119,6 +120,21 @@ def plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [plain(value) for value in node]
     return node
+
+
+def defaults(node: Any, path: str = "") -> dict[str, Any]:
+    """The defaults of all settings that have another value, by full name; None for those without a default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value, name = getattr(node, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= defaults(value, f"{name}.")
+            continue
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = None if made in (dataclasses.MISSING, MISSING) else plain(made)
+        if plain(value) != default:
+            found[name] = default
+    return found
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.config import Node, schema, setting
 from trainer.console import Console
+from trainer.report.live import LiveReport
 
 BINS = 40
 """Of histograms."""
@@ -49,6 +50,7 @@ class Tracking(Node):
     every: int = setting(1, "steps between logged ones", least=1)
     wandb: WandB = setting(WandB)
     tensorboard: bool = setting(True, "write event files under run_dir/tensorboard")
+    report: bool = setting(True, "write run_dir/report.html at each evaluation and at the end")
 
 
 class Sink(Protocol):
@@ -170,6 +172,7 @@ class Tracker:
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         self._console: Console | None = None
+        self._report = LiveReport(folder) if config.report and not rank else None
         if rank:
             return
         self._lines = JsonLines(folder, done)
@@ -185,10 +188,12 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.settle()
         for sink in reversed(self._sinks):
             sink.close()
+        if self._report is not None:
+            self._report.close(error)
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
         """Log an optimizer step, if it is one of those that are logged."""
@@ -211,6 +216,11 @@ class Tracker:
         """Log a table of texts."""
         for sink in self._sinks if rows else ():
             sink.texts(number, name, rows)
+
+    def report(self) -> None:
+        """Write ``report.html`` anew, as far as the run has come."""
+        if self._report is not None:
+            self._report.write()
 
     def say(self, lines: Sequence[str]) -> None:
         """Show text on the console."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from trainer.batch import Batch
+from trainer.checks import Expectation, finite, something_learnt
 from trainer.config import Node
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
@@ -127,6 +128,13 @@ class Pipeline(Node):
 
     def begin(self, models: Models, engine: Engine, batches: Iterable[Any]) -> None:
         """Find out, before a step's first loss, what each needs to know of all its micro-batches and ranks. Collective."""
+
+    def expected(
+        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
+    ) -> Iterator[Expectation]:
+        """What the first step of a fresh run must show, by its metrics and this rank's micro-batches. Collective."""
+        yield finite()
+        yield something_learnt(micro_batches)
 
     def loss(self, models: Models, batch: Any) -> tuple[Tensor, Metrics]:
         """The sum of the objective over a micro-batch (``batch.weight`` units), connected to the graph; and statistics."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, auto
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.checks import TOLERANCE, Expectation, near
 from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, Pairs
@@ -28,7 +29,7 @@ from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, adapters_off
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.pipelines.answers import Answers, read_answers
+from trainer.pipelines.answers import Answers, PairAnswers, read_answers
 from trainer.pipelines.base import Models, Pipeline
 from trainer.pipelines.preference_losses import OBJECTIVES, Objective, Strength
 
@@ -132,6 +133,22 @@ class DPO(Pipeline):
         answers = self.chosen.reads.of(batch, policy, self._reference(models, batch), models.known)
         losses = self.chosen.loss(answers, self.strength) - self.rpo_alpha * answers.liked
         return (losses * batch.kept).sum(), self.report(answers, policy.entropy, batch)
+
+    def expected(
+        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
+    ) -> Iterator[Expectation]:
+        """A policy that is its own reference prefers nothing yet: the loss of a margin of 0, ln 2 for sigmoid (D1)."""
+        yield from super().expected(load, models, engine, micro_batches)
+        moved = getattr(load.adapter, "path", None) is not None and self.reference is not Reference.precomputed
+        dropped = getattr(load.adapter, "dropout", 0.0) > 0
+        compared = self.chosen.referenced and self.reference is not Reference.none and self.chosen.reads is PairAnswers
+        if compared and not moved and not dropped and not self.rpo_alpha:
+            start = float(self.chosen.loss(PairAnswers(*torch.zeros(8, 1)), self.strength))
+            tolerance = TOLERANCE[engine.precision.compute] * max(1.0, start)
+            rule = "before the first update the policy is its own reference"
+            remedy = "the reference must come from model.path itself, in the same precision and without dropout"
+            yield near("loss", start, tolerance, f"{rule}, whose loss is {start:.6f}", remedy)
+            yield near("rewards/margin", 0.0, tolerance, f"{rule}, whose margin is 0", remedy)
 
     def report(self, answers: Answers, entropy: Tensor, batch: AnswerBatch) -> Metrics:
         """Implicit rewards, how often they are on the right side, and the policy's entropy at the answers' tokens."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from trainer.batch import PackedRows
+from trainer.checks import Expectation, plausible
 from trainer.config import schema, setting
 from trainer.functional import cross_entropy
 from trainer.metrics import Metrics
+from trainer.models.load import ModelLoader
+from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
 
 
@@ -39,6 +43,14 @@ class Pretrain(Pipeline):
         if self.z_loss:
             metrics.mean("z_loss", self.z_loss * z, batch.weight)
         return loss, metrics
+
+    def expected(
+        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
+    ) -> Iterator[Expectation]:
+        """A new model knows nothing yet: its loss is about ln(vocabulary)."""
+        yield from super().expected(load, models, engine, micro_batches)
+        if load.files is None:
+            yield plausible(load.architecture.vocab_size)
 
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
         """``loss`` in nats per token without regularisers, and ``bits_per_byte``: nll / (ln 2 * bytes) (S5)."""
