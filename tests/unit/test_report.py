@@ -59,7 +59,7 @@ def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(
     assert "0.7500" not in headline(recording, found)
 
 
-def test_the_direction_of_a_curve_is_its_slope_over_the_last_third():
+def test_the_direction_of_a_curve_is_its_slope_over_its_last_part():
     steps = np.arange(0.0, 1000.0)
     falling = Trace("training", Series(steps, 2.0 - 0.001 * steps))
     # 0.1 less every 100 steps, of a value that ends at 1.001.

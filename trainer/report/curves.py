@@ -250,7 +250,7 @@ def _trace(axes: Axes, trace: Trace) -> str:
         return f'<g class="evals {style}"><path d="{path(axes, shown)}"/>{dots if len(shown) <= 120 else ""}</g>'
     ends, means = thinned(trace.series)
     if trace.exact:
-        return f'<path class="exact {style}" d="{path(axes, ends)}"/>'
+        return f'<path class="exact {style}" d="{path(axes, means)}"/>'
     strong = Series(means.steps, smoothed(means.values, SMOOTHING))
     return f'<path class="raw {style}" d="{path(axes, ends)}"/><path class="smooth {style}" d="{path(axes, strong)}"/>'
 

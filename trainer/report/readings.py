@@ -10,7 +10,7 @@ import numpy as np
 from trainer.report.curves import Band, Level, Trace, number
 from trainer.report.recording import Floats, Series, smoothed
 
-LATE = 1 / 3
+LATE = 0.2
 """The part of a run, at its end, that its direction is told from."""
 
 
@@ -78,7 +78,7 @@ def compared(value: float, levels: Sequence[Level], better: int) -> str:
 
 
 def slope(series: Series) -> tuple[float, float] | None:
-    """Change a step over the last third, by least squares, and its standard error; None from fewer than 3 values."""
+    """Change a step over the last part, by least squares, and its standard error; None from fewer than 3 values."""
     since = series.steps[-1] - LATE * (series.steps[-1] - series.steps[0])
     keep = series.steps >= since
     if keep.sum() < 3:
