@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.actor import Actor, Decoder, read_logprobs
 from trainer.advantages import AGGREGATES, KL, Discount
+from trainer.checks import Expectation, finite, same_policy, something_learnt
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
@@ -127,6 +128,18 @@ class PPO(PolicyGradient):
             Path(models.folder), weights, self.rollout.sampling, models.tokenizer.stops, length=plan.length,
             memory=self.rollout.memory, dtype=str(engine.precision.dtype).removeprefix("torch."),
         )  # fmt: skip
+
+    def expected(
+        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
+    ) -> Iterator[Expectation]:
+        """The policy that learns from its first mini-batch is still the one that sampled it (P1)."""
+        yield finite()
+        learnt = something_learnt(micro_batches)
+        if learnt.measured:
+            yield from same_policy(engine.precision.compute)
+        else:
+            remedy = "raise pipeline.rollout.tokens, or use another pipeline.unfinished than mask"
+            yield dataclasses.replace(learnt, remedy=remedy, certain=False)
 
     def learn(self, models: Models, judged: Judged, kl: float) -> Learnable:
         """What is learnt from an iteration: advantages and returns at the price ``kl``."""

@@ -292,5 +292,7 @@ CHARTS = (
 )
 UNDERSTOOD = "policy/loss"
 """A run with this metric learns from its own samples: its whole loss, whose scale changes with them, is no result."""
+HELD_OUT = {"completion/length_mean": "eval/length"}
+"""What a metric is called on held-out data where it is not ``eval/<name>``."""
 HIDDEN = ("tokens", "skipped_in_a_row", "score/std")
 """Metrics without a plot of their own."""

@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from trainer.report.catalogue import CHARTS, FURTHER, HIDDEN, POLICY, SECTIONS, UNDERSTOOD, Better, Chart, Manner
+from trainer.report.catalogue import (
+    CHARTS,
+    FURTHER,
+    HELD_OUT,
+    HIDDEN,
+    POLICY,
+    SECTIONS,
+    UNDERSTOOD,
+    Better,
+    Chart,
+    Manner,
+)
 from trainer.report.curves import Figure, Level, Trace
 from trainer.report.readings import capital, read_off, way_of
 from trainer.report.recording import Recording, Series
@@ -28,7 +39,7 @@ def drawn(run: Recording) -> list[Drawn]:
     found = []
     for chart in [*suited(run), *_further(run)]:
         traces = _traces(run, chart)
-        names = {n for n in chart.metrics if n in run.series or f"eval/{n}" in run.series}
+        names = {n for n in chart.metrics if n in run.series or held_out(n) in run.series}
         if not traces or (chart.title == "Gold against proxy" and len(names) < 2):
             continue
         if chart.title == "Skipped steps" and not traces[0].series.finite.values.any():
@@ -60,11 +71,16 @@ def suited(run: Recording) -> list[Chart]:
     return [dataclasses.replace(chart, **plain) if "loss" in chart.metrics else chart for chart in CHARTS]
 
 
+def held_out(name: str) -> str:
+    """What a metric is called on held-out data."""
+    return HELD_OUT.get(name, f"eval/{name.removeprefix('objective/')}")
+
+
 def _traces(run: Recording, chart: Chart) -> list[Trace]:
     traces: list[Trace] = []
     for name, label in chart.metrics.items():
         style = len({t.style for t in traces})
-        known = [n for n in (name, f"eval/{name}") if n in run.series and len(run.series[n].finite)]
+        known = [n for n in (name, held_out(name)) if n in run.series and len(run.series[n].finite)]
         if chart.against:
             over = run.series.get(chart.against)
             if over is not None and name in run.series:
@@ -99,7 +115,7 @@ def paired(over: Series, series: Series) -> Series:
 def _levels(run: Recording, chart: Chart) -> Iterator[Level]:
     floors = run.facts.get("floors") or {}
     for name in chart.metrics:
-        floor = floors.get(f"eval/{name}", floors.get(name))
+        floor = floors.get(held_out(name), floors.get(name))
         if isinstance(floor, int | float):
             label = "entropy of the language" if name in ("loss", "bits_per_byte") else "known optimum"
             yield Level(float(floor), f"{label} {floor:.4g}", optimum=True)
@@ -109,6 +125,7 @@ def _levels(run: Recording, chart: Chart) -> Iterator[Level]:
 
 def _further(run: Recording) -> Iterator[Chart]:
     known = {name for chart in CHARTS for name in chart.metrics} | set(HIDDEN)
+    known |= {held_out(name).removeprefix("eval/") for name in known}
     names: dict[str, None] = {}
     for name in run.series:
         plain = name.removeprefix("eval/")

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from trainer.report.catalogue import Better, Chart, Manner
-from trainer.report.charts import Drawn, drawn, sections, suited
+from trainer.report.charts import Drawn, drawn, held_out, sections, suited
 from trainer.report.curves import Figure, Level, Trace, number
 from trainer.report.page import opening, page, plots
 from trainer.report.readings import settled
@@ -63,7 +63,7 @@ def _metrics(chart: Chart, known: Collection[str]) -> dict[str, str]:
     titles = {}
     for name, label in chart.metrics.items():
         part = f": {label}" if len(chart.metrics) > 1 and label != "training" else ""
-        for key, where in ((f"eval/{name}", ", held out"), (name, "")):
+        for key, where in ((held_out(name), ", held out"), (name, "")):
             if key in known:
                 titles[key] = f"{chart.title}{part}{where}"
     return titles

@@ -76,7 +76,7 @@ def samples(run: Recording) -> str:
     moments = [*dict.fromkeys([*early, steps[-1]])]
     rows = [
         [text(key[0]) or "<em>from nothing</em>", *(_completion(by_step[s].get(key)) for s in moments)]
-        for key in list(last)[:PROMPTS]
+        for key in sorted(last, key=lambda key: not any(key in by_step[s] for s in early))[:PROMPTS]
     ]
     return table("What the model writes", ["Prompt", *(f"Step {s}" for s in moments)], rows, kind="texts")
 
