@@ -210,7 +210,7 @@ CHARTS = (
         "KL from the reference",
         {"objective/kl": "KL a sequence", "kl": "KL"},
         hint="How far the policy has moved; a sudden rise precedes a collapse.",
-        levels=(of_setting("pipeline.kl_target", "pipeline.kl.target", "pipeline.target_kl", label="target"),),
+        levels=(of_setting("pipeline.kl_target", label="target"),),
     ),
     Chart(
         POLICY,
@@ -237,9 +237,17 @@ CHARTS = (
     Chart(
         POLICY,
         "Entropy",
-        {"objective/entropy": "entropy", "entropy": "entropy"},
+        {"objective/entropy": "sampling", "policy/entropy": "learning", "entropy": "training"},
         hint="Falling to nothing means that the policy says one thing only.",
     ),
+    Chart(
+        POLICY,
+        "Sampler against trainer",
+        {"rollout/mismatch": "difference"},
+        hint="Of a token's log-probability, when it was sampled and when it was read again: rounding, and no more.",
+        log=True,
+    ),
+    Chart(POLICY, "Price of KL", {"objective/kl_price": "price"}, manner=Manner.exact),
     Chart(
         POLICY,
         "Ends of completions",
@@ -262,6 +270,7 @@ CHARTS = (
         "How much of the returns the critic foresees; below 0 it is worse than a constant.",
         (at(1.0, "perfect", optimum=True), ZERO),
     ),
+    Chart(VALUE, "Values", {"value/mean": "mean"}, hint="Of the critic; they should follow the rewards."),
     Chart(VALUE, "Value loss", {"value/loss": "value"}, Better.lower),
     Chart(VALUE, "Value clip fraction", {"value/clip_fraction": "value"}, band=Band(0, 0.3)),
     Chart(
@@ -294,5 +303,12 @@ UNDERSTOOD = "policy/loss"
 """A run with this metric learns from its own samples: its whole loss, whose scale changes with them, is no result."""
 HELD_OUT = {"completion/length_mean": "eval/length"}
 """What a metric is called on held-out data where it is not ``eval/<name>``."""
-HIDDEN = ("tokens", "skipped_in_a_row", "score/std")
+HIDDEN = (
+    "tokens",
+    "skipped_in_a_row",
+    "score/std",
+    "completion/length_max",
+    "objective/score_std",
+    "objective/missing",
+)
 """Metrics without a plot of their own."""

@@ -100,7 +100,10 @@ class Recording:
         times = {n.removeprefix("time/"): s.finite for n, s in self.series.items() if n.startswith("time/")}
         scale = max(1, int(self.get("tracking.every", 1) or 1))
         rare = ("evaluation", "checkpoint")
-        return {n: float(s.values.sum()) * (1 if n in rare else scale) for n, s in times.items() if len(s)}
+        found = {n: float(s.values.sum()) * (1 if n in rare else scale) for n, s in times.items() if len(s)}
+        if "forward_backward" in found:
+            found.pop("update", None)  # holds it and the optimizer's
+        return found
 
 
 def read(folder: Path, ended: str | None = None) -> Recording:

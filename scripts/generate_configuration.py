@@ -1,0 +1,131 @@
+"""Write docs/configuration.md from the dataclasses: every setting with its default, its range and its meaning.
+
+python scripts/generate_configuration.py          write it
+python scripts/generate_configuration.py --check  only say whether it is up to date (exit code 1 if not)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+import trainer.run
+from trainer.config import describe
+
+FILE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+HEADER = """\
+# Configuration
+
+Written by `python scripts/generate_configuration.py` from the dataclasses that are the configuration; do not edit it.
+
+`python -m trainer [group=choice ...] [setting=value ...]`: a *group* chooses which of several parts is used
+(`pipeline=dpo`), a *setting* is a field of the chosen part (`pipeline.beta=0.2`). The defaults below are those of the
+dataclasses; the YAML files of `configs/` may say otherwise, such as `configs/model/1b.yaml` for `model=1b`, and
+`python -m trainer --help` shows what is in force with your choices. A setting that does not exist, has the wrong type or is
+out of its range is refused before anything starts, together with everything else that is wrong.
+"""
+SKIPPED = ("pipeline", "model", "data", "adapter", "strategy", "precision", "optimizer", "schedule", "reward")
+LIMITS = {"above": ">", "least": "≥", "below": "<", "most": "≤"}
+
+
+def text() -> str:
+    """The whole page."""
+    groups = dict(sorted(schemas().items()))
+    parts = [HEADER, *section("A run", trainer.run.Run, "")]
+    for group in (*SKIPPED, *sorted(groups.keys() - set(SKIPPED))):
+        for name, cls in sorted(groups.get(group, {}).items()):
+            title = (
+                f"`{group}={name}`" if (group, name) != ("model", "transformer") else "`model=tiny`, `125m`, `1b`, `7b`"
+            )
+            if group == "reward":
+                title = f"`reward@pipeline.reward.NAME={name}`"
+            parts += section(title, cls, "pipeline.reward.NAME." if group == "reward" else f"{group}.")
+    return "\n".join(parts)
+
+
+def schemas() -> dict[str, dict[str, type]]:
+    """Every registered dataclass by group and choice."""
+    found: dict[str, dict[str, type]] = {}
+    for group, choices in ConfigStore.instance().repo["schema"].items():
+        if isinstance(choices, dict):
+            for file, held in choices.items():
+                cls = getattr(OmegaConf.get_type(held.node), "shadow_of", None)
+                if cls is not None and cls.__module__.startswith("trainer."):
+                    found.setdefault(group, {})[file.removesuffix(".yaml")] = cls
+    return found
+
+
+def section(title: str, cls: type, path: str) -> list[str]:
+    """A heading, what the part is, and a table of its settings."""
+    rows = list(settings(cls, path))
+    if not rows:
+        return [f"\n## {title}\n", first_sentence(cls), ""]
+    head = "| setting | default | value | meaning |\n| --- | --- | --- | --- |"
+    return [f"\n## {title}\n", first_sentence(cls), "", head, *rows, ""]
+
+
+def settings(cls: type, path: str) -> Iterator[str]:
+    """Rows of a table; parts inside a part are unfolded, groups are only named."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], f"{path}{field.name}"
+        if dataclasses.is_dataclass(hint):
+            if field.default_factory is not dataclasses.MISSING:
+                yield from settings(typing.cast(type, hint), f"{name}.")
+            else:
+                yield f"| `{name}` | a group | choose with `{name}=NAME` | {cell(first_sentence(typing.cast(type, hint)))} |"
+            continue
+        limits = " and ".join(f"{LIMITS[k]} {v:g}" for k, v in field.metadata.get("limits", {}).items())
+        kind = words(hint) + (f", {limits}" if limits else "")
+        yield f"| `{name}` | {default(field)} | {cell(kind)} | {cell(field.metadata.get('doc', ''))} |"
+
+
+def words(hint: Any) -> str:
+    """A type in words; parts by name, such as rewards, are named as such."""
+    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+        return "parts by name"
+    return describe(hint)
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """A default as it would be typed."""
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if made is dataclasses.MISSING or made == MISSING:
+        return "required"
+    if made is None or isinstance(made, bool):
+        return f"`{'null' if made is None else str(made).lower()}`"
+    return f"`{made.value if isinstance(made, Enum) else made}`" if made != "" else "empty"
+
+
+def first_sentence(cls: type) -> str:
+    """The summary line of a docstring."""
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def cell(text: str) -> str:
+    """Text that may stand in a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    if "--check" in sys.argv[1:]:
+        fresh = FILE.is_file() and FILE.read_text(encoding="utf-8") == text()
+        print(
+            f"{FILE.name} is {'up to date' if fresh else 'out of date; run python scripts/generate_configuration.py'}"
+        )
+        return 0 if fresh else 1
+    FILE.write_text(text(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
