@@ -32,7 +32,9 @@ dataclasses; the YAML files of `configs/` may say otherwise, such as `configs/mo
 `python -m trainer --help` shows what is in force with your choices. A setting that does not exist, has the wrong type or is
 out of its range is refused before anything starts, together with everything else that is wrong.
 """
-SKIPPED = ("pipeline", "model", "data", "adapter", "strategy", "precision", "optimizer", "schedule", "reward")
+ORDER = (
+    "pipeline", "model", "data", "adapter", "strategy", "precision", "optimizer", "schedule", "reward", "tracking",
+)  # fmt: skip
 LIMITS = {"above": ">", "least": "≥", "below": "<", "most": "≤"}
 
 
@@ -40,11 +42,13 @@ def text() -> str:
     """The whole page."""
     groups = dict(sorted(schemas().items()))
     parts = [HEADER, *section("A run", trainer.run.Run, "")]
-    for group in (*SKIPPED, *sorted(groups.keys() - set(SKIPPED))):
+    for group in (*ORDER, *sorted(groups.keys() - set(ORDER))):
         for name, cls in sorted(groups.get(group, {}).items()):
             title = (
                 f"`{group}={name}`" if (group, name) != ("model", "transformer") else "`model=tiny`, `125m`, `1b`, `7b`"
             )
+            if name == group:
+                title = f"`{group}`"
             if group == "reward":
                 title = f"`reward@pipeline.reward.NAME={name}`"
             parts += section(title, cls, "pipeline.reward.NAME." if group == "reward" else f"{group}.")
@@ -54,12 +58,15 @@ def text() -> str:
 def schemas() -> dict[str, dict[str, type]]:
     """Every registered dataclass by group and choice."""
     found: dict[str, dict[str, type]] = {}
-    for group, choices in ConfigStore.instance().repo["schema"].items():
-        if isinstance(choices, dict):
-            for file, held in choices.items():
-                cls = getattr(OmegaConf.get_type(held.node), "shadow_of", None)
-                if cls is not None and cls.__module__.startswith("trainer."):
-                    found.setdefault(group, {})[file.removesuffix(".yaml")] = cls
+    alone = {f.name for f in dataclasses.fields(trainer.run.Run) if f.default_factory is dataclasses.MISSING}
+    for name, held in ConfigStore.instance().repo["schema"].items():
+        group = name.removesuffix(".yaml")
+        if not isinstance(held, dict) and group not in alone:
+            continue  # unfolded into the table of a run
+        for file, one in held.items() if isinstance(held, dict) else [(name, held)]:
+            cls = getattr(OmegaConf.get_type(one.node), "shadow_of", None)
+            if cls is not None and cls.__module__.startswith("trainer."):
+                found.setdefault(group, {})[file.removesuffix(".yaml")] = cls
     return found
 
 

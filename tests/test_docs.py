@@ -1,0 +1,104 @@
+"""The documentation is true: its configuration page, its commands, its links and its worked example."""
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT, TINY, Command, metrics
+from trainer.__main__ import composed
+from trainer.config import ConfigError
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLE = (DOCS / "algorithm.md").read_text(encoding="utf-8")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line of every page."""
+    return [
+        (page.name, line) for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line
+    ]
+
+
+def load(script: str):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_configuration_page_is_what_the_dataclasses_say():
+    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == load("generate_configuration").text(), (
+        "run python scripts/generate_configuration.py"
+    )
+
+
+def test_the_configuration_page_has_every_setting_of_a_composed_run():
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    for setting in ("batch.micro", "pipeline.beta", "pipeline.rollout.tokens", "adapter.rank", "tracking.wandb.mode"):
+        assert f"| `{setting}` |" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    linked = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert [link for link in linked if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
+def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch):
+    """Scripts are there, and every override of a run is a setting that exists, with a value that it takes."""
+    words = shlex.split(line)
+    for word in words:
+        if word.startswith(("scripts/", "launch/")):
+            assert (ROOT / word).is_file(), word
+    if "trainer" not in words and not words[0].startswith("launch/") and "scripts/preview.py" not in words:
+        return
+    if "trainer" in words:
+        overrides = words[words.index("trainer") + 1 :]
+    else:
+        overrides = words[words.index("--") + 1 :] if "--" in words else words[words.index("scripts/preview.py") + 1 :]
+    if "--config-dir" in overrides:  # the worked example, which is run below
+        return
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_rewards.py").write_text(blocks(DOCS / "ppo.md", "python")[0])
+    sys.modules.pop("my_rewards", None)
+    for name in re.findall(r"[\w-]+\.jsonl", line):
+        (tmp_path / name).write_text(json.dumps({"text": "Ada."}) + "\n")
+    try:
+        composed([word for word in overrides if not word.startswith("--")], "docs")
+    except ConfigError as error:
+        wrong = [
+            p for p in error.problems if not re.search(r"DIR|runs/|does not exist|no such|no folder|multiple of", p)
+        ]
+        assert wrong == []
+
+
+def test_the_worked_example_runs_as_it_stands(tmp_path):
+    code, yaml = blocks(DOCS / "algorithm.md", "python")[0], blocks(DOCS / "algorithm.md", "yaml")[0]
+    (tmp_path / "repetition.py").write_text(code)
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "unlikelihood.yaml").write_text(yaml)
+    command = shlex.split(blocks(DOCS / "algorithm.md", "bash")[0])
+    Command(tmp_path, *command[3:], *TINY, "run_dir=r", "steps=4", "pipeline.strength=0.5").finish()
+    lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["unlikelihood"] > 0 for line in lines)
+    assert "unlikelihood" in (tmp_path / "r" / "report.html").read_text()
+    assert "strength" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_the_worked_example_is_one_file_and_one_line_of_yaml():
+    assert EXAMPLE.count("```python") == 1
+    assert len(blocks(DOCS / "algorithm.md", "yaml")[0].splitlines()) == 1
