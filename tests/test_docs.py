@@ -85,6 +85,7 @@ def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch
         assert wrong == []
 
 
+@pytest.mark.slow
 def test_the_worked_example_runs_as_it_stands(tmp_path):
     code, yaml = blocks(DOCS / "algorithm.md", "python")[0], blocks(DOCS / "algorithm.md", "yaml")[0]
     (tmp_path / "repetition.py").write_text(code)
