@@ -64,9 +64,13 @@ def of_run(run: Recording) -> str:
 
 def _tiles(run: Recording) -> dict[str, str]:
     tiles = {"Steps": number(run.last)} if run.last else {}
-    for name, label in (("tokens", "Tokens"), ("eval/loss", "Held-out loss"), ("loss", "Last training loss")):
-        if (value := run.latest(name)) is not None and not (label == "Last training loss" and "Held-out loss" in tiles):
+    if (tokens := run.latest("tokens")) is not None:
+        tiles["Tokens"] = number(tokens)
+    # The first of these that the run has.
+    for name, label in (("objective/score", "Score"), ("eval/loss", "Held-out loss"), ("loss", "Training loss")):
+        if (value := run.latest(name)) is not None:
             tiles[label] = number(value)
+            break
     if run.seconds:
         tiles["Time"] = duration(sum(run.seconds.values()))
     if (held := run.latest("memory_gb")) is not None:

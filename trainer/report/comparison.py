@@ -21,7 +21,9 @@ def comparison(runs: Sequence[Recording], title: str) -> str:
     """The page of several runs."""
     found = overlaid(runs)
     parts = {"Last values": finals(runs, found), "Settings": differing(runs)}
-    parts |= {name: plots(group) for name, group in sections(found).items()}
+    # Raw values of many runs would hide each other.
+    many = "plots many" if len(runs) > 3 else "plots"
+    parts |= {name: plots(group, kind=many) for name, group in sections(found).items()}
     stages = [run.name for run in runs]
     parts["Answers"] = side_by_side(last_answers(runs), stages, "The same prompt, answered by each run's last model")
     headline, lines = _said(runs, found)
@@ -50,7 +52,7 @@ def overlaid(runs: Sequence[Recording]) -> list[Drawn]:
             ]
             if not traces or (name == "skipped" and not any(t.series.finite.values.any() for t in traces)):
                 continue
-            alone = Chart(chart.section, label, {name: label}, chart.better)
+            alone = Chart(chart.section, label, {name: label}, chart.better, weight=chart.weight)
             falls = chart.better is Better.lower
             read = _best(traces, chart.better)
             levels = _shared(runs, name, chart)
@@ -100,8 +102,11 @@ def _said(runs: Sequence[Recording], found: Sequence[Drawn]) -> tuple[str, list[
     """Headline and statements."""
     judged = [d for d in found if d.chart.better is not Better.neither]
     held = [d for d in judged if next(iter(d.chart.metrics)).startswith("eval/")] or judged
+    best = max(held, key=lambda d: d.chart.weight, default=None)
     headline = (
-        f"{held[0].chart.title}: {held[0].figure.reading}." if held else f"{len(runs)} runs, nothing measured yet."
+        f"{best.chart.title}: {best.figure.reading[:1].lower()}{best.figure.reading[1:]}."
+        if best
+        else f"{len(runs)} runs, nothing measured yet."
     )
     lines = []
     for run in runs:
@@ -122,7 +127,7 @@ def _said(runs: Sequence[Recording], found: Sequence[Drawn]) -> tuple[str, list[
 def finals(runs: Sequence[Recording], found: Sequence[Drawn]) -> str:
     """The last value of every metric of every run, the best one marked."""
     rows = []
-    for d in found:
+    for d in (d for group in sections(found).values() for d in group):
         values = {t.label: settled(t) for t in d.figure.traces}
         best = (
             max(values, key=lambda name: d.chart.better.value * values[name])

@@ -64,9 +64,9 @@ def statements(lines: Sequence[Line]) -> str:
     return f'<ul class="verdict">{said}</ul>'
 
 
-def plots(found: Sequence[Drawn], prefix: str = "") -> str:
+def plots(found: Sequence[Drawn], prefix: str = "", kind: str = "plots") -> str:
     """Plots in a grid."""
-    return '<div class="plots">' + "".join(plot(d.figure, prefix) for d in found) + "</div>" if found else ""
+    return f'<div class="{kind}">' + "".join(plot(d.figure, prefix) for d in found) + "</div>" if found else ""
 
 
 def plot(figure: Figure, prefix: str = "") -> str:
