@@ -263,9 +263,9 @@ def run(cfg: Run) -> dict[str, float]:
             def log(arrived: list[tuple[dict[str, float], Logged]]) -> None:
                 for values, step in arrived:
                     guard.check(step.number, values, step.rows)
+                    tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
                     if step.number == 1:
                         check(expected, values, cfg.guard.first_step)
-                    tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
 
             def evaluate(number: int) -> None:
                 log(readback.flush())

@@ -151,7 +151,7 @@ def test_a_run_that_starts_wrong_ends_after_its_first_step_and_only_a_fresh_one_
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "mine.yaml").write_text("defaults: [/schema/pipeline/mine@_here_, _self_]\n")
-    settings = [*TINY, "--config-dir", "conf", "imports=[mine]", "pipeline=mine", "checkpoint.every=1", "run_dir=r"]
+    settings = ["--config-dir", "conf", *TINY, "imports=[mine]", "pipeline=mine", "checkpoint.every=1", "run_dir=r"]
     _, output = Command(tmp_path, *settings, "steps=3", ranks=ranks).fail()
     assert "and it knows everything: let it learn" in output
     assert "Stopped after step 1 of 3: TrainingError" in (tmp_path / "r" / "report.html").read_text()

@@ -258,6 +258,28 @@ def test_the_share_above_zero_divides_the_bin_around_it():
     assert above_zero({"edges": [-2, -1, 1, 2], "counts": [2, 4, 2]}) == pytest.approx((4 / 2 + 2) / 8)
 
 
+def test_units_that_are_all_alike_are_on_no_side_of_zero(tmp_path):
+    counts, edges = np.histogram([0.0] * 5, bins=40)
+    lines = [{"step": 0, "name": "eval/margin", "edges": edges.tolist(), "counts": counts.tolist()}]
+    lines += [{"step": 9, "name": "eval/margin", "edges": [0.0, 1.0, 2.0], "counts": [2, 3]}]
+    page = text_of(write(run(tmp_path / "r", [], histograms=lines)))
+    assert "100% of 5 units above 0 at step 9; all alike at step 0" in page
+
+
+def test_evaluations_are_said_to_move_as_the_last_two_do():
+    bent = Trace(
+        "held out", Series(np.array([100.0, 200.0, 300.0, 400.0]), np.array([1.0, 0.3, 0.12, 0.1])), points=True
+    )
+    # 0.02 of 0.1 in the last hundred steps, though 0.18 in the hundred before.
+    assert read_off([bent], [], None, -1) == "held out 0.1; still falling by 20.0% per 100 steps"
+
+
+def test_an_evaluation_is_drawn_once_where_two_metrics_share_its_name(tmp_path):
+    lines = [{"step": s, "entropy": 1.0, "eval/entropy": 0.9} for s in (1, 2, 3)]
+    found = next(d for d in drawn(read(run(tmp_path / "r", lines))) if d.chart.title == "Entropy")
+    assert [t.label for t in found.figure.traces] == ["training", "held out"]
+
+
 def test_a_model_s_forebears_are_followed_to_the_first(tmp_path):
     base, tuned = tmp_path / "runs" / "base", tmp_path / "runs" / "tuned"
     run(base, [])

@@ -80,7 +80,9 @@ def _traces(run: Recording, chart: Chart) -> list[Trace]:
     traces: list[Trace] = []
     for name, label in chart.metrics.items():
         style = len({t.style for t in traces})
-        known = [n for n in (name, held_out(name)) if n in run.series and len(run.series[n].finite)]
+        # Two metrics of a chart may be called alike on held-out data; it is then that of the one that was logged.
+        names = (name, held_out(name)) if name in run.series or held_out(name) == f"eval/{name}" else ()
+        known = [n for n in names if n in run.series and len(run.series[n].finite)]
         if chart.against:
             over = run.series.get(chart.against)
             if over is not None and name in run.series:

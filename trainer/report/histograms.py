@@ -30,12 +30,18 @@ def above_zero(line: dict[str, Any]) -> float:
     return float(part / total)
 
 
+def above(line: dict[str, Any]) -> str:
+    """The same in words; in a single bin around 0 nobody knows on which side the units are."""
+    alike = sum(1 for count in line["counts"] if count) == 1 and line["edges"][0] < 0 < line["edges"][-1]
+    return "all alike" if alike else f"{above_zero(line):.0%}"
+
+
 def _figure(name: str, lines: list[dict[str, Any]], key: str) -> str:
     first, last = lines[0], lines[-1]
     several = first["step"] != last["step"]
     title = f"Spread of {name.removeprefix('eval/')}, held out"
-    reading = f"{above_zero(last):.0%} of {sum(last['counts']):,} units above 0 at step {last['step']}"
-    reading += f"; {above_zero(first):.0%} at step {first['step']}" if several else ""
+    reading = f"{above(last)} of {sum(last['counts']):,} units above 0 at step {last['step']}"
+    reading += f"; {above(first)} at step {first['step']}" if several else ""
     shown = [first, last] if several else [last]
     low, high = min(line["edges"][0] for line in shown), max(line["edges"][-1] for line in shown)
     high = high if high > low else low + 1
