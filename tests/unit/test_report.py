@@ -165,9 +165,11 @@ def test_text_from_data_is_shown_and_never_run(tmp_path):
         file.write(json.dumps({"step": 1, evil: 1.0}) + "\n")
     (folder / "export").mkdir()
     (folder / "export" / "onecurve.json").write_text(json.dumps({"ancestry": [{evil: evil}]}))
-    for file in (write(folder), write_comparison(tmp_path / "c.html", [folder, pretraining(tmp_path / "s")])):
+    other = pretraining(tmp_path / "<!--<script>")
+    for file in (write(folder), write_comparison(tmp_path / "c.html", [folder, other])):
         page = text_of(file)
         assert evil not in page
+        assert "<!--" not in page
         assert "<img" not in page
         assert "alert(1)&lt;/script&gt;" in page
         tags = Tags()
