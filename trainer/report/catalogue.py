@@ -122,11 +122,19 @@ CHARTS = (
     Chart(
         RESULT,
         "Exact answers",
-        {"exact_match": "right", "ended": "ended by itself"},
+        {"exact_match": "training"},
         Better.higher,
-        "Answers that came to an end by themselves teach that the end-of-turn token was learnt.",
+        "The part of held-out questions whose answer is right, letter for letter.",
         (ALL,),
         weight=5,
+    ),
+    Chart(
+        RESULT,
+        "Answers that end",
+        {"completion/eos_fraction": "sampled", "ended": "training"},
+        Better.higher,
+        "The rest was cut at the length limit; near 0 the end-of-turn token was never learnt.",
+        (ALL,),
     ),
     Chart(
         RESULT,
@@ -248,14 +256,6 @@ CHARTS = (
         log=True,
     ),
     Chart(POLICY, "Price of KL", {"objective/kl_price": "price"}, manner=Manner.exact),
-    Chart(
-        POLICY,
-        "Ends of completions",
-        {"completion/eos_fraction": "ended by itself"},
-        Better.higher,
-        "The rest was cut at the length limit.",
-        (ALL,),
-    ),
     Chart(
         POLICY,
         "Length of completions",
