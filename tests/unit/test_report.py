@@ -103,6 +103,7 @@ def test_ppo_is_read_by_its_gold_reward_and_not_by_its_loss(tmp_path):
     assert headline(recording, found).startswith("Gold reward 0.0")
     assert "worse since then" in headline(recording, found)
     assert {"Reward against KL", "Gold against proxy"} <= titles.keys()
+    assert (titles["Loss"].chart.section, titles["Loss"].chart.weight) == ("Policy", 0)
     assert [v.value for v in titles["KL from the reference"].figure.levels] == [6.0]
     assert any(line.state is State.watch and "Clip fraction" in line.text for line in verdict(recording, found))
 
