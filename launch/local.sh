@@ -31,4 +31,4 @@ fi
 # Without these, a signal to torchrun leaves its workers behind; with them they have time to save.
 exec python -m torch.distributed.run --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$ranks" \
   --rdzv-backend static --master-addr "$host" --master-port "$port" --max-restarts "$restarts" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout="${SAVE_SECONDS:-120}" -m trainer "$@"
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout="${SAVE_SECONDS:-120}" -m trainer "$@"

@@ -6,6 +6,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,26 +21,33 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank(rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _rank(
+    rank: int, size: int, port: int, joined: bool, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     try:
-        with distributed.session(timeout=120):
+        with distributed.session(timeout=120) if joined else nullcontext():
             results.put((rank, True, function(*args)))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``size`` ranks; it must be importable, its results plain or arrays."""
+def on_ranks(
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 300, joined: bool = True
+) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``size`` ranks; it must be importable, its results plain or arrays.
+
+    ``joined``: whether the ranks are in a session already, or know their places only.
+    """
     context = mp.get_context("spawn")
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(rank, size, port, function, args, results)) for rank in range(size)
+        context.Process(target=_rank, args=(rank, size, port, joined, function, args, results)) for rank in range(size)
     ]
     for process in processes:
         process.start()

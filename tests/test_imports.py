@@ -20,7 +20,10 @@ LAYERS = [
     ],
     ["trainer.models", "trainer.data"],
     ["trainer.parallel"],
-    ["trainer.functional", "trainer.advantages", "trainer.batch", "trainer.metrics", "trainer.optim", "trainer.config"],
+    [
+        "trainer.functional", "trainer.advantages", "trainer.batch", "trainer.metrics", "trainer.optim", "trainer.config",
+        "trainer.stopping",
+    ],
 ]  # fmt: skip
 COMMUNICATION = ("deepspeed", "torch.distributed")
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from trainer import stopping
+
+if __name__ == "__main__":
+    # A scheduler's signal may come while torch is imported, and must not end the process then.
+    stopping.listen()
+
 import importlib
 import itertools
 import logging
@@ -15,17 +21,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from trainer.config import ConfigError, parse
 from trainer.parallel import distributed
+from trainer.parallel.environment import place
+
+CONFIG_DIR = ("--config-dir", "-cd")
+"""Flags before a folder of further YAML files."""
 
 
 def main() -> None:
     """Run what the command line describes.
 
-    Exit codes: 0 done, 1 the run failed, 2 the configuration cannot work.
+    Exit codes: 0 done, 1 the run failed, 2 the configuration cannot work, 75 stopped early and saved: run it again.
     """
+    stopping.listen()
     arguments = sys.argv[1:]
     try:
         register(arguments)
@@ -37,11 +48,17 @@ def main() -> None:
         print(help_text(config_folder(), [a for a in arguments if not a.startswith("-")]))
         return
     sys.argv[1:] = [spelling_tolerant(argument) for argument in arguments]
-    hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")(task)()
+    carry_out = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+    try:
+        carry_out(task)()
+    except SystemExit as end:
+        if end.code == stopping.EXIT_CODE:
+            leave(stopping.EXIT_CODE)
+        raise
     leave()
 
 
-def leave() -> None:
+def leave(code: int = 0) -> None:
     """End a process of several ranks at once.
 
     All files are closed by now. A gloo thread that lets go of a Python object while the interpreter shuts down aborts the
@@ -51,7 +68,8 @@ def leave() -> None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def task(cfg: DictConfig) -> Any:
@@ -67,17 +85,49 @@ def task(cfg: DictConfig) -> Any:
     except ConfigError as error:
         print(refusal(error), file=sys.stderr)
         raise SystemExit(2) from None
+    except stopping.Stopped as stop:
+        if place().rank == 0:
+            print(f"onecurve: {stop}", flush=True)
+        raise SystemExit(stopping.EXIT_CODE) from None
 
 
-def composed(arguments: Sequence[str], name: str) -> Any:
+def composed(arguments: Sequence[str], name: str | None = None) -> Any:
     """The parsed configuration of a command line, for scripts that look at a run without starting it.
+
+    ``arguments``: overrides, and ``--config-dir FOLDER``. ``name``: instead of the run's own.
 
     Raises:
         ConfigError: if it cannot work.
     """
+    from trainer.models.load import Model
+
     register(list(arguments))
+    overrides = [argument for argument in arguments if argument not in _folders_of(arguments) | {*CONFIG_DIR}]
+    typed = [*([f"name={name}"] if name else []), *map(spelling_tolerant, overrides)]
+    search = ",".join(f"file://{Path(folder).absolute()}" for folder in sorted(_folders_of(arguments)))
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return parse(hydra.compose("train", overrides=[f"name={name}", *map(spelling_tolerant, arguments)]))
+        try:
+            cfg = hydra.compose(
+                "train",
+                overrides=[*typed, *([f"hydra.searchpath=[{search}]"] if search else [])],
+                return_hydra_config=True,
+            )
+        except HydraException as error:
+            raise ConfigError([" ".join(str(error).partition("Config search path")[0].split())]) from None
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(cfg)
+    try:
+        problems = list(Model.contradictions(overrides))
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        parsed = parse(cfg)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    finally:
+        HydraConfig.instance().cfg = before
+    if problems:
+        raise ConfigError(problems)
+    return parsed
 
 
 def refusal(error: ConfigError) -> str:
@@ -113,8 +163,7 @@ def register(arguments: Sequence[str]) -> None:
 
 def _imports(arguments: Sequence[str]) -> Iterator[str]:
     """Modules named on the command line or in the experiment's file: their schemas must exist before Hydra composes."""
-    folders = [config_folder()]
-    folders += [Path(after) for flag, after in itertools.pairwise(arguments) if flag in ("--config-dir", "-cd")]
+    folders = [config_folder(), *map(Path, _folders_of(arguments))]
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key == "imports":
@@ -123,6 +172,10 @@ def _imports(arguments: Sequence[str]) -> Iterator[str]:
             for file in (folder / "experiment" / f"{value}.yaml" for folder in folders):
                 if file.is_file():
                     yield from DictConfig(OmegaConf.load(file)).get("imports", [])
+
+
+def _folders_of(arguments: Sequence[str]) -> set[str]:
+    return {after for flag, after in itertools.pairwise(arguments) if flag in CONFIG_DIR}
 
 
 def spelling_tolerant(argument: str) -> str:

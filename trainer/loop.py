@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer import stopping
 from trainer.batch import Batch
 from trainer.guard import Guard
 from trainer.metrics import Metrics
@@ -89,5 +91,6 @@ def optimizer_step(
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
+    metrics.maximum("stopping", torch.full_like(weight, stopping.wish()))
     values = distributed.reduce(metrics)
     return {**values, "grad_norm": outcome.grad_norm, **guard.metrics()}

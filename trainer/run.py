@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import run_folder
+from trainer import run_folder, stopping
 from trainer.checkpoint import Checkpointer, Checkpoints, Part
 from trainer.checks import Expectation, check
 from trainer.config import ConfigError, Node, schema, setting
@@ -217,7 +217,7 @@ class Seen:
 
 
 def run(cfg: Run) -> dict[str, float]:
-    """Carry a run out, from its configuration to its exported model; gives the last value of every metric."""
+    """Carry a run out, to its exported model; gives the last value of every metric, or raises `Stopped` where asked to."""
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
         return say_estimate(cfg, architecture)
@@ -252,6 +252,7 @@ def run(cfg: Run) -> dict[str, float]:
         )  # fmt: skip
         speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
         readback: Readback[Logged] = Readback()
+        stop = stopping.Agreement(cfg.checkpoint.before_deadline)
         with (
             Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
@@ -262,6 +263,7 @@ def run(cfg: Run) -> dict[str, float]:
 
             def log(arrived: list[tuple[dict[str, float], Logged]]) -> None:
                 for values, step in arrived:
+                    stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
                     tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
                     if step.number == 1:
@@ -278,6 +280,12 @@ def run(cfg: Run) -> dict[str, float]:
                 tracker.texts(number, "samples", samples)
                 tracker.report()
 
+            def save(number: int) -> None:
+                log(readback.flush())
+                tracker.settle()
+                with watch.lap("checkpoint"):
+                    checkpoints.save(number)
+
             if cfg.evaluation.first and done == 0:
                 evaluate(0)
             for step in steps:
@@ -289,13 +297,16 @@ def run(cfg: Run) -> dict[str, float]:
                     expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
                 log(readback.push(values, Logged.of(step, cfg.base_lr * schedule(step.number), speed)))
+                stopped = stop.reached and step.number < last
+                if stopped:  # there may be no time for an evaluation
+                    save(step.number)
                 if cfg.evaluation.due(step.number, last):
                     evaluate(step.number)
-                if cfg.checkpoint.due(step.number, last):
-                    log(readback.flush())
-                    tracker.settle()
-                    with watch.lap("checkpoint"):
-                        checkpoints.save(step.number)
+                if cfg.checkpoint.due(step.number, last) and not stopped:
+                    save(step.number)
+                if stopped:
+                    checkpoints.close()
+                    raise stopping.Stopped(step.number, last, stop.reason)
             log(readback.flush())
             with watchdog.phase("export"):
                 checkpoints.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ from omegaconf import MISSING
 from trainer.config import ConfigError
 from trainer.parallel import distributed
 from trainer.provenance import environment_facts
+from trainer.stopping import Stopped
 
 RECORD = "config.yaml"
+STOPPED = "stopped.json"
+"""What a run leaves that stopped early and waits to be continued; whoever starts the run again looks for it."""
+BESIDE = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
+"""What may lie in the folder before the run begins."""
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
     "evaluation", "export", "profile", "watchdog",
@@ -37,7 +44,7 @@ def choose(run_dir: str, policy: str, config: Mapping[str, Any], made_from: Mapp
         ConfigError: if the policy is ``never`` and the folder holds something, or one problem for every difference.
     """
     folder = Path(run_dir)
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    taken = folder.exists() and (not folder.is_dir() or any(entry.name not in BESIDE for entry in folder.iterdir()))
     if policy == "never" and taken:
         raise ConfigError(
             [f"run_dir={run_dir} holds a run already and resume=never; use another run_dir, or resume=new"]
@@ -58,7 +65,7 @@ def begin(
     """Hold the folder for this run, and write its record if it has none; gives the facts of the run. Collective.
 
     The facts (versions, commit, device, and the run's identity for trackers) are those of the first attempt; each further
-    attempt is added under ``attempts``.
+    attempt is added under ``attempts``. A run that stops early leaves the marker ``stopped.json``.
 
     Raises:
         RankError: if another process holds the folder.
@@ -68,6 +75,10 @@ def begin(
     facts = distributed.on_first_rank(lambda: _begin(folder, lock, config, made_from, ranks))
     try:
         yield facts
+    except Stopped as stop:
+        # Together: by now rank 0 has closed its trackers, and a launcher may end all ranks when the first one exits.
+        distributed.on_first_rank(partial(_mark, folder, stop))
+        raise
     finally:
         lock.release()
 
@@ -80,6 +91,7 @@ def _begin(
         lock.acquire()
     except Timeout:
         raise RuntimeError(f"run_dir={folder} is in use by another process; wait for it or use resume=new") from None
+    (folder / STOPPED).unlink(missing_ok=True)
     now = environment_facts(ranks)
     file = folder / RECORD
     if file.is_file():
@@ -93,6 +105,12 @@ def _begin(
     unfinished.write_text(text)
     unfinished.replace(file)
     return {key: value for key, value in facts.items() if key != "attempts"}
+
+
+def _mark(folder: Path, stop: Stopped) -> None:
+    unfinished = folder / f"{STOPPED}.partial"
+    unfinished.write_text(json.dumps({"step": stop.step, "last": stop.last, "reason": stop.reason}) + "\n")
+    unfinished.replace(folder / STOPPED)
 
 
 def _refuse_changes(folder: Path, config: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:

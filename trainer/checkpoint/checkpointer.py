@@ -63,6 +63,9 @@ class Checkpoints(Node):
 
     every: int = setting(500, "steps between checkpoints; 0 = after the last step only", least=0)
     keep: int = setting(2, "verified checkpoints that are kept, the newest; 0 = all", least=0)
+    before_deadline: float = setting(
+        120.0, "seconds before the job's time limit to save and stop, where a scheduler says it; 0 = never", least=0
+    )
     asynchronous: bool = setting(False, "write in the background; costs a copy of what a rank saves, in CPU memory")
 
     def due(self, step: int, last: int) -> bool:

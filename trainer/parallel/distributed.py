@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.metrics import Metrics
-from trainer.parallel.environment import device_index, place
+from trainer.parallel.environment import device_index, place, variables
 
 T = TypeVar("T")
 
@@ -67,9 +67,7 @@ def session(timeout: float = 1800.0) -> Iterator[World]:
     _world = World(here.rank, here.size, here.local_rank, device)
     try:
         if here.master is not None:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-            values = (here.rank, here.size, here.local_rank, *here.master)
-            os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+            os.environ.update(variables(here))
             wait = timedelta(seconds=timeout)
             store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
             # torchrun's store outlives its workers: an attempt without its own names meets the addresses of the one before.

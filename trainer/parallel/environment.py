@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -48,6 +49,27 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
             rank, size, _number(environment, "SUBMITIT_LOCAL_LOCALID"), None if size == 1 else ("127.0.0.1", port)
         )
     return Place(0, 1, 0, None)
+
+
+def variables(where: Place) -> dict[str, str]:
+    """What tells a process its place, in the names that torch and DeepSpeed read."""
+    said = {"RANK": str(where.rank), "WORLD_SIZE": str(where.size), "LOCAL_RANK": str(where.local_rank)}
+    host, port = where.master or ("", 0)
+    return {**said, "MASTER_ADDR": host, "MASTER_PORT": str(port)} if host else said
+
+
+@contextmanager
+def imagined(ranks: int) -> Iterator[None]:
+    """Let `place` answer as on the first of ``ranks`` ranks: what will run on them is checked before they exist."""
+    said = variables(Place(0, ranks, 0, ("nowhere", 0)))
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
 
 
 def device_index(local_rank: int, devices: int, environment: Mapping[str, str] = os.environ) -> int:
