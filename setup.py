@@ -44,6 +44,8 @@ setup(
             "accelerate>=1.5",
             "build>=1.2",
             "gguf>=0.16",
+            "hydra-optuna-sweeper>=1.3,<1.4",
+            "hydra-submitit-launcher>=1.2,<1.3",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy>=1.15",
@@ -58,6 +60,7 @@ setup(
         ],
         "plot": ["matplotlib>=3.8"],
         "convert": ["gguf>=0.16"],
+        "sweep": ["hydra-submitit-launcher>=1.2,<1.3", "hydra-optuna-sweeper>=1.3,<1.4"],
     },
     entry_points={"console_scripts": ["onecurve=trainer.__main__:main"]},
 )

@@ -12,7 +12,7 @@ LAYERS = [
     [
         "trainer.pipelines", "trainer.loop", "trainer.evaluate", "trainer.checkpoint", "trainer.tracking", "trainer.console",
         "trainer.profiling", "trainer.provenance", "trainer.export", "trainer.guard",
-        "trainer.run_folder", "trainer.estimate", "trainer.inference", "trainer.report", "trainer.checks",
+        "trainer.run_folder", "trainer.estimate", "trainer.inference", "trainer.report", "trainer.checks", "trainer.sweep",
     ],
     [
         "trainer.rollout", "trainer.vllm_sampler", "trainer.actor", "trainer.experience", "trainer.rewards",

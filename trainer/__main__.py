@@ -13,9 +13,9 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from trainer import sweep
 from trainer.config import ConfigError, parse
 from trainer.parallel import distributed
 from trainer.parallel.environment import place
@@ -49,6 +50,8 @@ def main() -> None:
         return
     sys.argv[1:] = [spelling_tolerant(argument) for argument in arguments]
     carry_out = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+    if {"--multirun", "-m"} & set(arguments):
+        points(carry_out, arguments)
     try:
         carry_out(task)()
     except SystemExit as end:
@@ -56,6 +59,26 @@ def main() -> None:
             leave(stopping.EXIT_CODE)
         raise
     leave()
+
+
+def points(carry_out: Callable[[Callable[[DictConfig], Any]], Callable[[], Any]], arguments: Sequence[str]) -> NoReturn:
+    """Run a sweep: Hydra composes its points, which are processes of their own, and the best come first in the summary.
+
+    Exit codes: 0 at least one point is done, 1 none is, 2 it cannot work, 75 stopped early: the same command continues.
+    """
+    stopping.forget()  # signals are for the points
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's storage greets with fifty lines
+    if wrong := list(sweep.problems(arguments)):
+        raise SystemExit(refusal(ConfigError(wrong)))
+    folders = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=")] or [
+        sweep.folder_of(arguments)
+    ]
+    sys.argv.append(f"hydra.sweep.dir={folders[-1]}")
+    try:
+        carry_out(sweep.point)()
+    finally:
+        done = sweep.summary(Path(folders[-1]), arguments)
+    raise SystemExit(0 if done else 1)
 
 
 def leave(code: int = 0) -> None:

@@ -18,6 +18,7 @@ Onecurve: one loop, one checkpoint and one loss curve on any number of ranks.
 
   python -m trainer [group=choice ...] [setting=value ...]     one process
   torchrun --nproc-per-node N -m trainer ...                   N ranks
+  python -m trainer --multirun key=a,b ...                     a sweep: a run for every combination
   python -m trainer --cfg job ...                              show the composed configuration, run nothing
   python -m trainer pipeline=NAME --help                       the settings of another choice
 """

@@ -49,6 +49,7 @@ from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
 from trainer.profiling import Profile
 from trainer.run_folder import plain
+from trainer.sweep import Sweep
 from trainer.throughput import Speed, Stopwatch, Timing
 from trainer.tracking import Tracker, Tracking
 
@@ -121,6 +122,8 @@ class Run(Node):
     export: Export = setting(Export)
     tracking: Tracking = setting()
     profile: Profile = setting(Profile)
+    objective: str = setting("eval/loss", "the metric that a sweep compares its points by, at the end of each")
+    sweep: Sweep = setting(Sweep)
     estimate: bool = setting(False, "say what memory and time a rank would need, and run nothing")
 
     def __post_init__(self) -> None:

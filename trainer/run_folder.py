@@ -29,7 +29,8 @@ BESIDE = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
     "evaluation", "export", "profile", "watchdog",
-    "estimate", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step", "model.compile",
+    "estimate", "objective", "sweep", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step",
+    "model.compile",
     "model.activation_checkpointing",
 )  # fmt: skip
 """Settings that a resumed run may change: they decide how the work is done and for how long, not what is computed."""
