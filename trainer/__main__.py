@@ -92,7 +92,8 @@ def leave(code: int = 0) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def task(cfg: DictConfig) -> Any:
