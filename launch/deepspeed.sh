@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same under DeepSpeed's launcher:   launch/deepspeed.sh [DEEPSPEED ARGUMENTS] -- OVERRIDES
-#   launch/deepspeed.sh --num_gpus 2 -- experiment=tinyworld strategy=zero3
+#   launch/deepspeed.sh --num_gpus 2 -- experiment=tinyworld optimizer=adamw strategy=zero3
 #   launch/deepspeed.sh --hostfile hosts -- ...        (a line a machine: "node0 slots=8"; ssh without a password)
 # On SIGTERM this launcher leaves live workers behind: under a scheduler use torchrun or srun.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Ranks of one or more machines under torchrun:   launch/local.sh [-n RANKS] [--nodes N --node-rank K --master HOST[:PORT]] -- OVERRIDES
-#   launch/local.sh -n 2 -- experiment=tinyworld strategy=zero2
+#   launch/local.sh -n 2 -- experiment=tinyworld optimizer=adamw strategy=zero2
 #   launch/local.sh -n 8 --nodes 2 --node-rank 0 --master node0:29500 -- experiment=1b ...     (the same on node1 with --node-rank 1)
 # The rendezvous is static: it recovers from a killed worker (--restarts N), which the c10d one did not in 3 of 3 tries.
 set -euo pipefail
