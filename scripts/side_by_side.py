@@ -7,18 +7,28 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 
-def alternate(script: str, sides: Sequence[str], rounds: int, rate: str, unit: str) -> None:
-    """Run every side ``rounds`` times as ``script --side NAME`` and print a table; ``rate`` is the figure to compare."""
+def alternate(
+    script: str,
+    sides: Sequence[str],
+    rounds: int,
+    rate: str,
+    unit: str,
+    interpreters: Mapping[str, str] | None = None,
+) -> None:
+    """Run every side ``rounds`` times as ``script --side NAME`` and print a table; ``rate`` is the figure to compare.
+
+    ``interpreters``: of sides that live in an environment of their own.
+    """
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            runs[side].append(child(script, side))
+            runs[side].append(child(script, side, (interpreters or {}).get(side, sys.executable)))
             print(f"round {number + 1}: {side:12} {json.dumps(runs[side][-1])}", flush=True)
     for side, held in runs.items():
         pairs = list(zip(runs[sides[0]], held, strict=True))
@@ -29,11 +39,11 @@ def alternate(script: str, sides: Sequence[str], rounds: int, rate: str, unit: s
         print(f"{side:21} {figure:9,.2f} {unit} {most:5.2f} GB   {beside}")
 
 
-def child(script: str, side: str) -> dict[str, Any]:
+def child(script: str, side: str, interpreter: str) -> dict[str, Any]:
     """What one process of the comparison measured."""
     # Huge pages where a side asks for them: ours does so itself.
     pages = {"THP_MEM_ALLOC_ENABLE": "1"} if "--huge-pages" in sys.argv else {}
-    command = [sys.executable, script, *sys.argv[1:], "--side", side]
+    command = [interpreter, script, *sys.argv[1:], "--side", side]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **pages})
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
