@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.batch import Documents
 from trainer.config import Node, schema, setting
 from trainer.data.corpus import Prompt
 from trainer.data.pairs import lay
 from trainer.data.rows import Encoded
+from trainer.experience import unshared
 from trainer.functional import logprobs
 from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.branches import Branches
@@ -121,7 +123,7 @@ class Actor:
             [(len(g.prompt.ids), [_side(g.prompt.ids, c.ids) for c in g.completions]) for g in groups or [filler]], [0]
         )
         device = self.engine.device
-        tokens, documents = laid["tokens"].to(device), laid["documents"].to(device)
+        tokens, documents = laid["tokens"].to(device), unshared(laid["documents"]).to(device)
         places, last = laid["places"].to(device), laid["last"].to(device)
         read = partial(read_logprobs, places, laid["targets"].to(device), self.settings.temperature)
         if self.critic:
@@ -141,7 +143,9 @@ class Actor:
         ends = beyond.split([len(g.completions) for g in groups])
         return [Reading(*parts) for parts in zip(*pieces, ends, strict=True)]
 
-    def _referenced(self, tokens: Tensor, documents: Branches, read: Callable[..., Any], policy: Tensor) -> Tensor:
+    def _referenced(
+        self, tokens: Tensor, documents: Documents | Branches, read: Callable[..., Any], policy: Tensor
+    ) -> Tensor:
         if self.reference is None and not self.base_is_reference:
             return policy
         model = self.engine.model if self.reference is None else self.reference

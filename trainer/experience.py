@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch
+from trainer.batch import Batch, Documents
 from trainer.data.pairs import lay
 from trainer.data.rows import Encoded
 from trainer.models.branches import Branches
@@ -26,7 +26,7 @@ class RolloutBatch(Batch):
     """
 
     tokens: Tensor
-    documents: Branches
+    documents: Branches | Documents
     places: Tensor
     targets: Tensor
     logprobs: Tensor
@@ -117,7 +117,12 @@ class Experience:
         tokens = torch.cat(spans)
         names = ("logprobs", "reference", "sampled", "values", "advantages", "returns", "weights")
         return RolloutBatch(
-            rows=laid["rows"], tokens=laid["tokens"], documents=laid["documents"], places=laid["places"],
+            rows=laid["rows"], tokens=laid["tokens"], documents=unshared(laid["documents"]), places=laid["places"],
             targets=laid["targets"], real=laid["real"], units=self.units[list(numbers)].sum(dtype=torch.float64),
             **{name: getattr(self, name)[tokens] for name in names},
         )  # fmt: skip
+
+
+def unshared(laid: Branches) -> Branches | Documents:
+    """The same sequences as plain documents where no token belongs to two: then attention has nothing to gather."""
+    return laid.whole if len(laid.index) == laid.positions.numel() else laid

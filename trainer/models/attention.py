@@ -51,8 +51,10 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: in
     A document is padded behind its end, where a causal query never looks; so no mask is needed.
     """
     rows, length = q.shape[:2]
-    if documents.lengths == (length,) * rows:
-        return _causal(q, k, v, window, scale)
+    if len(set(documents.lengths)) == 1:
+        # Nothing to gather, and nothing to scatter in the backward.
+        each_q, each_k, each_v = (t.reshape(-1, documents.longest, *t.shape[2:]) for t in (q, k, v))
+        return _causal(each_q, each_k, each_v, window, scale).reshape(q.shape)
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     parts, places = [], []
     for size, starts in _buckets(documents.lengths):

@@ -173,7 +173,9 @@ class PPO(PolicyGradient):
             policy = policy._replace(
                 loss=policy.loss * ratios(batch.logprobs, batch.sampled).clamp(max=self.correction)
             )
-        loss = (w * policy.loss).sum() - self.entropy * (w * entropy).sum()
+        loss = (w * policy.loss).sum()
+        if self.entropy:
+            loss = loss - self.entropy * (w * entropy).sum()
         if self.kl_loss:
             away = (w * KL[self.kl_loss_estimator](logprobs - batch.reference)).sum()
             loss = loss + self.kl_loss * away
