@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="generation: JSON lines with messages")
     parser.add_argument("--longest", type=int, default=128, help="generation: longest prompt, tokens")
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
-    parser.add_argument("--episodes", type=int, help="fewer or more than usual")
+    parser.add_argument("--episodes", type=int, help="fewer than usual")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/benchmark-ppo"), help="where models and prompts are kept"
     )
@@ -87,7 +87,14 @@ def main() -> None:
 def sizes_of(a: argparse.Namespace) -> Sizes:
     """The setting's sizes."""
     usual = SIZES[a.setting]
-    return Sizes(**{**vars(usual), "episodes": a.episodes or usual.episodes})
+    episodes = a.episodes or usual.episodes
+    return replace(usual, episodes=episodes, rollout=min(usual.rollout, episodes))
+
+
+def rows_of(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """One prompt for each episode."""
+    lines = (a.work / "prompts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[: sizes_of(a).episodes]]
 
 
 def prepare(a: argparse.Namespace) -> None:
@@ -97,7 +104,7 @@ def prepare(a: argparse.Namespace) -> None:
     if (a.work / "prompts.jsonl").exists():
         return
     torch.manual_seed(0)
-    count = sizes_of(a).episodes
+    count = SIZES[a.setting].episodes
     if a.setting == "update":
         tokenizer = words()
         kinds = (AutoModelForCausalLM, AutoModelForSequenceClassification)
@@ -159,10 +166,12 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
 
     s = sizes_of(a)
     with distributed.session() as world, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts.jsonl")
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(a)))
         cfg = composed(
             [
                 "pipeline=ppo", "data=prompts", f"precision={s.precision}", f"model.path={a.work / 'policy'}",
-                f"data.train=[{a.work / 'prompts.jsonl'}]", "data.eval=[]", f"data.cache={folder}", "steps=1",
+                f"data.train=[{file}]", "data.eval=[]", f"data.cache={folder}", "steps=1",
                 f"pipeline.reward.main.path={a.work / 'reward'}", f"pipeline.rollout.size={s.rollout}",
                 f"pipeline.rollout.tokens={s.tokens}", f"pipeline.rollout.temperature={TEMPERATURE}",
                 f"pipeline.update_epochs={s.epochs}", f"batch.size={s.rollout // s.parts}",
@@ -251,8 +260,7 @@ def theirs(a: argparse.Namespace) -> dict[str, Any]:
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         # It takes every padding token for padding, so the end of a response must be another one.
         tokenizer.pad_token = tokenizer.unk_token
-    rows = [json.loads(line) for line in (a.work / "prompts.jsonl").read_text().splitlines()]
-    data = Dataset.from_list([{"input_ids": asked(row, tokenizer)} for row in rows])
+    data = Dataset.from_list([{"input_ids": asked(row, tokenizer)} for row in rows_of(a)])
     frozen = torch.bfloat16 if s.precision == "bf16" else torch.float32
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(a.work / "policy", dtype=dtype) for dtype in (torch.float32, frozen)
