@@ -82,9 +82,12 @@ def test_a_run_of_two_processes_that_is_told_to_stop_leaves_a_marker_and_goes_on
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_run_near_its_time_limit_saves_and_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("ONECURVE_DEADLINE", str(time.time() + 300))
-    code, said = Command(tmp_path, *TINY, "steps=100000", "checkpoint.before_deadline=299", "run_dir=a").fail()
+    code, said = Command(tmp_path, *TINY, "steps=100000", "checkpoint.before_deadline=299", "run_dir=a").fail(
+        timeout=300
+    )
     assert code == 75
     assert "(the time limit is near) and saved; the same command continues" in said
     step = json.loads((tmp_path / "a" / "stopped.json").read_text())["step"]
