@@ -69,7 +69,8 @@ def points(carry_out: Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]
     stopping.forget()  # signals are for the points
     logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's storage greets with fifty lines
     if wrong := list(sweep.problems(arguments)):
-        raise SystemExit(refusal(ConfigError(wrong)))
+        print(refusal(ConfigError(wrong)), file=sys.stderr)
+        raise SystemExit(2)
     folders = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=")] or [
         sweep.folder_of(arguments)
     ]
