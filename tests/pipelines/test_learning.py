@@ -29,13 +29,6 @@ def test_a_hundred_and_twenty_steps_bring_tiny_world_within_a_fifth_of_its_entro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_tiny_world_is_learnt_to_within_three_percent_of_its_entropy(ranks, tmp_path):
-    Command(tmp_path, "experiment=tinyworld", "run_dir=run", *QUIET, ranks=ranks).finish(timeout=900)
-    assert 0 < excess(tmp_path / "run") < 0.03
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not AUSTEN.exists(), reason="needs Jane Austen's novels (ONECURVE_DATA)")
 @pytest.mark.timeout(1800)
 def test_a_novel_costs_fewer_bits_than_xz_needs_for_it(tmp_path):

@@ -1,6 +1,5 @@
 """What preference training reaches, against starts and optima that are known."""
 
-import json
 import math
 import os
 import subprocess
@@ -62,31 +61,3 @@ def test_a_reward_model_orders_ten_points_more_of_the_real_pairs_it_never_saw(sm
     Command(tmp_path, *run, ranks=2).finish(timeout=1400)
     # Before, 0.488 of the held-out pairs have the higher log-probability on the chosen side (the run above measures it).
     assert metrics(tmp_path / "run")[-1]["eval/accuracy"] >= 0.588
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model that tells stories of tiny world, and pairs of which the rejected one breaks what the prompt asks."""
-    folder = tmp_path_factory.mktemp("world")
-    Command(folder, "experiment=tinyworld", "run_dir=base", "steps=400", *QUIET, ranks=2).finish(timeout=900)
-    script("tinyworld_preferences.py", folder / "train.jsonl", folder / "held.jsonl")
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("stage", "accuracy"), [("reward", "eval/accuracy"), ("dpo", "eval/rewards/accuracy")])
-def test_what_a_prompt_asks_for_is_told_from_what_breaks_it(stage, accuracy, world, tmp_path):
-    held = [json.loads(line) for line in (world / "held.jsonl").read_text().splitlines()]
-    assert {row["breaks"] for row in held} == {"name", "mood", "color", "thing", "place"}
-    data = [f"data.train=[{world}/train.jsonl]", f"data.eval=[{world}/held.jsonl]"]
-    Command(
-        tmp_path,
-        f"experiment={stage}_tinyworld",
-        "run_dir=run",
-        f"model.path={world}/base/export",
-        *data,
-        *QUIET,
-        ranks=2,
-    ).finish(timeout=900)
-    assert metrics(tmp_path / "run")[-1][accuracy] >= 0.97

@@ -1,0 +1,44 @@
+"""Write the tasks of tiny world: what SFT, reward modelling, DPO and PPO learn from, with right answers that are known.
+
+    python scripts/tinyworld_tasks.py data/tinyworld
+
+    sft_{train,held}.jsonl          prompt, completion, ideal (all right answers), kind (where, what, sum, wish)
+    preference_{train,held}.jsonl   prompt, chosen, rejected, differs (what tells them apart)
+    prompts_{train,held}.jsonl      prompt, ideal (the answer that the gold reward likes best)
+
+The gold reward is trainer.data.tinyworld_tasks.gold_reward. No prompt comes twice in all files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from trainer.data.tinyworld_tasks import SIZES, files
+
+
+def main() -> None:
+    """Write every file, or none where one would be overwritten."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    for kind, (learnt, held) in SIZES.items():
+        parser.add_argument(
+            f"--{kind}", type=int, nargs=2, default=[learnt, held], metavar=("TRAIN", "HELD"), help="rows"
+        )
+    parser.add_argument("--world", type=int, default=0, help="the seed of the world")
+    a = parser.parse_args()
+    sizes = {kind: tuple(getattr(a, kind)) for kind in SIZES}
+    if taken := [
+        str(f) for kind in SIZES for part in ("train", "held") if (f := a.folder / f"{kind}_{part}.jsonl").exists()
+    ]:
+        sys.exit(f"error: {', '.join(taken)} would be overwritten; name another folder")
+    a.folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files(a.world, sizes):
+        (a.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{a.folder / name}  {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
