@@ -1,17 +1,24 @@
-"""What a run was made with: versions, commit, command, devices."""
+"""What a run was made with: versions, commit, command, devices, and the exports that it starts from."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.models.hf_format import WeightFiles
+
+RECORD = "onecurve.json"
+"""Of an export: what it was made with."""
 PACKAGES = ("onecurve", "torch", "deepspeed", "datasets", "tokenizers", "safetensors", "wandb")
 
 
@@ -24,6 +31,33 @@ def environment_facts(ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
     }
+
+
+def ancestry(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every export that a configuration names, and those that they were made from.
+
+    ``parents``: digest of each export by the setting that names it. ``ancestors``: by digest the record of each
+    (configuration, fingerprints of data and tokenizer, versions, commit, its own parents), to the first of the line.
+    """
+    parents, ancestors = dict[str, str](), dict[str, Any]()
+    for setting, value in _texts(config):
+        record = os.path.join(value, RECORD)  # noqa: PTH118  (a text may be too long for a path, which pathlib refuses)
+        if not value or not os.path.isfile(record):  # noqa: PTH113
+            continue
+        held = json.loads(Path(record).read_text())
+        digest = WeightFiles(Path(value)).fingerprint()
+        ancestors |= {**held.pop("ancestors", {}), digest: {**held, "folder": value}}
+        parents[setting] = digest
+    return {"parents": parents, "ancestors": ancestors}
+
+
+def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting that is a text, by its full name."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and path != "run_dir":
+        yield path, node
 
 
 def git_commit(folder: Path) -> str | None:

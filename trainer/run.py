@@ -48,6 +48,7 @@ from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
 from trainer.profiling import Profile
+from trainer.provenance import ancestry
 from trainer.run_folder import plain
 from trainer.sweep import Sweep
 from trainer.throughput import Speed, Stopwatch, Timing
@@ -229,6 +230,7 @@ def run(cfg: Run) -> dict[str, float]:
     made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
     made_from |= {"statistics": corpus.said, "defaults": run_folder.defaults(cfg)}
     made_from |= cfg.adapter.made_from(loader.files)
+    lineage = ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
         distributed.session() as world,
@@ -313,12 +315,10 @@ def run(cfg: Run) -> dict[str, float]:
             log(readback.flush())
             with watchdog.phase("export"):
                 checkpoints.close()
-                closing = cfg.pipeline.closing(models, engine, corpus)
+                record = {"config": plain(cfg), **lineage, **cfg.pipeline.closing(models, engine, corpus), "step": last}
                 weights = partial(exported, cfg, engine, loader)
                 if cfg.adapter.exports:
-                    cfg.export.write(
-                        folder / "export", weights, architecture, tokenizer, {**facts, **closing, "step": last}
-                    )
+                    cfg.export.write(folder / "export", weights, architecture, tokenizer, {**facts, **record})
                 cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
         return tracker.latest
 
