@@ -1,6 +1,7 @@
 """Train a SentencePiece tokenizer on text.
 
     python scripts/train_tokenizer.py OUT corpus.jsonl.gz --vocab-size 8192 --kind bpe
+    python scripts/train_tokenizer.py OUT tinyworld            the one of the generated language, 512 pieces
 
 OUT gets tokenizer.json (what runs use), tokenizer.model and tokenizer_config.json; ``tokenizer.path=OUT`` names it to a run.
 """
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.config import ConfigError
+from trainer.data.embedded import TinyWorldData
 from trainer.data.sentencepiece_format import Kind, train
 from trainer.data.sources import DataError, OnBadRow, Source
 
@@ -30,6 +32,10 @@ def main() -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad rows out instead of stopping")
     a = parser.parse_args()
     try:
+        if a.sources == ["tinyworld"]:
+            TinyWorldData().train_tokenizer(a.out)
+            print(f"{a.out}: use it with tokenizer.path={a.out}")
+            return
         sources = [Source(s, a.column, OnBadRow.skip if a.skip_bad_rows else OnBadRow.error) for s in a.sources]
         problems = [p for s in sources if (p := s.problem())]
         if problems:

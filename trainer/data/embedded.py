@@ -50,7 +50,7 @@ class TinyWorldData(Data):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
                 if not folder.is_dir():
-                    self._train_tokenizer(folder)
+                    self.train_tokenizer(folder)
         return open_tokenizer(folder)
 
     def floor(self, heldout: Rows) -> float:
@@ -79,7 +79,14 @@ class TinyWorldData(Data):
             length,
         )
 
-    def _train_tokenizer(self, folder: Path) -> None:
+    def train_tokenizer(self, folder: Path) -> None:
+        """Train the language's own tokenizer into ``folder``, which appears whole or not at all.
+
+        Raises:
+            FileExistsError: if it exists.
+        """
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; name another folder")
         partial_folder = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
             train(

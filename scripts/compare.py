@@ -1,0 +1,128 @@
+"""Answer the same prompts by several models, and score the answers.
+
+    python scripts/compare.py runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --function my.brevity
+    python scripts/compare.py runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --reward runs/rm/export
+
+`answers.jsonl` gets a row a prompt: `prompt`, `answers` and `scores` by model. `metrics.json` gets by model the mean `score`
+and its standard `error`, the part of the scores above 0 (`positive`), and the mean `length` of an answer in characters. What
+is drawn depends on the seed and the prompt's number alone. A function is called as PPO calls its rewards:
+f(prompts, completions, rows) -> scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError
+from trainer.data.chat import Chat, ChatError, side
+from trainer.data.sources import DataError, Source
+from trainer.data.templates import TemplateError
+from trainer.inference import ChatModel, RewardModel
+from trainer.models.generate import Sampling
+from trainer.models.hf_format import FormatError
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Answer, score, write; the folder appears whole, or not at all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("prompts", help="JSON lines with a column prompt: a text, or messages")
+    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exports, or other Hugging Face folders")
+    parser.add_argument("--function", help="scores the answers; where it can be imported from")
+    parser.add_argument(
+        "--reward", type=Path, help="a reward model's export, which scores them where there is no function"
+    )
+    parser.add_argument("--template", help="a built-in chat template, for models that have none")
+    parser.add_argument("--rows", type=int, default=None, help="so many prompts; default all")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--tokens", type=int, default=128, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    if a.out.exists():
+        sys.exit(f"error: {a.out} exists already; name another folder")
+    try:
+        rows = [dict(row) for _, row in islice(Source(a.prompts).rows(), a.rows)]
+        written = compared(rows, a)
+    except (ConfigError, ChatError, DataError, FormatError, TemplateError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    (partial / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+    found = {name.partition("=")[0]: measured(written, name.partition("=")[0]) for name in a.models}
+    (partial / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
+    partial.rename(a.out)
+    for name, values in found.items():
+        print(f"{name:12} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+
+
+def compared(rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
+    """Every prompt with its answers and their scores, by model."""
+    conversations = [side(row["prompt"], "prompt", "user") for row in rows]
+    sampling = Sampling(a.tokens, a.temperature)
+    score = scorer(a)
+    written: list[Row] = [{"prompt": c[-1]["content"], "answers": {}, "scores": {}} for c in conversations]
+    for named in a.models:
+        name, _, folder = named.partition("=")
+        model = opened(Path(folder), a.template)
+        texts = model.answers(conversations, sampling, [(a.seed, n) for n in range(len(rows))])
+        scores = score(rows, conversations, texts) if score is not None else [None] * len(rows)
+        for row, text, value in zip(written, texts, scores, strict=True):
+            row["answers"][name] = text.strip()
+            row["scores"][name] = value
+    return written
+
+
+def opened(folder: Path, template: str | None) -> ChatModel:
+    """A model with its own template; with ``template`` where it has none."""
+    try:
+        return ChatModel.open(folder)
+    except TemplateError:
+        if template is None:
+            raise
+        return ChatModel.open(folder, template)
+
+
+def scorer(a: argparse.Namespace) -> Callable[[Sequence[Row], Sequence[Any], Sequence[str]], list[float | None]] | None:
+    """What scores answers, if anything does."""
+    if a.function:
+        module, _, name = a.function.rpartition(".")
+        function = getattr(importlib.import_module(module), name)
+        return lambda rows, chats, texts: list(function([c[-1]["content"] for c in chats], list(texts), list(rows)))
+    if a.reward:
+        judge = RewardModel.open(a.reward)
+        return lambda rows, chats, texts: list(
+            judge.scores(
+                [
+                    Chat([*chat, {"role": "assistant", "content": text}], len(chat))
+                    for chat, text in zip(chats, texts, strict=True)
+                ]
+            )
+        )
+    return None
+
+
+def measured(rows: Sequence[Row], name: str) -> dict[str, float]:
+    """The figures of a model."""
+    scores = [value for row in rows if (value := row["scores"][name]) is not None]
+    found = {"length": statistics.fmean(len(row["answers"][name]) for row in rows)}
+    if scores:
+        found["score"] = statistics.fmean(scores)
+        found["error"] = statistics.pstdev(scores) / math.sqrt(len(scores))
+        found["positive"] = sum(value > 0 for value in scores) / len(scores)
+    return found
+
+
+if __name__ == "__main__":
+    main()
