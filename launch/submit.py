@@ -72,6 +72,9 @@ class Job:
     signal: str = setting("120", "seconds before the time limit at which Slurm tells the ranks to save and stop")
     requeue: str = setting("true", "whether a job that stopped early or failed is queued again")
     restarts: str = setting("3", "failures in a row without a new checkpoint after which it is not")
+    later: str = setting(
+        "", "paths, with commas, that jobs of `dependency` are yet to write; they are not looked for now"
+    )
     python: str = setting(sys.executable, "the interpreter of the ranks")
     sbatch: str = setting("", "further arguments of sbatch, such as '--gres=gpu:a100:8 --exclusive'")
 
@@ -216,7 +219,7 @@ def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
         ranks = job.ranks
     try:
         with imagined(ranks):
-            cfg = composed(overrides)
+            cfg = composed(overrides, later=[path for path in job.later.split(",") if path])
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     before = cfg.checkpoint.before_deadline

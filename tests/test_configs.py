@@ -14,7 +14,9 @@ from trainer.__main__ import config_folder, register
 from trainer.config import parse
 
 CONFIGS = ROOT / "configs"
-CHOICES = sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml"))
+CHOICES = sorted(
+    p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "recipe"
+)
 CLOUDS = ("data.train", "model.path", "tokenizer.path", "data.eval", "pipeline.reward.")
 """Settings that a shipped example leaves to the user: paths."""
 PPO = ["pipeline=ppo", "data=prompts"]

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "trainer"
 
 # From the top; modules of one line may import each other.
 LAYERS = [
-    ["trainer.__main__", "trainer.help"],
+    ["trainer.__main__", "trainer.help", "trainer.recipe", "trainer.lifecycle", "trainer.launching"],
     ["trainer.run"],
     [
         "trainer.pipelines", "trainer.loop", "trainer.evaluate", "trainer.checkpoint", "trainer.tracking", "trainer.console",

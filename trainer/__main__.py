@@ -116,10 +116,11 @@ def task(cfg: DictConfig) -> Any:
         raise SystemExit(stopping.EXIT_CODE) from None
 
 
-def composed(arguments: Sequence[str], name: str | None = None) -> Any:
+def composed(arguments: Sequence[str], name: str | None = None, later: Sequence[str] = ()) -> Any:
     """The parsed configuration of a command line, for scripts that look at a run without starting it.
 
-    ``arguments``: overrides, and ``--config-dir FOLDER``. ``name``: instead of the run's own.
+    ``arguments``: overrides, and ``--config-dir FOLDER``. ``name``: instead of the run's own. ``later``: as in
+    `parse`.
 
     Raises:
         ConfigError: if it cannot work.
@@ -145,7 +146,7 @@ def composed(arguments: Sequence[str], name: str | None = None) -> Any:
         problems = list(Model.contradictions(overrides))
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
-        parsed = parse(cfg)
+        parsed = parse(cfg, later)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     finally:

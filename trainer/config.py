@@ -13,7 +13,7 @@ import difflib
 import enum
 import functools
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -74,17 +74,30 @@ def schema(path: str) -> Callable[[type[T]], type[T]]:
     return register
 
 
-def parse(cfg: DictConfig) -> Any:
+def parse(cfg: DictConfig, later: Sequence[str] = ()) -> Any:
     """Turn a composed configuration into its typed objects.
+
+    ``later``: paths that will be there by the time of the run; what is wrong with them now is forgiven.
 
     Raises:
         ConfigError: with every unknown key, wrong type, missing value, broken range and broken rule at once.
     """
-    problems: list[str] = []
+    problems = _Problems(later)
     root = _build(cfg, "", cfg, problems)
     if problems:
         raise ConfigError(problems)
     return root
+
+
+class _Problems(list[str]):
+    """Problems, without those that name a path in ``later``."""
+
+    def __init__(self, later: Sequence[str]) -> None:
+        super().__init__()
+        self.later = later
+
+    def extend(self, found: Iterable[str]) -> None:
+        super().extend(problem for problem in found if not any(path in problem for path in self.later))
 
 
 def schema_of(node: Any) -> type | None:

@@ -118,7 +118,7 @@ def _refuse_changes(folder: Path, config: Mapping[str, Any], made_from: Mapping[
     before = yaml.safe_load((folder / RECORD).read_text())
     problems = [
         f"{key} was {old!r} when {folder} was begun and is {new!r} now; set it back, or start afresh with resume=new"
-        for key, old, new in _differences(before["config"], config)
+        for key, old, new in differences(before["config"], config)
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     ]
     for what in ("data", "tokenizer", "model"):
@@ -156,10 +156,11 @@ def defaults(node: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that two configurations hold different values of: full name, old value, new value."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         # A setting that the record does not know came with a later release.
         for key in old:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
         yield path, old, new
