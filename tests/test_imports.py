@@ -12,11 +12,12 @@ LAYERS = [
     [
         "trainer.pipelines", "trainer.loop", "trainer.evaluate", "trainer.checkpoint", "trainer.tracking", "trainer.console",
         "trainer.profiling", "trainer.provenance", "trainer.export", "trainer.guard",
-        "trainer.run_folder", "trainer.estimate", "trainer.inference", "trainer.report", "trainer.checks", "trainer.sweep",
+        "trainer.run_folder", "trainer.estimate", "trainer.scaling", "trainer.inference", "trainer.preflight", "trainer.report",
+        "trainer.checks", "trainer.sweep",
     ],
     [
         "trainer.rollout", "trainer.vllm_sampler", "trainer.actor", "trainer.experience", "trainer.rewards",
-        "trainer.scoring", "trainer.judge", "trainer.throughput",
+        "trainer.scoring", "trainer.judge", "trainer.throughput", "trainer.straggler",
     ],
     ["trainer.models", "trainer.data"],
     ["trainer.parallel"],

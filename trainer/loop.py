@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.models.dropout import draw_for
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline, Source
+from trainer.straggler import OWN, OwnTime, spread
 from trainer.throughput import Stopwatch
 
 
@@ -53,11 +55,12 @@ def train(
     accumulate: int,
 ) -> Iterator[Step]:
     """Take optimizer steps ``first`` .. ``last``, yielding after each."""
+    own = OwnTime(engine.device)
     for number in range(first, last + 1):
         engine.set_lr(schedule(number))
-        with watch.lap("data"):
+        with watch.lap("data"), own.host():
             micro_batches = list(islice(batches, accumulate))
-        metrics = optimizer_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number))
+        metrics = optimizer_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number), own)
         batches.observe(metrics)
         yield Step(number, metrics, micro_batches)
 
@@ -70,15 +73,18 @@ def optimizer_step(
     watch: Stopwatch,
     micro_batches: Sequence[Batch],
     key: tuple[int, ...] = (),
+    own: OwnTime | None = None,
 ) -> dict[str, Tensor]:
     """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (ALGORITHMS, section 0).
 
     ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
+    ``own``: measures this rank's own time, which is compared with that of the others.
     """
 
     def loss_of(batch: Any) -> tuple[Tensor, Metrics]:
         draw_for(key, batch.rows.tolist())
-        loss, metrics = pipeline.loss(models, batch)
+        with nullcontext() if own is None else own.forward():
+            loss, metrics = pipeline.loss(models, batch)
         metrics.mean("loss", loss, batch.weight)
         metrics.total("tokens", batch.seen)
         return loss, metrics
@@ -88,9 +94,13 @@ def optimizer_step(
         weights = [batch.weight for batch in micro_batches]
         weight = distributed.all_sum(sum(weights[1:], start=weights[0]))
         metrics = engine.accumulate(loss_of, micro_batches, weight)
+        if own is not None:
+            metrics.apart(OWN, torch.full((), own.take(engine.waited()), device=weight.device))
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.wish()))
     values = distributed.reduce(metrics)
+    if OWN in values:
+        values |= spread(values.pop(OWN))
     return {**values, "grad_norm": outcome.grad_norm, **guard.metrics()}

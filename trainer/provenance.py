@@ -25,7 +25,7 @@ PACKAGES = ("onecurve", "torch", "deepspeed", "datasets", "tokenizers", "safeten
 def environment_facts(ranks: int) -> dict[str, Any]:
     """Facts for ``config.yaml``, the tracker and the export; reading them starts nothing and needs no network."""
     return {
-        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p)) is not None}},
+        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := version(p)) is not None}},
         "git": git_commit(Path.cwd()) or git_commit(Path(__file__).parent),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "ranks": ranks,
@@ -76,7 +76,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import run_folder, stopping
+from trainer import preflight, run_folder, stopping
 from trainer.checkpoint import Checkpointer, Checkpoints, Part
 from trainer.checks import Expectation, check
 from trainer.config import ConfigError, Node, schema, setting
@@ -50,6 +51,7 @@ from trainer.pipelines.sft import SFT
 from trainer.profiling import Profile
 from trainer.provenance import ancestry
 from trainer.run_folder import plain
+from trainer.straggler import Straggler
 from trainer.sweep import Sweep
 from trainer.throughput import Speed, Stopwatch, Timing
 from trainer.tracking import Tracker, Tracking
@@ -125,6 +127,7 @@ class Run(Node):
     profile: Profile = setting(Profile)
     objective: str = setting("eval/loss", "the metric that a sweep compares its points by, at the end of each")
     sweep: Sweep = setting(Sweep)
+    preflight: bool = setting(True, "several ranks: check first that software, settings, clocks, sums and room fit")
     estimate: bool = setting(False, "say what memory and time a rank would need, and run nothing")
 
     def __post_init__(self) -> None:
@@ -233,22 +236,24 @@ def run(cfg: Run) -> dict[str, float]:
     lineage = ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
-        distributed.session() as world,
         Watchdog(cfg.watchdog) as watchdog,
+        distributed.session() as world,
         run_folder.begin(folder, plain(cfg), made_from, world.size) as facts,
         ExitStack() as work,
     ):
+        hosts = check_nodes(cfg, architecture, folder) if cfg.preflight and world.size > 1 else {}
         models = cfg.pipeline.models(loader, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
+        watchdog.started()
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
         guard, seen, watch = Guard(cfg.guard, world.device), Seen(world.device), Stopwatch(world.device, watchdog)
         plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, cfg.seed, watch)
         batches = cfg.pipeline.batches(models, engine, corpus, plan)
         work.callback(batches.close)
         parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": seen}
-        checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
         with watchdog.phase("restore"):
+            checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
             done, last = checkpoints.restore(), cfg.length(corpus)
         schedule = partial(cfg.schedule, steps=last)
         steps = train(
@@ -258,6 +263,7 @@ def run(cfg: Run) -> dict[str, float]:
         speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
         readback: Readback[Logged] = Readback()
         stop = stopping.Agreement(cfg.checkpoint.before_deadline)
+        straggler = Straggler(hosts)
         with (
             Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
@@ -270,6 +276,7 @@ def run(cfg: Run) -> dict[str, float]:
                 for values, step in arrived:
                     stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
+                    straggler.observe(step.number, values)
                     tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
                     if step.number == 1:
                         check(expected, values, cfg.guard.first_step)
@@ -321,6 +328,14 @@ def run(cfg: Run) -> dict[str, float]:
                     cfg.export.write(folder / "export", weights, architecture, tokenizer, {**facts, **record})
                 cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
         return tracker.latest
+
+
+def check_nodes(cfg: Run, architecture: Architecture, folder: Path) -> dict[int, str]:
+    """Whether the ranks of this run fit together; gives every rank's host."""
+    layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
+    learnt = layout.adapters or parameters_of(architecture)
+    settings = {key: value for key, value in plain(cfg).items() if key != "run_dir"}
+    return preflight.quick(folder, settings, memory(architecture, layout).total, 12.0 * learnt)
 
 
 def exported(cfg: Run, engine: Engine, loader: ModelLoader) -> Iterator[tuple[str, Tensor]]:

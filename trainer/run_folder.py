@@ -28,7 +28,7 @@ BESIDE = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
 """What may lie in the folder before the run begins."""
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
-    "evaluation", "export", "profile", "watchdog",
+    "evaluation", "export", "profile", "watchdog", "preflight",
     "estimate", "objective", "sweep", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step",
     "model.compile",
     "model.activation_checkpointing",

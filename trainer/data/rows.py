@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -22,7 +23,11 @@ from trainer.data.packing import pack, pieces_of
 from trainer.data.sources import DataError, Source
 from trainer.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 FORMAT = 3
+SIZES = "sizes.json"
+"""Bytes of every file of prepared data, by name."""
 TOGETHER = 512
 """Documents tokenised in one call: enough for all cores, little enough for memory."""
 
@@ -159,25 +164,45 @@ def prepare(
 def prepared(
     cache: Path, key: Sequence[str], tokenizer: Tokenizer, length: int, write: Callable[[Path, str], None]
 ) -> Path:
-    """The folder of what ``write(folder, fingerprint)`` makes, made now or before; its ``facts.json`` is written last."""
+    """The folder of what ``write(folder, fingerprint)`` makes, made now or before.
+
+    One whose files are not as long as they were written (a disk that was full, a copy that was cut off) is made again: memory
+    maps would give fewer tokens, or zeros, in the place of what is missing.
+    """
     parts = [*key, tokenizer.fingerprint, str(length)]
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = cache / fingerprint
-    if not (folder / "facts.json").is_file():
+    if not folder.is_dir() or shortened(folder):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{fingerprint}.lock"):
-            if not (folder / "facts.json").is_file():
+            if folder.is_dir() and (wrong := shortened(folder)):
+                log.warning("prepared data is damaged and is prepared again: %s", "; ".join(wrong))
+                folder.rename(cache / f"{fingerprint}.tmp-{uuid.uuid4().hex[:8]}")
+            if not folder.is_dir():
                 for left in cache.glob(f"{fingerprint}.tmp-*"):
                     shutil.rmtree(left)
                 partial = cache / f"{fingerprint}.tmp-{uuid.uuid4().hex[:8]}"
                 partial.mkdir()
                 try:
                     write(partial, fingerprint)
+                    save_json(partial / SIZES, {p.name: p.stat().st_size for p in partial.iterdir()})
                     partial.rename(folder)
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)
                     raise
     return folder
+
+
+def shortened(folder: Path) -> list[str]:
+    """What prepared data lacks of what was written, a sentence each; what an earlier release prepared is believed."""
+    if not (folder / SIZES).is_file():
+        return [] if (folder / "facts.json").is_file() else [f"{folder / 'facts.json'} is missing"]
+    try:
+        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+    except ValueError:
+        return [f"{folder / SIZES} is cut off"]
+    held = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in sizes}
+    return [f"{folder / n} has {held[n]} bytes instead of {size}" for n, size in sizes.items() if held[n] != size]
 
 
 def tokenised(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Encoded]:

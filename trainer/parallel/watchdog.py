@@ -41,7 +41,10 @@ class WatchdogSettings(Node):
 
 
 class Watchdog:
-    """Ends this process when it stays too long in one phase, with rank, phase, step and the stacks of all threads."""
+    """Ends this process when it stays too long in one phase, with rank, phase, step and the stacks of all threads.
+
+    The first phase, ``start``, begins with the context: ranks that wait for one which never comes end too.
+    """
 
     def __init__(self, settings: WatchdogSettings) -> None:
         self.settings = settings
@@ -52,6 +55,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.settings.seconds:
+            self._phase = _Phase("start", time.monotonic() + self.settings.seconds)
             self._thread.start()
         return self
 
@@ -59,6 +63,10 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def started(self) -> None:
+        """The ranks have met and the models are there; what comes now has phases of its own, or no limit."""
+        self._phase = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
