@@ -4,6 +4,11 @@
 
 takes the overrides of the run (paths of data and tokenizer may be left out). Memory is a rank's peak; where it does not fit,
 the nearest configuration that does is named. Time is what the operations need at --utilisation of the device's peak.
+
+    python scripts/estimate.py --plan experiment=7b
+
+is a table for all strategies on 8 to 4,096 GPUs: what is exchanged, how long a step, a checkpoint and a start take
+(docs/scaling.md has the formulas). Speeds of links and storage are options, in GB/s.
 """
 
 from __future__ import annotations
@@ -22,6 +27,13 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=80.0, help="memory of a device, GB")
     parser.add_argument("--utilisation", type=float, default=0.4, help="part of the peak that is reached")
     parser.add_argument("--vocab", type=int, default=32000, help="tokens, where the model leaves them to the tokenizer")
+    parser.add_argument("--plan", action="store_true", help="a table over strategies and numbers of GPUs instead")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096], help="of the plan")
+    parser.add_argument("--per-node", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--within", type=float, default=450, help="GB/s of a GPU to others of its node, one direction")
+    parser.add_argument("--between", type=float, default=50, help="GB/s of a GPU to other nodes, one direction")
+    parser.add_argument("--storage", type=float, default=100, help="GB/s of the storage that all nodes share")
+    parser.add_argument("--node-storage", type=float, default=10, help="GB/s of a node to the storage")
     a, overrides = parser.parse_known_args()
     os.environ.update(RANK="0", WORLD_SIZE=str(a.ranks), MASTER_ADDR="localhost", MASTER_PORT="1")
 
@@ -42,6 +54,9 @@ def main() -> None:
     cuda = a.device != "cpu"
     shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
     layout = cfg.layout(shape, a.ranks, cuda=cuda)
+    if a.plan:
+        print_plan(a, cfg, shape, layout)
+        return
     found = estimate.memory(shape, layout)
     print(f"{estimate.parameters_of(shape):,} parameters; a rank of {a.ranks} under strategy={cfg.strategy.name}:")
     print("\n".join(found.lines()))
@@ -53,6 +68,32 @@ def main() -> None:
         seconds = estimate.seconds_per_step(shape, layout, tokens, peak, a.utilisation)
         print(f"{seconds:.2f} s a step of {tokens:,} tokens on {a.device} at {a.utilisation:.0%} of its peak", end="")
         print(f"; {cfg.steps:,} steps: {cfg.steps * seconds / 3600:.1f} h" if cfg.steps else "")
+
+
+def print_plan(a, cfg, shape, layout):  # type: ignore[no-untyped-def]
+    """The table of all strategies that the optimizer can be used with, on all numbers of GPUs."""
+    from trainer import scaling
+    from trainer.estimate import parameters_of
+    from trainer.parallel.precision import Compute
+    from trainer.throughput import PEAKS
+
+    if a.device not in PEAKS:
+        sys.exit(f"--plan is about GPUs, and --device {a.device} is none of {', '.join(PEAKS)}")
+    cluster = scaling.Cluster(a.per_node, a.within * 1e9, a.between * 1e9, a.storage * 1e9, a.node_storage * 1e9)
+    stages = [0] if type(cfg.optimizer).__name__ == "Muon" else [0, 1, 2, 3]
+    low = cfg.precision.compute is Compute.bf16 and not getattr(cfg.strategy, "autocast", None)
+    peak = 1e12 * PEAKS[a.device][0 if cfg.precision.dtype.itemsize == 2 else 1]
+    # Norms, projections and biases of a block; what has a name of its own is a fragment of its own.
+    tensors = shape.num_hidden_layers * 9 + 3
+    found = scaling.plan(
+        shape, layout, low, stages, a.gpus, cfg.batch.size, peak, a.utilisation, cluster, tensors
+    )  # fmt: skip
+    print(
+        f"{parameters_of(shape):,} parameters, batch.micro={layout.micro}, batch.length={layout.length}, "
+        f"{a.device} at {a.utilisation:.0%} of its peak; links {a.within:g} GB/s within and {a.between:g} GB/s between nodes "
+        f"of {a.per_node}, storage {a.storage:g} GB/s\n"
+    )
+    print("\n".join(scaling.table(found, a.gb * 1e9)))
 
 
 def parse_without_data(compose, parse, overrides):  # type: ignore[no-untyped-def]

@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--watchdog", type=float, default=20.0, help="watchdog.seconds of the runs")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="after which no further fault strikes a run; it then finishes"
+    )
     parser.add_argument("--report", type=Path, nargs="+", help="faults.jsonl of earlier campaigns, for their table")
     a = parser.parse_args()
     if a.report:
@@ -59,9 +62,8 @@ def main() -> None:
     import trainer.run  # noqa: F401
 
     for strategy in a.strategies:
-        Campaign(a.folder.resolve() / strategy, strategy, a.seed, a.faults, a.watchdog).carry_out(
-            a.folder / "faults.jsonl"
-        )
+        campaign = Campaign(a.folder.resolve() / strategy, strategy, a.seed, a.faults, a.watchdog)
+        campaign.carry_out(a.folder / "faults.jsonl", a.minutes)
 
 
 class Campaign:
@@ -77,7 +79,7 @@ class Campaign:
             "evaluation.every=0",
         ]  # fmt: skip
 
-    def carry_out(self, results: Path) -> None:
+    def carry_out(self, results: Path, minutes: float) -> None:
         """Strike, check and write a line a fault to ``results``."""
         with nodes() as two, small_disk(self.folder / "disk", 48) as own_disk:
             whole = Attempts(self.folder / "undisturbed", self.folder / "logs-undisturbed", self.arguments, two)
@@ -92,7 +94,11 @@ class Campaign:
                 if why:
                     print(f"{kind}: skipped, {why}", flush=True)
             try:
+                end = time.monotonic() + 60 * minutes
                 for number, fault in enumerate(planned(self.seed, self.faults, possible)):
+                    if time.monotonic() > end:
+                        print(f"{self.strategy}: {minutes:g} minutes are over after {number} faults", flush=True)
+                        break
                     found = {"number": number, "strategy": self.strategy, "seed": self.seed, **vars(fault)}
                     print(
                         f"{self.strategy} {number + 1}/{self.faults}: {fault.kind} ({fault.moment}): ",
