@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import logging
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,8 +26,11 @@ from trainer.config import Node, schema, setting
 from trainer.console import Console
 from trainer.report.live import LiveReport
 
+log = logging.getLogger(__name__)
+
 BINS = 40
 """Of histograms."""
+LATER = "this attempt is recorded offline and uploaded when the run ends or continues"
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 
 
@@ -40,6 +52,9 @@ class WandB(Node):
     entity: str | None = setting(None, "user or team; null = the key's default")
     group: str | None = setting(None, "what belongs together, such as the runs of a sweep")
     tags: list[str] = setting(list, "labels")
+    patience: float = setting(
+        30.0, "seconds to wait for the server, before the run and after it; then go on, and upload later", above=0
+    )
 
 
 @schema("tracking")
@@ -101,20 +116,60 @@ class JsonLines:
 
 
 class WandBSink:
-    """The same W&B run through all attempts: its id is recorded when the run folder is begun."""
+    """The same W&B run through all attempts: its id is recorded when the run folder is begun.
+
+    A server that does not answer never stops a run: it is recorded offline then, and uploaded when the run ends or continues.
+    """
 
     def __init__(self, config: WandB, mode: str, folder: Path, facts: Mapping[str, Any]) -> None:
         import wandb
 
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
-            name=folder.name, dir=str(folder), mode=cast(Any, mode), resume="allow", config=dict(facts),
-            settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+        self._wandb, self._folder, self.patience = wandb, folder, config.patience
+        self.mode = mode
+        if mode == "online" and not answers(wandb.Settings().base_url, config.patience):
+            log.warning("W&B does not answer; %s", LATER)
+            self.mode = "offline"
+        if self.mode == "online":
+            self.catch_up()
+        try:
+            self._run = self._begin(config, folder, facts)
+        except wandb.errors.CommError as error:
+            log.warning("W&B does not answer (%s); %s", str(error).splitlines()[0], LATER)
+            # What could not begin still holds the run's id.
+            within(self.patience, wandb.teardown)
+            self.mode = "offline"
+            self._run = self._begin(config, folder, facts)
         # A resumed run logs some steps again; on an axis of their own they land where they belong.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._wanted = mode
+
+    def _begin(self, config: WandB, folder: Path, facts: Mapping[str, Any]) -> Any:
+        settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.patience)
+        return self._wandb.init(
+            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
+            name=folder.name, dir=str(folder), mode=cast(Any, self.mode), resume="allow", config=dict(facts),
+            settings=settings,
+        )  # fmt: skip
+
+    def catch_up(self) -> None:
+        """Upload what earlier attempts have recorded offline, in their order, as far as there is time."""
+        end = time.monotonic() + self.patience
+        reached = answers(self._wandb.Settings().base_url, self.patience)
+        for left in sorted((self._folder / "wandb").glob("offline-run-*")):
+            if any(left.glob("*.synced")):
+                continue
+            command = [sys.executable, "-m", "wandb", "sync", str(left)]
+            with suppress(subprocess.TimeoutExpired):
+                if (
+                    reached
+                    and not subprocess.run(
+                        command, capture_output=True, timeout=max(1.0, end - time.monotonic())
+                    ).returncode
+                ):
+                    continue
+            log.warning("W&B does not answer; %s is uploaded later, or by: wandb sync %s", left.name, left)
+            return
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -128,7 +183,10 @@ class WandBSink:
         self._run.log({"step": step, name: table})
 
     def close(self) -> None:
-        self._run.finish()
+        if not within(self.patience, self._run.finish):
+            log.warning("W&B does not answer; upload the rest by: wandb sync %s", Path(self._run.dir).parent)
+        elif self._wanted == "online" != self.mode:
+            self.catch_up()
 
 
 class TensorBoardSink:
@@ -236,6 +294,25 @@ class Tracker:
     def _write(self, number: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
             sink.numbers(number, values)
+
+
+def answers(url: str, seconds: float) -> bool:
+    """Whether a server says anything at all."""
+    try:
+        urllib.request.urlopen(url, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+def within(seconds: float, action: Callable[[], object]) -> bool:
+    """Do something that may wait for ever; says whether it was done in time, else it goes on beside the process's end."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def wandb_mode(mode: Mode) -> str:

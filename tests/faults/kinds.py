@@ -40,7 +40,7 @@ def planned(seed: int, count: int, kinds: list[str]) -> list[Fault]:
     while len(order) < count:
         order += chance.sample(kinds, len(kinds))
     return [
-        Fault(kind, chance.choice(MOMENTS), chance.randint(1, 9), chance.random(), chance.randrange(2), chance.random())
+        Fault(kind, chance.choice(MOMENTS), chance.randint(1, 7), chance.random(), chance.randrange(2), chance.random())
         for kind in order[:count]
     ]
 

@@ -1,6 +1,7 @@
 """What is written where, and what a resumed run does with lines of an earlier attempt."""
 
 import json
+import socket
 
 import pytest
 import yaml
@@ -81,6 +82,23 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     kept = sorted(p.name for p in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(kept) == 2
     assert all("-abc123" in name for name in kept)
+
+
+def test_a_server_that_does_not_answer_neither_ends_nor_stalls_a_run(tmp_path, monkeypatch, caplog):
+    with socket.socket() as silent:
+        # It takes connections and says nothing, which is worse than one that refuses them.
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        with tracker(tmp_path, wandb=WandB(mode=Mode.online, patience=2)) as t:
+            t.step(1, STEP)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
+    [kept] = (tmp_path / "wandb").glob("offline-run-*-abc123")
+    assert b"tokens_per_second" in next(kept.glob("*.wandb")).read_bytes()
+    assert "this attempt is recorded offline and uploaded when the run ends or continues" in caplog.text
+    assert f"wandb sync {kept}" in caplog.text
 
 
 @pytest.mark.parametrize(
