@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 
+from trainer.estimate import Layout, memory, parameters_of
+from trainer.models.architecture import Architecture
 from trainer.parallel import distributed, preflight
 from trainer.parallel.preflight import Link
 from trainer.provenance import PACKAGES, version
+from trainer.scaling import STATE
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +79,15 @@ def facts(folder: Path, settings: Any) -> dict[str, Any]:
     }
 
 
-def quick(folder: Path, settings: Any, needed: float, saved: float) -> dict[int, str]:
-    """Check in a fraction of a second that ranks can work together; gives every rank's host. Collective.
-
-    ``needed``: bytes that a rank is estimated to take. ``saved``: bytes of a checkpoint.
+def quick(folder: Path, settings: Mapping[str, Any], a: Architecture, layout: Layout) -> dict[int, str]:
+    """Check in a fraction of a second that the ranks of a run can work together; gives every rank's host. Collective.
 
     Raises:
         PreflightError: naming the nodes that differ.
     """
-    every = distributed.gather(facts(folder, settings))
-    found = compare(every, needed, saved)
+    shared = {key: value for key, value in settings.items() if key != "run_dir"}
+    every = distributed.gather(facts(folder, shared))
+    found = compare(every, memory(a, layout).total, float(STATE * (layout.adapters or parameters_of(a))))
     found.problems += wrong([each["host"] for each in every], preflight.wrong_sums())
     found.warnings += skewed([each["host"] for each in every], preflight.clock_offsets())
     settle(found)

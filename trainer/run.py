@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,7 +240,8 @@ def run(cfg: Run) -> dict[str, float]:
         run_folder.begin(folder, plain(cfg), made_from, world.size) as facts,
         ExitStack() as work,
     ):
-        hosts = check_nodes(cfg, architecture, folder) if cfg.preflight and world.size > 1 else {}
+        layout = cfg.layout(architecture, world.size, cuda=world.device.type == "cuda")
+        hosts = preflight.quick(folder, plain(cfg), architecture, layout) if cfg.preflight and world.size > 1 else {}
         models = cfg.pipeline.models(loader, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
@@ -328,14 +328,6 @@ def run(cfg: Run) -> dict[str, float]:
                     cfg.export.write(folder / "export", weights, architecture, tokenizer, {**facts, **record})
                 cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
         return tracker.latest
-
-
-def check_nodes(cfg: Run, architecture: Architecture, folder: Path) -> dict[int, str]:
-    """Whether the ranks of this run fit together; gives every rank's host."""
-    layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
-    learnt = layout.adapters or parameters_of(architecture)
-    settings = {key: value for key, value in plain(cfg).items() if key != "run_dir"}
-    return preflight.quick(folder, settings, memory(architecture, layout).total, 12.0 * learnt)
 
 
 def exported(cfg: Run, engine: Engine, loader: ModelLoader) -> Iterator[tuple[str, Tensor]]:

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import logging
-import netrc
 import os
-import subprocess
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from trainer.config import Node, schema, setting
 from trainer.console import Console
 from trainer.report.live import LiveReport
+from trainer.wandb_sink import BINS, WandB, WandBSink, wandb_mode
 
-log = logging.getLogger(__name__)
-
-BINS = 40
-"""Of histograms."""
-LATER = "this attempt is recorded offline and uploaded when the run ends or continues"
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
-
-
-class Mode(StrEnum):
-    """What W&B does with a run."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-@dataclass
-class WandB(Node):
-    """Weights & Biases."""
-
-    mode: Mode = setting(Mode.auto, "auto: online where a key is at hand, else offline")
-    project: str = setting("onecurve", "the project that runs are listed under")
-    entity: str | None = setting(None, "user or team; null = the key's default")
-    group: str | None = setting(None, "what belongs together, such as the runs of a sweep")
-    tags: list[str] = setting(list, "labels")
-    patience: float = setting(
-        30.0, "seconds to wait for the server, before the run and after it; then go on, and upload later", above=0
-    )
 
 
 @schema("tracking")
@@ -113,80 +75,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._metrics.close()
-
-
-class WandBSink:
-    """The same W&B run through all attempts: its id is recorded when the run folder is begun.
-
-    A server that does not answer never stops a run: it is recorded offline then, and uploaded when the run ends or continues.
-    """
-
-    def __init__(self, config: WandB, mode: str, folder: Path, facts: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._wandb, self._folder, self.patience = wandb, folder, config.patience
-        self.mode = mode
-        if mode == "online" and not answers(wandb.Settings().base_url, config.patience):
-            log.warning("W&B does not answer; %s", LATER)
-            self.mode = "offline"
-        if self.mode == "online":
-            self.catch_up()
-        try:
-            self._run = self._begin(config, folder, facts)
-        except wandb.errors.CommError as error:
-            log.warning("W&B does not answer (%s); %s", str(error).splitlines()[0], LATER)
-            # What could not begin still holds the run's id.
-            within(self.patience, wandb.teardown)
-            self.mode = "offline"
-            self._run = self._begin(config, folder, facts)
-        # A resumed run logs some steps again; on an axis of their own they land where they belong.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        self._wanted = mode
-
-    def _begin(self, config: WandB, folder: Path, facts: Mapping[str, Any]) -> Any:
-        settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.patience)
-        return self._wandb.init(
-            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
-            name=folder.name, dir=str(folder), mode=cast(Any, self.mode), resume="allow", config=dict(facts),
-            settings=settings,
-        )  # fmt: skip
-
-    def catch_up(self) -> None:
-        """Upload what earlier attempts have recorded offline, in their order, as far as there is time."""
-        end = time.monotonic() + self.patience
-        reached = answers(self._wandb.Settings().base_url, self.patience)
-        for left in sorted((self._folder / "wandb").glob("offline-run-*")):
-            if any(left.glob("*.synced")):
-                continue
-            command = [sys.executable, "-m", "wandb", "sync", str(left)]
-            with suppress(subprocess.TimeoutExpired):
-                if (
-                    reached
-                    and not subprocess.run(
-                        command, capture_output=True, timeout=max(1.0, end - time.monotonic())
-                    ).returncode
-                ):
-                    continue
-            log.warning("W&B does not answer; %s is uploaded later, or by: wandb sync %s", left.name, left)
-            return
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def units(self, step: int, name: str, values: Sequence[float]) -> None:
-        self._run.log({"step": step, f"{name}/histogram": self._wandb.Histogram(list(values), num_bins=BINS)})
-
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        columns = list(rows[0])
-        table = self._wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
-        self._run.log({"step": step, name: table})
-
-    def close(self) -> None:
-        if not within(self.patience, self._run.finish):
-            log.warning("W&B does not answer; upload the rest by: wandb sync %s", Path(self._run.dir).parent)
-        elif self._wanted == "online" != self.mode:
-            self.catch_up()
 
 
 class TensorBoardSink:
@@ -294,41 +182,6 @@ class Tracker:
     def _write(self, number: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
             sink.numbers(number, values)
-
-
-def answers(url: str, seconds: float) -> bool:
-    """Whether a server says anything at all."""
-    try:
-        urllib.request.urlopen(url, timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, http.client.HTTPException):
-        return False
-    return True
-
-
-def within(seconds: float, action: Callable[[], object]) -> bool:
-    """Do something that may wait for ever; says whether it was done in time, else it goes on beside the process's end."""
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
-
-
-def wandb_mode(mode: Mode) -> str:
-    """The mode to use: ``WANDB_MODE`` where the configuration says ``auto`` and it is set, else by whether there is a key."""
-    if mode is not Mode.auto:
-        return mode.value
-    if said := os.environ.get("WANDB_MODE"):
-        return said
-    return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc("api.wandb.ai") else "offline"
-
-
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _rewind(file: Path, aside: Path, done: int) -> None:

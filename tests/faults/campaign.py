@@ -95,7 +95,7 @@ class Campaign:
                     print(f"{kind}: skipped, {why}", flush=True)
             try:
                 end = time.monotonic() + 60 * minutes
-                for number, fault in enumerate(planned(self.seed, self.faults, possible)):
+                for number, fault in enumerate(planned(f"{self.seed} {self.strategy}", self.faults, possible)):
                     if time.monotonic() > end:
                         print(f"{self.strategy}: {minutes:g} minutes are over after {number} faults", flush=True)
                         break

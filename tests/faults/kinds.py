@@ -33,7 +33,7 @@ class Fault:
     draw: float
 
 
-def planned(seed: int, count: int, kinds: list[str]) -> list[Fault]:
+def planned(seed: str, count: int, kinds: list[str]) -> list[Fault]:
     """``count`` faults: all kinds equally often, in an order and with details that depend on ``seed`` alone."""
     chance = random.Random(f"campaign {seed}")
     order: list[str] = []

@@ -6,7 +6,8 @@ import socket
 import pytest
 import yaml
 
-from trainer.tracking import Mode, Tracker, Tracking, WandB, wandb_mode
+from trainer.tracking import Tracker, Tracking
+from trainer.wandb_sink import Mode, WandB, wandb_mode
 
 FACTS = {"identity": "abc123", "git": None}
 STEP = {"loss": 2.0, "lr": 0.1, "tokens": 64.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": 0.0}

@@ -305,3 +305,17 @@ def test_an_epoch_of_a_stream_has_every_document_once(tmp_path):
         tokens += int(batch.weight)
     loader.close()
     assert tokens == sum(len(TOKENIZER.encode(t)) + 1 for t in TEXTS)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "lengths.npy", "rows.npy", "facts.json", "sizes.json"])
+def test_prepared_data_that_was_cut_short_is_prepared_again_and_said(name, tmp_path, caplog, rows):
+    whole = [rows.collate([n]).tokens.tolist() for n in range(len(rows))]
+    file = tmp_path / "cache" / rows.fingerprint / name
+    os.truncate(file, file.stat().st_size // 2)
+    again = prepare(tmp_path / "cache", ["test"], lambda: tokenised(TEXTS, TOKENIZER), TOKENIZER, 16)
+    assert [again.collate([n]).tokens.tolist() for n in range(len(again))] == whole
+    assert "prepared data is damaged and is prepared again" in caplog.text
+    assert name in caplog.text
+    caplog.clear()
+    prepare(tmp_path / "cache", ["test"], lambda: pytest.fail("it was whole"), TOKENIZER, 16)
+    assert caplog.text == ""

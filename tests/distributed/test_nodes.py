@@ -1,0 +1,115 @@
+"""What ranks find out about each other: before a run, at its start, and while it goes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import ROOT, TINY, Command, environment, metrics
+from tests.ranks import free_port, on_ranks
+from trainer.parallel import preflight
+from trainer.parallel.watchdog import EXIT_CODE
+
+RUN = [*TINY, "optimizer.lr=0.003", "run_dir=run"]
+
+
+def looked() -> tuple:
+    links = [(link.source, link.target, link.intact) for link in preflight.links(0.1)]
+    return preflight.wrong_sums(), preflight.clock_offsets(), preflight.all_reduce_speed(0.1, 1), links
+
+
+def test_ranks_of_one_machine_have_right_sums_one_clock_and_whole_links():
+    for sums, offsets, speed, links in on_ranks(3, looked):
+        assert sums == []
+        assert max(map(abs, offsets)) < 1  # the same clock; readings differ by how busy the machine is
+        assert speed > 0
+        # To the next rank and to the one after it.
+        assert sorted(links) == sorted((r, (r + d) % 3, True) for d in (1, 2) for r in range(3))
+
+
+def start(folder, ranks: int, command: list, more: list[list[str]]) -> list[subprocess.Popen]:
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *command, *more[rank]], cwd=folder, env=environment(rank, ranks, port), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is_built(tmp_path):
+    both = start(tmp_path, 2, ["-m", "trainer", *RUN, "steps=3"], [[], ["seed=1"]])
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert all("the configuration is" in text and "start all ranks with the same overrides" in text for text in said)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_path):
+    command = [ROOT / "launch" / "preflight.py", "--megabytes", "1", "--", "data=tinyworld", *TINY]
+    both = start(tmp_path, 2, command, [[], []])
+    said, other = (process.communicate(timeout=200)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0], said + other
+    assert said.startswith("2 rank(s) on 1 node(s)")
+    assert all(f"  {what} " in said for what in ("matrix product", "clocks", "write and fsync", "all-reduce", "links"))
+    assert "a rank is estimated to take" in said
+    assert "PROBLEM" not in said
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_rank_that_waits_for_one_which_never_comes_ends_too(tmp_path):
+    command = [sys.executable, "-m", "trainer", *RUN, "steps=3", "watchdog.seconds=4"]
+    alone = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(0, 2, free_port()),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    said = alone.communicate(timeout=200)[0]
+    assert alone.returncode == EXIT_CODE
+    assert "rank 0, after step 0, phase start: no progress in 4 s" in said
+
+
+SLOW = '''
+"""Pretraining whose rank 1 is slow."""
+import os, time
+from dataclasses import dataclass
+from trainer.config import schema
+from trainer.pipelines.pretrain import Pretrain
+
+@schema("pipeline/slow")
+@dataclass
+class Slow(Pretrain):
+    def loss(self, models, batch):
+        if os.environ["RANK"] == "1":
+            time.sleep(0.3)
+        return super().loss(models, batch)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_the_rank_that_others_wait_for_is_named(strategy, tmp_path, monkeypatch):
+    (tmp_path / "slow_rank.py").write_text(SLOW)
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "slow.yaml").write_text("defaults: [/schema/pipeline/slow@_here_, _self_]\n")
+    overrides = [
+        "--config-dir",
+        "conf",
+        "imports=[slow_rank]",
+        "pipeline=slow",
+        *RUN,
+        f"strategy={strategy}",
+        "steps=24",
+    ]
+    monkeypatch.setattr("tests.command.ROOT", f"{ROOT}{os.pathsep}{tmp_path}")
+    said = Command(tmp_path, *overrides, ranks=2).finish()
+    assert "the others wait for rank 1 on " in said
+    steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert sorted(line["slowest_rank"] for line in steps)[2:] == [1.0] * 22  # the first step warms up
+    # Rank 1 sleeps 0.3 s in the one micro-batch of its step; rank 0's own time stays small beside it.
+    assert sorted(line["time/waiting"] for line in steps)[12] > 0.1

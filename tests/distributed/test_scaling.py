@@ -1,0 +1,82 @@
+"""The bytes that a step exchanges, as the profiler sees them, are those of the formulas."""
+
+import pytest
+import torch
+
+from tests.ranks import on_ranks
+from tests.small_run import Net, Nothing
+from tests.unit.test_estimate import layout
+from trainer import scaling
+from trainer.metrics import Metrics
+from trainer.optim import AdamW
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Compute, Precision
+from trainer.parallel.zero import Zero1, Zero2, Zero3
+
+LEARNT = 5 * 64 + 64 * 64 + 64
+FROZEN = 3 * 64
+MICRO_BATCHES = 2
+NOTHING_KEPT = {
+    "zero_optimization": {
+        "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}  # fmt: skip
+
+
+def counted() -> dict[str, dict[str, int]]:
+    """Bytes of whole tensors by kind of collective, in one step of each strategy; scalars aside."""
+    made = {
+        "ddp": DDP(),
+        "zero1": Zero1(),
+        "zero2": Zero2(),
+        "zero3": Zero3(),
+        "large zero3": Zero3(deepspeed=NOTHING_KEPT),
+    }
+    return {name: _step(strategy) for name, strategy in made.items()}
+
+
+def _step(strategy) -> dict[str, int]:
+    with strategy.construction():
+        net = Net(64)
+    engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute.fp32))
+
+    def loss_of(_):
+        return engine.model(torch.tensor([0, 1, 2, 3])), Metrics()
+
+    def step():
+        engine.accumulate(loss_of, [Nothing()] * MICRO_BATCHES, torch.tensor(4.0))
+        engine.step()
+
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step()
+    found = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
+    for event in profile.events():
+        shapes = event.input_shapes
+        if event.name == "c10d::_reduce_scatter_base_":
+            found["reduce_scatter"] += 4 * shapes[1][0]
+        elif event.name == "c10d::_allgather_base_":
+            found["all_gather"] += 4 * shapes[0][0]
+        elif event.name == "gloo:all_reduce" and shapes[0]:
+            found["all_reduce"] += 4 * shapes[0][0]
+    # gloo makes a reduce-scatter out of an all-reduce.
+    found["all_reduce"] -= found["reduce_scatter"]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_step_exchanges_the_bytes_of_the_formulas(ranks, monkeypatch):
+    for found in on_ranks(ranks, counted):
+        for name, measured in found.items():
+            stage = 0 if name == "ddp" else int(name[-1])
+            monkeypatch.setattr(scaling, "LIVE", 0 if name.startswith("large") else 1e8)
+            expected = {"all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
+            if ranks > 1:
+                exchanged = scaling.exchanges(
+                    LEARNT, LEARNT + FROZEN, 1, layout(stage=stage, low=False, ranks=ranks), MICRO_BATCHES
+                )
+                for exchange in exchanged:
+                    expected[exchange.kind] += exchange.bytes * exchange.times
+            assert measured == expected, name
