@@ -267,6 +267,7 @@ def run(cfg: Run) -> dict[str, float]:
         with (
             Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
+            watchdog.phase("step"),  # what lies between the laps of a step: metrics meet there, and asynchronous saves
         ):
             tracker.say(corpus.said)
 

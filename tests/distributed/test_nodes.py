@@ -74,6 +74,38 @@ def test_a_rank_that_waits_for_one_which_never_comes_ends_too(tmp_path):
     assert "rank 0, after step 0, phase start: no progress in 4 s" in said
 
 
+STUCK = '''
+"""Pretraining that waits for ever between two laps of a step."""
+import time
+from dataclasses import dataclass
+from trainer.config import schema
+from trainer.pipelines.pretrain import Pretrain
+
+@schema("pipeline/stuck")
+@dataclass
+class Stuck(Pretrain):
+    def batches(self, *arguments):
+        source = super().batches(*arguments)
+        source.observe = lambda metrics: time.sleep(3600)
+        return source
+'''
+
+
+def own_pipeline(folder, name: str, text: str, monkeypatch) -> list[str]:
+    (folder / f"{name}_pipeline.py").write_text(text)
+    (folder / "conf" / "pipeline").mkdir(parents=True)
+    (folder / "conf" / "pipeline" / f"{name}.yaml").write_text(f"defaults: [/schema/pipeline/{name}@_here_, _self_]\n")
+    monkeypatch.setattr("tests.command.ROOT", f"{ROOT}{os.pathsep}{folder}")
+    return ["--config-dir", "conf", f"imports=[{name}_pipeline]", f"pipeline={name}"]
+
+
+def test_a_rank_that_hangs_between_the_laps_of_a_step_ends_too(tmp_path, monkeypatch):
+    overrides = own_pipeline(tmp_path, "stuck", STUCK, monkeypatch)
+    code, said = Command(tmp_path, *overrides, *RUN, "steps=3", "watchdog.seconds=4").fail()
+    assert code == EXIT_CODE
+    assert "phase step: no progress in 4 s" in said
+
+
 SLOW = '''
 """Pretraining whose rank 1 is slow."""
 import os, time
@@ -94,19 +126,8 @@ class Slow(Pretrain):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_the_rank_that_others_wait_for_is_named(strategy, tmp_path, monkeypatch):
-    (tmp_path / "slow_rank.py").write_text(SLOW)
-    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
-    (tmp_path / "conf" / "pipeline" / "slow.yaml").write_text("defaults: [/schema/pipeline/slow@_here_, _self_]\n")
-    overrides = [
-        "--config-dir",
-        "conf",
-        "imports=[slow_rank]",
-        "pipeline=slow",
-        *RUN,
-        f"strategy={strategy}",
-        "steps=24",
-    ]
-    monkeypatch.setattr("tests.command.ROOT", f"{ROOT}{os.pathsep}{tmp_path}")
+    overrides = own_pipeline(tmp_path, "slow", SLOW, monkeypatch)
+    overrides += [*RUN, f"strategy={strategy}", "steps=24"]
     said = Command(tmp_path, *overrides, ranks=2).finish()
     assert "the others wait for rank 1 on " in said
     steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
