@@ -58,7 +58,7 @@ def test_links_between_pages_lead_somewhere(page):
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
 def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch):
     """Scripts are there, and every override of a run is a setting that exists, with a value that it takes."""
-    words = shlex.split(line)
+    words = shlex.split(line.replace("$(", "").replace(")", ""), comments=True)
     for word in words:
         if word.startswith(("scripts/", "launch/")):
             assert (ROOT / word).is_file(), word
@@ -69,6 +69,8 @@ def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch
     else:
         overrides = words[words.index("--") + 1 :] if "--" in words else words[words.index("scripts/preview.py") + 1 :]
     if "--config-dir" in overrides:  # the worked example, which is run below
+        return
+    if "--multirun" in overrides or "..." in overrides:  # several points, or what a reader fills in
         return
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -12,8 +12,8 @@ LAYERS = [
     [
         "trainer.pipelines", "trainer.loop", "trainer.evaluate", "trainer.checkpoint", "trainer.tracking", "trainer.console",
         "trainer.profiling", "trainer.provenance", "trainer.export", "trainer.guard",
-        "trainer.run_folder", "trainer.estimate", "trainer.scaling", "trainer.inference", "trainer.preflight", "trainer.report",
-        "trainer.checks", "trainer.sweep", "trainer.wandb_sink",
+        "trainer.run_folder", "trainer.estimate", "trainer.scaling", "trainer.inference", "trainer.preflight",
+        "trainer.report", "trainer.checks", "trainer.sweep", "trainer.wandb_sink", "trainer.progress",
     ],
     [
         "trainer.rollout", "trainer.vllm_sampler", "trainer.actor", "trainer.experience", "trainer.rewards",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from trainer.estimate import Layout, memory, parameters_of
 from trainer.evaluate import Evaluation
 from trainer.export import Export
 from trainer.guard import Guard, GuardSettings
-from trainer.loop import Step, train
+from trainer.loop import train
 from trainer.metrics import Readback
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
@@ -48,11 +47,12 @@ from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
 from trainer.profiling import Profile
+from trainer.progress import Logged, Seen
 from trainer.provenance import ancestry
 from trainer.run_folder import plain
 from trainer.straggler import Straggler
 from trainer.sweep import Sweep
-from trainer.throughput import Speed, Stopwatch, Timing
+from trainer.throughput import Speed, Stopwatch
 from trainer.tracking import Tracker, Tracking
 
 SHIPPED = (
@@ -204,24 +204,6 @@ class Run(Node):
         )
 
 
-class Seen:
-    """Tokens learnt from since the beginning of the run, counted on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, tokens: Tensor) -> Tensor:
-        """The count with the tokens of another step."""
-        self.tokens = self.tokens + tokens
-        return self.tokens
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tokens": int(self.tokens)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.tokens.fill_(state["tokens"])
-
-
 def run(cfg: Run) -> dict[str, float]:
     """Carry a run out, to its exported model; gives the last value of every metric, or raises `Stopped` where asked to."""
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
@@ -346,20 +328,3 @@ def say_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
     print("\n".join(found.lines()))
     print("scripts/estimate.py does the same for other devices and ranks, with time and advice")
     return {"memory_gb": found.total / 1e9}
-
-
-@dataclass(frozen=True)
-class Logged:
-    """What the host knows of a step whose metrics are still on the device."""
-
-    number: int
-    lr: float
-    rows: list[int]
-    timing: Timing
-
-    @classmethod
-    def of(cls, step: Step, lr: float, speed: Speed) -> Logged:
-        """The rows of this rank's micro-batches, and the clock since the step before."""
-        speed.count(sum(batch.pairs for batch in step.micro_batches))
-        rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
-        return cls(step.number, lr, rows, speed.lap())
