@@ -259,7 +259,8 @@ def run(cfg: Run) -> dict[str, float]:
                 for values, step in arrived:
                     stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
-                    straggler.observe(step.number, values)
+                    if world.rank == 0:
+                        straggler.observe(step.number, values)
                     tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
                     if step.number == 1:
                         check(expected, values, cfg.guard.first_step)
