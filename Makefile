@@ -22,7 +22,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore=tests/launch --ignore=tests/faults
+	$(BIN)/python -m pytest -m slow tests/launch tests/faults  # limits of seconds: nothing else beside them
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
