@@ -71,8 +71,8 @@ class OwnTime:
 def spread(own: Tensor) -> dict[str, Tensor]:
     """What the ranks' own seconds ``(W,)`` of a step say, on their device; nothing for a single rank.
 
-    ``time/waiting``: seconds that a rank in the middle waits for the slowest; ``slowest_rank``: which one that is;
-    ``slowness``: its time over the median.
+    ``time/waiting``: seconds that a rank in the middle waits for the slowest; ``time/slowest_rank``: which one that is;
+    ``time/slowness``: its time over the median.
     """
     if len(own) == 1:
         return {}
@@ -80,8 +80,8 @@ def spread(own: Tensor) -> dict[str, Tensor]:
     median = own.quantile(0.5) if len(own) > 2 else own.min()
     return {
         "time/waiting": slowest - median,
-        "slowest_rank": rank.double(),
-        "slowness": slowest / median.clamp(min=1e-9),
+        "time/slowest_rank": rank.double(),
+        "time/slowness": slowest / median.clamp(min=1e-9),
     }
 
 
@@ -97,10 +97,10 @@ class Straggler:
 
     def observe(self, step: int, values: Mapping[str, float]) -> str | None:
         """Take note of a step; gives the warning that is logged when a rank begins to be slow, or is so no longer."""
-        if "slowest_rank" not in values:
+        if "time/slowest_rank" not in values:
             return None
-        self._slowest.append(int(values["slowest_rank"]))
-        self._slowness.append(values["slowness"])
+        self._slowest.append(int(values["time/slowest_rank"]))
+        self._slowness.append(values["time/slowness"])
         self._waiting.append(values["time/waiting"])
         if len(self._slowest) < WINDOW:
             return None

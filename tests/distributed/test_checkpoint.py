@@ -82,7 +82,11 @@ def test_layouts_of_up_to_four_ranks_restore_each_other(source, target, saved):
     check(saved, source, target)
 
 
-@pytest.mark.parametrize("layout", [(2, s) for s in ("ddp", "zero1", "zero2", "zero3")] + [(4, "ddp"), (3, "zero3")])
+@pytest.mark.parametrize(
+    "layout",
+    [(2, s) for s in ("ddp", "zero1", "zero2", "zero3")]
+    + [pytest.param(layout, marks=pytest.mark.slow) for layout in ((4, "ddp"), (3, "zero3"))],
+)
 def test_saved_and_continued_on_the_same_layout_is_bitwise_the_uninterrupted_run(layout, saved, tmp_path):
     ranks, strategy = layout
     folder, _ = saved(ranks, strategy)

@@ -47,6 +47,7 @@ def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_path):
     command = [ROOT / "launch" / "preflight.py", "--megabytes", "1", "--", "data=tinyworld", *TINY]
     both = start(tmp_path, 2, command, [[], []])
@@ -59,6 +60,7 @@ def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_pa
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_which_never_comes_ends_too(tmp_path):
     command = [sys.executable, "-m", "trainer", *RUN, "steps=3", "watchdog.seconds=4"]
     alone = subprocess.Popen(
@@ -99,6 +101,7 @@ def own_pipeline(folder, name: str, text: str, monkeypatch) -> list[str]:
     return ["--config-dir", "conf", f"imports=[{name}_pipeline]", f"pipeline={name}"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_between_the_laps_of_a_step_ends_too(tmp_path, monkeypatch):
     overrides = own_pipeline(tmp_path, "stuck", STUCK, monkeypatch)
     code, said = Command(tmp_path, *overrides, *RUN, "steps=3", "watchdog.seconds=4").fail()
@@ -131,6 +134,6 @@ def test_the_rank_that_others_wait_for_is_named(strategy, tmp_path, monkeypatch)
     said = Command(tmp_path, *overrides, ranks=2).finish()
     assert "the others wait for rank 1 on " in said
     steps = [line for line in metrics(tmp_path / "run") if "loss" in line]
-    assert sorted(line["slowest_rank"] for line in steps)[2:] == [1.0] * 22  # the first step warms up
+    assert sorted(line["time/slowest_rank"] for line in steps)[2:] == [1.0] * 22  # the first step warms up
     # Rank 1 sleeps 0.3 s in the one micro-batch of its step; rank 0's own time stays small beside it.
     assert sorted(line["time/waiting"] for line in steps)[12] > 0.1

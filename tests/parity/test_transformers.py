@@ -167,6 +167,7 @@ def test_smollm2_gives_the_logits_of_transformers(smollm2):
         torch.testing.assert_close(ours_on(ours, tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_smollm2_packed_equals_alone_and_greedy_text_equals_that_of_transformers(smollm2):
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     theirs = theirs_of(smollm2)

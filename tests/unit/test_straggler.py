@@ -10,13 +10,13 @@ from trainer.straggler import WINDOW, OwnTime, Straggler, spread
 
 
 def step(slowest: int, slowness: float) -> dict[str, float]:
-    return {"slowest_rank": float(slowest), "slowness": slowness, "time/waiting": slowness - 1}
+    return {"time/slowest_rank": float(slowest), "time/slowness": slowness, "time/waiting": slowness - 1}
 
 
 def test_what_ranks_wait_for_is_the_slowest_less_the_middle_one():
     found = spread(torch.tensor([1.0, 1.5, 4.0, 2.0, 1.0], dtype=torch.float64))
     assert {name: float(value) for name, value in found.items()} == {
-        "time/waiting": 2.5, "slowest_rank": 2.0, "slowness": pytest.approx(4 / 1.5),
+        "time/waiting": 2.5, "time/slowest_rank": 2.0, "time/slowness": pytest.approx(4 / 1.5),
     }  # fmt: skip
     # The faster one of two waits for the other.
     assert float(spread(torch.tensor([3.0, 1.0]))["time/waiting"]) == 2.0
