@@ -38,7 +38,7 @@ NEUTRAL = sum(WORTH.values()) / len(WORTH)
 QUESTIONS = ("where", "what", "sum")
 KINDS = {"where": 2, "what": 2, "sum": 3, "wish": 3}
 """Shares of the kinds of instruction."""
-DIFFERS = {"deed": 35, "missing": 50, "other": 10, "form": 5}
+DIFFERS = {"deed": 37, "missing": 55, "other": 3, "form": 5}
 """Per cent of the preferences by what tells the two answers apart: `Preference`."""
 ACTS = 3
 """At most so many sentences come between the opening of a story and a question about it."""
