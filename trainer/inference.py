@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import nn
 
 from trainer.batch import Documents
 from trainer.data.chat import Chat
 from trainer.data.preference_data import encode
 from trainer.data.templates import Template, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.models.actor_critic import values_at
 from trainer.models.generate import generate, stream
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.load import HEAD, Model, ModelLoader
@@ -110,13 +110,9 @@ class RewardModel:
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         tokens = torch.tensor([token for sequence in ids for token in sequence], device=device)[None]
         with torch.no_grad():
-            found = self.model(tokens, Documents.from_lengths(lengths, 1).to(device), partial(_scores_at, last))
+            found = self.model(tokens, Documents.from_lengths(lengths, 1).to(device), partial(values_at, last))
         values: list[float] = found.tolist()
         return values if raw else [(value - self.mean) / self.std for value in values]
-
-
-def _scores_at(places: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    return linear(hidden[0, places].float(), weight.float())[:, 0]
 
 
 def _on_device(model: nn.Module) -> nn.Module:

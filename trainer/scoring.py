@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Documents
+from trainer.data.pairs import FORWARD
 from trainer.models.actor_critic import values_at
 from trainer.parallel import distributed
-
-FORWARD = 4096
-"""Tokens of a forward in which nothing is learnt."""
 
 
 def in_forwards(lengths: Sequence[int]) -> list[list[int]]:

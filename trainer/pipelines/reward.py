@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, PairBatch
 from trainer.metrics import Metrics
+from trainer.models.actor_critic import values_at
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
@@ -59,12 +61,7 @@ class Reward(Pipeline):
 
 def read_scores(model: Any, batch: AnswerBatch) -> Tensor:
     """A float32 score of every answer ``(A,)``, off its last token."""
-
-    def read(hidden: Tensor, weight: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden[0, batch.last].float(), weight.float())[:, 0]
-
-    scores: Tensor = model(batch.tokens, batch.documents, read)
+    scores: Tensor = model(batch.tokens, batch.documents, partial(values_at, batch.last))
     return scores
 
 
