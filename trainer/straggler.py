@@ -71,17 +71,17 @@ class OwnTime:
 def spread(own: Tensor) -> dict[str, Tensor]:
     """What the ranks' own seconds ``(W,)`` of a step say, on their device; nothing for a single rank.
 
-    ``time/waiting``: seconds that a rank in the middle waits for the slowest; ``time/slowest_rank``: which one that is;
-    ``time/slowness``: its time over the median.
+    ``straggler/waiting``: seconds that a rank in the middle waits for the slowest; ``straggler/rank``: which one that is;
+    ``straggler/slowness``: its time over the median.
     """
     if len(own) == 1:
         return {}
     slowest, rank = own.max(0)
     median = own.quantile(0.5) if len(own) > 2 else own.min()
     return {
-        "time/waiting": slowest - median,
-        "time/slowest_rank": rank.double(),
-        "time/slowness": slowest / median.clamp(min=1e-9),
+        "straggler/waiting": slowest - median,
+        "straggler/rank": rank.double(),
+        "straggler/slowness": slowest / median.clamp(min=1e-9),
     }
 
 
@@ -97,11 +97,11 @@ class Straggler:
 
     def observe(self, step: int, values: Mapping[str, float]) -> str | None:
         """Take note of a step; gives the warning that is logged when a rank begins to be slow, or is so no longer."""
-        if "time/slowest_rank" not in values:
+        if "straggler/rank" not in values:
             return None
-        self._slowest.append(int(values["time/slowest_rank"]))
-        self._slowness.append(values["time/slowness"])
-        self._waiting.append(values["time/waiting"])
+        self._slowest.append(int(values["straggler/rank"]))
+        self._slowness.append(values["straggler/slowness"])
+        self._waiting.append(values["straggler/waiting"])
         if len(self._slowest) < WINDOW:
             return None
         rank = statistics.mode(self._slowest)

@@ -17,7 +17,8 @@ VOLATILE = ("tokens_per_second", "mfu", "memory_gb")
 def curve(folder) -> list[dict]:
     """Metrics that depend on nothing but the computation."""
     return [
-        {k: v for k, v in line.items() if k not in VOLATILE and not k.startswith("time")} for line in metrics(folder)
+        {k: v for k, v in line.items() if k not in VOLATILE and not k.startswith(("time/", "straggler/"))}
+        for line in metrics(folder)
     ]
 
 

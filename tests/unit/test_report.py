@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests.browser import CHROMIUM, Browser
@@ -21,6 +22,7 @@ from trainer.report.live import LiveReport
 from trainer.report.readings import read_off
 from trainer.report.recording import read, smoothed
 from trainer.report.verdict import State, headline, verdict
+from trainer.straggler import spread
 
 FLOOR = 0.75
 
@@ -57,6 +59,13 @@ def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(
     states = {line.text.split(":")[0].split(" ")[0]: line.state for line in verdict(recording, found)}
     assert states["Finished"] is State.good
     assert "0.7500" not in headline(recording, found)
+
+
+def test_the_time_of_a_run_is_that_of_its_laps(tmp_path):
+    waited = {name: float(value) for name, value in spread(torch.tensor([1.0, 3.0])).items()}
+    lines = [{"step": s, "loss": 1.0, "time/forward_backward": 0.2, "time/data": 0.1, **waited} for s in range(1, 101)]
+    recording = read(run(tmp_path / "r", lines, config={"steps": 100}))
+    assert "Finished: 100 steps, about 30 s of work." in [line.text for line in verdict(recording, drawn(recording))]
 
 
 def test_the_direction_of_a_curve_is_its_slope_over_its_last_part():

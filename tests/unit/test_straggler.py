@@ -10,16 +10,16 @@ from trainer.straggler import WINDOW, OwnTime, Straggler, spread
 
 
 def step(slowest: int, slowness: float) -> dict[str, float]:
-    return {"time/slowest_rank": float(slowest), "time/slowness": slowness, "time/waiting": slowness - 1}
+    return {"straggler/rank": float(slowest), "straggler/slowness": slowness, "straggler/waiting": slowness - 1}
 
 
 def test_what_ranks_wait_for_is_the_slowest_less_the_middle_one():
     found = spread(torch.tensor([1.0, 1.5, 4.0, 2.0, 1.0], dtype=torch.float64))
     assert {name: float(value) for name, value in found.items()} == {
-        "time/waiting": 2.5, "time/slowest_rank": 2.0, "time/slowness": pytest.approx(4 / 1.5),
+        "straggler/waiting": 2.5, "straggler/rank": 2.0, "straggler/slowness": pytest.approx(4 / 1.5),
     }  # fmt: skip
     # The faster one of two waits for the other.
-    assert float(spread(torch.tensor([3.0, 1.0]))["time/waiting"]) == 2.0
+    assert float(spread(torch.tensor([3.0, 1.0]))["straggler/waiting"]) == 2.0
     assert spread(torch.tensor([3.0])) == {}
 
 

@@ -298,6 +298,13 @@ CHARTS = (
         manner=Manner.steady,
     ),
     Chart(MACHINE, "Memory", {"memory_gb": "GB"}, hint="The most that a rank has held so far.", manner=Manner.exact),
+    Chart(
+        MACHINE,
+        "Slowest rank",
+        {"straggler/slowness": "of the median rank's time"},
+        hint="How long the slowest rank takes before all meet; well above 1 throughout, one rank holds up the others.",
+        manner=Manner.steady,
+    ),
 )
 UNDERSTOOD = "policy/loss"
 """A run with this metric learns from its own samples: its whole loss, whose scale changes with them, is no result."""
@@ -310,5 +317,7 @@ HIDDEN = (
     "completion/length_max",
     "objective/score_std",
     "objective/missing",
+    "straggler/waiting",
+    "straggler/rank",
 )
 """Metrics without a plot of their own."""
