@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import KEPT_MEMORY
 
 ROWS = 512
 
@@ -80,8 +81,8 @@ def compare(a: argparse.Namespace) -> None:
 
 def child(side: str) -> dict[str, Any]:
     """One process of the comparison."""
-    # Huge pages help both sides; ours asks for them itself.
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+    # It helps both sides; ours asks for it itself.
+    environment = {**os.environ, **KEPT_MEMORY}
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

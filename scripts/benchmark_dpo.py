@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--recompute", default="selective", help="model.activation_checkpointing, ours")
     parser.add_argument("--their-micro", type=int, help="pairs a forward, theirs; those of a step unless given")
     parser.add_argument("--seed", type=int, default=0, help="which pairs are drawn")
-    parser.add_argument("--huge-pages", action="store_true", help="TRL too, for which they are not its default")
+    parser.add_argument("--kept-memory", action="store_true", help="TRL keeps freed memory too, as we do")
     parser.add_argument("--no-recompute", action="store_true", help="TRL without its default recomputation")
     a = parser.parse_args()
     if not a.side:

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--ends", choices=["scheduled", "none"], default="scheduled")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--huge-pages", action="store_true", help="transformers too")
+    parser.add_argument("--kept-memory", action="store_true", help="transformers keeps freed memory too, as we do")
     parser.add_argument("--profile", action="store_true", help="print where our time goes; with --side onecurve")
     a = parser.parse_args()
     if not a.side:

@@ -71,7 +71,7 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/benchmark-ppo"), help="where models and prompts are kept"
     )
     parser.add_argument("--profile", action="store_true", help="our side: a table of its operations")
-    parser.add_argument("--huge-pages", action="store_true", help="TRL too, for which they are not its default")
+    parser.add_argument("--kept-memory", action="store_true", help="TRL keeps freed memory too, as we do")
     parser.add_argument("--side", choices=SIDES, help="one process of the comparison")
     a = parser.parse_args()
     a.work /= a.setting

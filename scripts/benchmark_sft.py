@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="longest row, tokens")
     parser.add_argument("--size", type=int, default=2, help="packed rows a step, of both")
     parser.add_argument("--rows", type=int, default=4, help="unpacked rows a step, of TRL")
-    parser.add_argument("--huge-pages", action="store_true", help="TRL too, for which they are not its default")
+    parser.add_argument("--kept-memory", action="store_true", help="TRL keeps freed memory too, as we do")
     parser.add_argument("--no-recompute", action="store_true", help="TRL without its default recomputation")
     a = parser.parse_args()
     if a.side:

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""What `trainer` asks of glibc for its own process, for a side that does not: memory that tensors gave back is used again."""
+
 
 def alternate(
     script: str,
@@ -41,10 +44,9 @@ def alternate(
 
 def child(script: str, side: str, interpreter: str) -> dict[str, Any]:
     """What one process of the comparison measured."""
-    # Huge pages where a side asks for them: ours does so itself.
-    pages = {"THP_MEM_ALLOC_ENABLE": "1"} if "--huge-pages" in sys.argv else {}
+    kept = KEPT_MEMORY if "--kept-memory" in sys.argv else {}
     command = [interpreter, script, *sys.argv[1:], "--side", side]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **pages})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **kept})
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")

@@ -19,7 +19,7 @@ from trainer.data.corpus import Prompt
 from trainer.data.pairs import lay
 from trainer.data.rows import Encoded
 from trainer.experience import unshared
-from trainer.functional import logprobs
+from trainer.functional import At, logprobs
 from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.branches import Branches
 from trainer.models.generate import Completion, Sampling, generate
@@ -125,11 +125,9 @@ class Actor:
         device = self.engine.device
         tokens, documents = laid["tokens"].to(device), unshared(laid["documents"]).to(device)
         places, last = laid["places"].to(device), laid["last"].to(device)
-        read = partial(read_logprobs, places, laid["targets"].to(device), self.settings.temperature)
+        read = logprobs_at(places, laid["targets"].to(device), self.settings.temperature)
         if self.critic:
-            (policy, entropy), values = self.engine.model(
-                tokens, documents, read, partial(values_at, torch.cat([places, last]))
-            )
+            (policy, entropy), values = self.engine.model(tokens, documents, read, values_at(torch.cat([places, last])))
         else:
             (policy, entropy), values = (
                 self.engine.model(tokens, documents, read),
@@ -154,11 +152,13 @@ class Actor:
             return model(tokens, documents, read)[0]  # type: ignore[no-any-return]
 
 
-def read_logprobs(
-    places: Tensor, targets: Tensor, temperature: float, hidden: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies ``(N,)`` of the ids that are predicted at ``places`` of a single row."""
-    values, entropy = logprobs(hidden[:, places], weight, targets=targets[None], temperature=temperature)
+def logprobs_at(places: Tensor, targets: Tensor, temperature: float) -> At:
+    """A reader of log-probabilities and entropies ``(N,)`` of the ids that are predicted at ``places`` of a single row."""
+    return At(places, partial(_logprobs, targets, temperature))
+
+
+def _logprobs(targets: Tensor, temperature: float, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    values, entropy = logprobs(hidden, weight, targets=targets[None], temperature=temperature)
     return values[0], entropy[0]
 
 

@@ -3,10 +3,13 @@
 A reader is called as ``read(hidden, weight)`` with ``hidden`` ``(B, T, d)`` and the vocabulary projection ``weight``
 ``(V, d)``; its keywords are bound with `functools.partial`. Full logits exist only in `logits`: the others work through
 chunks of tokens, so that their memory does not grow with tokens x vocabulary (cf. Cut Cross-Entropy, arXiv:2411.09009).
+A reader that needs some tokens of a single row only is wrapped in `At`: the last block then computes nothing of the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,17 @@ GROUP_BYTES = 128 * 2**20
 """Bytes of logits' gradients, in the compute format, that go through one matrix product."""
 KEPT_BYTES = 256 * 2**20
 """Bytes of probabilities that a forward of log-probabilities keeps for its backward, instead of computing logits twice."""
+
+
+@dataclass(frozen=True)
+class At:
+    """Reads the hidden states ``(1, n, d)`` of the tokens at ``places`` ``(n,)`` of a single row by ``read``."""
+
+    places: Tensor
+    read: Callable[[Tensor, Tensor], Any]
+
+    def __call__(self, hidden: Tensor, weight: Tensor) -> Any:
+        return self.read(hidden.index_select(1, self.places), weight)
 
 
 def cross_entropy(
@@ -113,6 +127,10 @@ class _Room:
         self._wide = weight.new_empty(shape, dtype=torch.float32)
         self._narrow = self._wide if dtype is torch.float32 else weight.new_empty(shape, dtype=dtype)
 
+    def another(self) -> Tensor:
+        """As much memory again, float32 ``(n, V)``."""
+        return torch.empty_like(self._wide)
+
     def __call__(self, states: Tensor, compute: Tensor) -> Tensor:
         """Float32 logits ``(n, V)`` of ``states`` ``(n, d)``, valid until the next call."""
         narrow, wide = self._narrow[: len(states)], self._wide[: len(states)]
@@ -206,6 +224,8 @@ class _LogProbs(torch.autograd.Function):
         kept = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keeps else None
         with torch.autocast(hidden.device.type, enabled=False):
             room = _Room(len(ids), weight, dtype)
+            whole = kept is not None and dtype is torch.float32
+            spare = None if whole else room.another()
             for part in _blocks(len(ids), weight):
                 target = ids[part, None]
                 scores = room(hidden[part].detach().to(dtype), compute)
@@ -213,7 +233,8 @@ class _LogProbs(torch.autograd.Function):
                     scores.div_(temperature)
                 top = scores.amax(1, keepdim=True)
                 scores.sub_(top)
-                chosen, p = scores.gather(1, target), scores.exp()
+                into = kept[part] if spare is None else spare[: len(scores)]  # type: ignore[index]
+                chosen, p = scores.gather(1, target), torch.exp(scores, out=into)
                 total = p.sum(1, keepdim=True)
                 norm = total.log()
                 values[part] = (chosen - norm).squeeze(1)
@@ -222,7 +243,9 @@ class _LogProbs(torch.autograd.Function):
                 lses[part] = (norm + top).squeeze(1)
                 if kept is not None:
                     # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
-                    kept[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+                    p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+                    if not whole:
+                        kept[part] = p
         ctx.save_for_backward(hidden, weight, ids, lses, entropies, kept)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.dtype = temperature, dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ class RewardModel:
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         tokens = torch.tensor([token for sequence in ids for token in sequence], device=device)[None]
         with torch.no_grad():
-            found = self.model(tokens, Documents.from_lengths(lengths, 1).to(device), partial(values_at, last))
+            found = self.model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last))
         values: list[float] = found.tolist()
         return values if raw else [(value - self.mean) / self.std for value in values]
 

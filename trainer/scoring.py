@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.batch import Documents
 from trainer.data.pairs import FORWARD
@@ -40,9 +39,8 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.de
         lengths = [len(ids) for ids in chosen]
         tokens = torch.tensor([token for ids in chosen for token in ids], device=device)[None]
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        read: Callable[[Tensor, Tensor], Tensor] = partial(values_at, last)
         with torch.no_grad():
-            scores = model(tokens, Documents.from_lengths(lengths, 1).to(device), read)
+            scores = model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last))
         for n, value in zip(numbers, scores.tolist(), strict=False):
             found[n] = value
     return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from trainer.batch import Documents
+from trainer.functional import At
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Context, Read, Recompute, Transformer
 
@@ -58,7 +59,11 @@ def of_policy(name: str) -> bool:
     return not name.startswith(CRITIC)
 
 
-def values_at(places: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Float32 scores ``(n,)`` of the tokens at ``places`` of a single row."""
+def values_at(places: Tensor) -> At:
+    """A reader of float32 scores ``(n,)``, off the tokens at ``places`` of a single row."""
+    return At(places, _values)
+
+
+def _values(hidden: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return linear(hidden[0, places].float(), weight.float())[:, 0]
+        return linear(hidden[0].float(), weight.float())[:, 0]

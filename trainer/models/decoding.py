@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from trainer.functional import logits
+from trainer.functional import At, logits
 from trainer.models.architecture import Architecture
 from trainer.models.cache import Cache, Piece, Prompts, Step
 from trainer.models.decode_graph import FixedDecoder
@@ -136,7 +135,7 @@ class Decoding:
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        scores = self.model(tokens, Prompts(self.cache, slots, lengths), partial(_logits_at, last))
+        scores = self.model(tokens, Prompts(self.cache, slots, lengths), At(last, logits))[0]
         self._first.update(zip(prompts, scores.float(), strict=True))
 
     def _prefill_long(self, slot: int) -> None:
@@ -145,8 +144,8 @@ class Decoding:
             tokens = torch.tensor([prompt[first : first + CHUNK]], device=self.device)
             last = torch.tensor([tokens.shape[1] - 1], device=self.device)
             piece = Piece(self.cache, slot, first, first + tokens.shape[1])
-            scores = self.model(tokens, piece, partial(_logits_at, last))
-        self._first[prompt] = scores[0].float()
+            scores = self.model(tokens, piece, At(last, logits))
+        self._first[prompt] = scores[0, 0].float()
 
     @torch.no_grad()
     def _step(self) -> tuple[list[int], Tensor]:
@@ -183,8 +182,3 @@ class Decoding:
             if self._decoder is not None:
                 self._decoder.stale = True
         yield from grown
-
-
-def _logits_at(places: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits ``(n, V)`` of the tokens at ``places`` of the single row."""
-    return logits(hidden[0, places], weight)

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.batch import Documents
+from trainer.functional import At
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend
+from trainer.models.norm import RMSNorm, working_dtype
 from trainer.models.rope import angles, frequencies, rotate
 
 Read = Callable[[Tensor, Tensor], Any]
@@ -38,22 +40,6 @@ class Recompute(StrEnum):
     full = auto()
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), statistics in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        out = self.weight * wide.to(x.dtype)
-        # Once, rather than in each of the projections that read it.
-        return out.to(_working_dtype(out))
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
@@ -69,15 +55,17 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
             self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
 
-    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend, places: Tensor | None = None
+    ) -> Tensor:
         split = (*x.shape[:2], -1, self.size)
         q, k, v = self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         # The norm's float32 weight or the angles may have widened them; attention takes one format.
         q, k = rotate(q, *turned).to(v.dtype), rotate(k, *turned).to(v.dtype)
-        out = attending(self.layer, q, k, v, self.window, self.size**-0.5)
-        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+        out = attending(self.layer, q, k, v, self.window, self.size**-0.5).flatten(2)
+        return self.o_proj(out if places is None else out.index_select(1, places))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -103,8 +91,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
 
-    def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turned, attending)
+    def forward(
+        self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend, places: Tensor | None = None
+    ) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted."""
+        added = self.self_attn(self.input_layernorm(x), turned, attending, places)
+        x = (x if places is None else x.index_select(1, places)) + added
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -177,9 +169,13 @@ class Transformer(nn.Module):
         """
         attending: Attend = partial(_attend_packed, documents) if isinstance(documents, Documents) else documents.attend
         x = self.model.embed_tokens(tokens)
-        turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, _working_dtype(x))
-        for block in self.model.layers:
-            x = self._checkpointed(block, x, turned, attending) if self._recomputes() else block(x, turned, attending)
+        turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, working_dtype(x))
+        run = self._checkpointed if self._recomputes() else _called
+        *blocks, last = self.model.layers
+        for block in blocks:
+            x = run(block, x, turned, attending)
+        places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
+        x = run(last, x, turned, attending, places)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
@@ -198,15 +194,14 @@ class Transformer(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
+def _called(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)  # type: ignore[no-any-return]
+
+
 def _attend_packed(
     documents: Documents, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
 ) -> Tensor:
     return attend(q, k, v, documents, window=window, scale=scale)
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

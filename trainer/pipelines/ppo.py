@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.actor import Actor, Decoder, read_logprobs
+from trainer.actor import Actor, Decoder, logprobs_at
 from trainer.advantages import AGGREGATES, KL, Discount
 from trainer.checks import Expectation, finite, same_policy, something_learnt
 from trainer.config import ConfigError, schema
@@ -159,11 +159,9 @@ class PPO(PolicyGradient):
         return kl * (1 + 0.1 * min(0.2, max(-0.2, found / self.kl_target - 1)))
 
     def loss(self, models: Models, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
-        read = partial(read_logprobs, batch.places, batch.targets, self.rollout.temperature)
+        read = logprobs_at(batch.places, batch.targets, self.rollout.temperature)
         if self.estimator.critic:
-            (logprobs, entropy), values = models.trained(
-                batch.tokens, batch.documents, read, partial(values_at, batch.places)
-            )
+            (logprobs, entropy), values = models.trained(batch.tokens, batch.documents, read, values_at(batch.places))
         else:
             logprobs, entropy = models.trained(batch.tokens, batch.documents, read)
         w, metrics = batch.weights, Metrics()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +60,7 @@ class Reward(Pipeline):
 
 def read_scores(model: Any, batch: AnswerBatch) -> Tensor:
     """A float32 score of every answer ``(A,)``, off its last token."""
-    scores: Tensor = model(batch.tokens, batch.documents, partial(values_at, batch.last))
+    scores: Tensor = model(batch.tokens, batch.documents, values_at(batch.last))
     return scores
 
 
