@@ -43,7 +43,9 @@ def on_ranks(
 
     ``joined``: whether the ranks are in a session already, or know their places only.
     """
-    context = mp.get_context("spawn")
+    # Ranks are forked from a process that has imported everything and computed nothing: imports take longer than most tests.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.__main__", "trainer.run", __name__])
     results = context.Queue()
     port = free_port()
     processes = [

@@ -39,7 +39,7 @@ class Layout:
     offload: str = "none"
     cuda: bool = True
     adapters: int = 0
-    beside: tuple[tuple[int, bool], ...] = ()
+    beside: tuple[tuple[Architecture, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def memory(a: Architecture, layout: Layout) -> Memory:
         live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
         temporary += (2 if layout.low else 4) * min(count, live)
     others = 0.0
-    for elements, trained in layout.beside:
+    for shape, trained in layout.beside:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += sum(states(elements, layout)) + kept * elements / count
+            others += sum(states(parameters_of(shape), layout)) + kept * parameters_of(shape) / count
         else:
-            others += 4 * elements / (layout.ranks if layout.stage == 3 else 1)
+            others += frozen(shape, layout)
     base = 0.0 if layout.cuda else BASE_CPU
     return Memory(held, gradients, moments, kept, head, temporary, others, base)
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -92,7 +93,9 @@ class ModelReward(Reward):
         )
         same = own.ids_as(tokenizer) and own.chat_template == tokenizer.chat_template
         template = None if same else open_template(None, own)
-        return _ModelScorer(loader.frozen(), template, usual.get("mean", 0.0), usual.get("std", 0.0) or 1.0)
+        return _ModelScorer(
+            loader.frozen(), loader.computing, template, usual.get("mean", 0.0), usual.get("std", 0.0) or 1.0
+        )
 
 
 @dataclass
@@ -100,6 +103,7 @@ class _ModelScorer:
     """``template``: renders what the policy wrote for a model of another tokenizer; None = it reads the policy's own ids."""
 
     model: nn.Module
+    computing: Callable[[], AbstractContextManager[object]]
     template: Template | None
     mean: float
     std: float
@@ -107,7 +111,7 @@ class _ModelScorer:
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         ids = [self._ids(answer) for answer in answers]
         device = distributed.world().device
-        with torch.no_grad():
+        with torch.no_grad(), self.computing():
             return [(value - self.mean) / self.std for value in score(self.model, ids, device)]
 
     def _ids(self, answer: Answer) -> list[int]:

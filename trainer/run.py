@@ -155,7 +155,7 @@ class Run(Node):
         """What builds the models of the run."""
         return ModelLoader(
             self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, bool(self.tokenizer.add),
-            self.precision.dtype, self.pipeline.scores,
+            self.precision, self.pipeline.scores,
         )  # fmt: skip
 
     def open_tokenizer_and_shape(self) -> tuple[Tokenizer, Architecture]:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ import torch
 from tests.command import ROOT, TINY, Command, environment, metrics
 from tests.ranks import free_port, on_ranks
 from tests.small_run import Net, Run, same
+from trainer.batch import Documents
+from trainer.functional import logprobs
 from trainer.metrics import Metrics
+from trainer.models.load import Model, ModelLoader
 from trainer.optim import AdamW, whole_shape
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
@@ -51,7 +55,7 @@ def shards(strategy_name: str) -> tuple[int, int]:
     """(elements of parameters that this rank holds, elements of the model)."""
     kind = {"zero2": Zero2, "zero3": Zero3}[strategy_name]
     strategy = kind(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
-    with strategy.construction():
+    with strategy.construction(Precision()):
         net = Net(32)
     held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters())
@@ -81,7 +85,7 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
             return [torch.optim.AdamW(made, lr=0.1, fused=True)]
 
     strategy = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy_name]()
-    with strategy.construction():
+    with strategy.construction(Precision()):
         net = Net()
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)))
@@ -100,11 +104,11 @@ def frozen(strategy_name: str) -> tuple[float, int]:
     strategy = {"ddp": DDP, "zero3": Zero3}[strategy_name]()
     if isinstance(strategy, Zero3):
         strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    with strategy.construction():
+    with strategy.construction(Precision()):
         net = Net(32)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 6)
-    model = strategy.freeze(net)
+    model = strategy.freeze(net, Precision())
     with torch.no_grad():
         value = float(model(torch.arange(5)))
     assert not any(p.requires_grad for p in net.parameters())
@@ -136,7 +140,7 @@ def test_parameter_groups_keep_their_own_rates_and_frozen_weights_stay(strategy)
 def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[float]:
     kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
     strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
-    with strategy.construction():
+    with strategy.construction(Precision()):
         net = Net(16)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 4)
@@ -319,3 +323,37 @@ def test_one_flipped_bit_on_one_rank_is_found(tmp_path):
     assert on_ranks(2, compared, str(tmp_path), False) == ["equal", "equal"]
     for said in on_ranks(2, compared, str(tmp_path), True):
         assert "after step 1 the weights of ranks 1 differ from those of rank 0" in said
+
+
+def twins(strategy_name: str, compute: str, autocast: bool) -> tuple[list[float], list[float], int, int]:
+    """Log-probabilities under a new model that is trained, and under its frozen twin; bytes of both on this rank."""
+    kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+    strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    precision = Precision(Compute(compute))
+    load = ModelLoader(Model(**shape, num_key_value_heads=2, head_dim=8), strategy, 0, 50, precision=precision)
+    engine = strategy.wrap(load.load(), AdamW(lr=0.01), precision)
+    tokens = torch.arange(24)[None]
+    read, documents = partial(logprobs, targets=tokens.roll(-1)), Documents.from_lengths((24,), 1)
+    twin = load.frozen()
+    with engine.evaluating():
+        both = [model(tokens, documents, read)[0][0].tolist() for model in (engine.model, twin)]
+    return both[0], both[1], *(sum(held(p).nbytes for p in m.parameters()) for m in (engine.module, twin))
+
+
+def held(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("compute", "autocast"), [("fp32", True), ("bf16", True), ("bf16", False)])
+def test_a_frozen_twin_of_a_new_policy_says_bit_for_bit_the_same_and_takes_no_more_memory(strategy, compute, autocast):
+    for policy, twin, own, beside in on_ranks(2, twins, strategy, compute, autocast):
+        assert policy == twin
+        assert beside <= own
+
+
+def test_bf16_weights_are_born_in_bf16_where_parameters_are_sharded():
+    [(_, _, wide, _), _] = on_ranks(2, twins, "zero3", "bf16", True)
+    [(_, _, narrow, _), _] = on_ranks(2, twins, "zero3", "bf16", False)
+    assert narrow == wide / 2

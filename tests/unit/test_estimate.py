@@ -1,5 +1,6 @@
 """Memory by formula, against the paper, hand-derived numbers, and models that are built."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -45,13 +46,17 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
 
 
 def test_models_beside_the_policy_take_their_share():
-    shape = layout(ranks=8, stage=3)
-    alone, beside = (memory(SEVEN, Layout(**{**vars(shape), "beside": b})) for b in ((), ((1000, False), (2000, True))))
-    # A frozen float32 model over 8 ranks; a trained one of 16 bytes a weight, and what its forward keeps.
-    kept = alone.activations * 2000 / parameters_of(SEVEN)
-    assert beside.others == pytest.approx(4 * 1000 / 8 + 16 * 2000 / 8 + kept)
+    small = dataclasses.replace(SEVEN, num_hidden_layers=2)
+    shape, count = layout(ranks=8, stage=3), parameters_of(small)
+    alone, beside = (memory(SEVEN, Layout(**{**vars(shape), "beside": b})) for b in ((), ((small, False), (small, True))))
+    # A frozen bf16 model over 8 ranks; a trained one of 16 bytes a weight, and what its forward keeps.
+    kept = alone.activations * count / parameters_of(SEVEN)
+    assert beside.others == pytest.approx(2 * count / 8 + 16 * count / 8 + kept)
     assert alone.others == 0
     assert beside.total == pytest.approx(alone.total + beside.others)
+    # Under autocast over float32 weights the tables stay wide, and on every rank without ZeRO-3.
+    wide = memory(SEVEN, layout(ranks=8, low=False, beside=((small, False),)))
+    assert wide.others == pytest.approx(4 * 2 * 32000 * 4096 + 2 * (count - 2 * 32000 * 4096))
 
 
 @pytest.mark.parametrize(

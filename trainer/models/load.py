@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.transformer import Recompute, Transformer
 from trainer.optim import whole_shape
+from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 
 HEAD = "score.weight"
@@ -112,7 +114,7 @@ class Model(Node):
 class ModelLoader:
     """Builds models under a strategy: born sharded where it shards, the same numbers on any number of ranks.
 
-    ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``dtype``: of matrices that are never trained.
+    ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``precision``: what they compute in.
     ``scores``: with a head that scores, a new one where the folder has none. ``kind``: the class to build.
     """
 
@@ -122,7 +124,7 @@ class ModelLoader:
     vocab_size: int
     adapter: Adapter = field(default_factory=Full)
     grow: bool = False
-    dtype: torch.dtype = torch.float32
+    precision: Precision = field(default_factory=Precision)
     scores: bool = False
     kind: type[Transformer] = Transformer
 
@@ -139,12 +141,12 @@ class ModelLoader:
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
-        with self.strategy.construction():
+        with self.strategy.construction(self.precision):
             model = self.kind(self.architecture, self.config.activation_checkpointing)
             self.adapter.install(model, grown=grown)
-        if self.dtype is not torch.float32:
+        if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
-                self.strategy.narrow(parameter, self.dtype)
+                self.strategy.narrow(parameter, self.precision.dtype)
         if self.files is not None:
             own = {n: whole_shape(p) for n, p in model.named_parameters() if not is_adapter(n)}
             self._refuse_misfits(self.files, own)
@@ -157,8 +159,12 @@ class ModelLoader:
 
     def frozen(self) -> nn.Module:
         """The configured model before any training and without adapters, for forwards alone."""
-        plain = dataclasses.replace(self, adapter=Full(), dtype=torch.float32, kind=Transformer)
-        return self.strategy.freeze(plain.load())
+        plain = dataclasses.replace(self, adapter=Full(), kind=Transformer)
+        return self.strategy.freeze(plain.load(), self.precision)
+
+    def computing(self) -> AbstractContextManager[object]:
+        """The context in which what it builds computes."""
+        return self.strategy.computing(self.precision)
 
     def fingerprint(self) -> str:
         """Of what the model starts from."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import Node
 from trainer.optim import Optimizer
+from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.parallel.precision import Precision
 
@@ -37,7 +38,7 @@ class Strategy(Node):
         """One sentence for everything about an optimizer that does not work under this strategy."""
         yield from ()
 
-    def construction(self) -> AbstractContextManager[object]:
+    def construction(self, precision: Precision) -> AbstractContextManager[object]:
         """The context in which a model is built: parameters are born sharded where the strategy shards them."""
         return nullcontext()
 
@@ -54,6 +55,19 @@ class Strategy(Node):
         """Train ``module`` under this strategy."""
         raise NotImplementedError(f"strategy {self.name} trains nothing")
 
-    def freeze(self, module: nn.Module) -> nn.Module:
-        """Keep ``module`` for forwards alone, sharded where the strategy shards."""
-        return module.requires_grad_(False).eval()
+    def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
+        """Keep ``module`` for forwards alone, sharded where the strategy shards, with the numerics of a trained model.
+
+        What autocast would narrow in every forward is held narrow, for half the memory.
+        """
+        module.requires_grad_(False).eval()
+        if precision.dtype is not torch.float32:
+            for layer in module.modules():
+                for parameter in layer.parameters(recurse=False) if isinstance(layer, nn.Linear) else ():
+                    self.narrow(parameter, precision.dtype)
+        return module.to(distributed.world().device)
+
+    def computing(self, precision: Precision) -> AbstractContextManager[object]:
+        """The context in which models of this strategy compute."""
+        device = distributed.world().device
+        return nullcontext() if self.low(precision, cuda=device.type == "cuda") else precision.autocast(device)

@@ -73,11 +73,11 @@ class Zero(Strategy):
         if isinstance(optimizer, Muon):
             yield f"optimizer=muon needs whole matrices, and strategy={self.name} flattens them; use strategy=ddp or adamw"
 
-    def construction(self) -> AbstractContextManager[object]:
+    def construction(self, precision: Precision) -> AbstractContextManager[object]:
         if self.stage < 3:
             return nullcontext()
         ds = _deepspeed()
-        return ds.zero.Init(config_dict_or_path=self._settings(Precision()), remote_device=self._remote())  # type: ignore[no-any-return]
+        return ds.zero.Init(config_dict_or_path=self._settings(precision), remote_device=self._remote())  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -96,12 +96,17 @@ class Zero(Strategy):
     def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
         return ZeroEngine(module, optimizer, precision, self)
 
-    def freeze(self, module: nn.Module) -> nn.Module:
-        module.requires_grad_(False).eval()
-        if self.stage < 3:
-            return module.to(distributed.world().device)
-        engine, *_ = _deepspeed().initialize(model=module, config=self._settings(Precision()))
-        return engine  # type: ignore[no-any-return]
+    def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
+        if self.stage == 3:
+            module.requires_grad_(False).eval()
+            engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
+            return engine  # type: ignore[no-any-return]
+        if not self.low(precision, cuda=distributed.world().device.type == "cuda"):
+            return super().freeze(module, precision)
+        for parameter in module.requires_grad_(False).eval().parameters():
+            # Not the buffers: DeepSpeed leaves the angles of a trained model in float32, too.
+            self.narrow(parameter, precision.dtype)
+        return module.to(distributed.world().device)
 
     def low(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is bfloat16."""

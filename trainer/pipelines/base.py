@@ -97,8 +97,8 @@ class Pipeline(Node):
         """Optimizer steps of ``epochs`` passes over so many units, ``size`` a step."""
         return units * epochs / size
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
-        """Elements of each model beside a policy of this shape, and whether it is trained too: what memory they take."""
+    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
+        """The shape of each model beside a policy of this shape, and whether it is trained too: what takes memory."""
         yield from ()
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:

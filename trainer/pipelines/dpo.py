@@ -22,7 +22,6 @@ from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, Pairs
 from trainer.data.tokenizer import Tokenizer
-from trainer.estimate import parameters_of
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
@@ -94,9 +93,9 @@ class DPO(Pipeline):
             usual.gamma if self.gamma is None else self.gamma, self.average, self.desirable, self.undesirable,
         )  # fmt: skip
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
+    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.chosen.referenced and self.reference is Reference.model:
-            yield parameters_of(architecture), False
+            yield architecture, False
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
         models = super().models(load, tokenizer)

@@ -19,7 +19,6 @@ from trainer.checks import Expectation, finite, same_policy, something_learnt
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
-from trainer.estimate import parameters_of
 from trainer.experience import RolloutBatch
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
@@ -52,15 +51,15 @@ class Players(Models):
 class PPO(PolicyGradient):
     """Clipped policy gradients on rollouts (ALGORITHMS, section 4; Schulman et al. 2017, arXiv:1707.06347)."""
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[int, bool]]:
+    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.reference is Reference.model and (self.kl_price or self.kl_loss):
-            yield parameters_of(architecture), False
+            yield architecture, False
         for scorer in (found for reward in self.reward.values() if (found := reward.starts_critic())):
-            yield parameters_of(read_architecture(Path(scorer))), False
+            yield read_architecture(Path(scorer)), False
         if self.estimator.critic and (self.critic is not Critic.head or self.critic_path):
             folder = self.critic_path or (self.reward_folder if self.critic is Critic.reward else None)
             shape = architecture if folder is None else read_architecture(Path(folder))
-            yield parameters_of(dataclasses.replace(shape, scores=True)), True
+            yield dataclasses.replace(shape, scores=True), True
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Players:
         policy = dataclasses.replace(load, kind=ActorCritic).load() if self.estimator.critic else load.load()
@@ -78,7 +77,7 @@ class PPO(PolicyGradient):
     def _attach_critic(self, policy: ActorCritic, load: ModelLoader) -> None:
         policy.rates = {CRITIC: self.critic_lr}
         if self.critic is Critic.head and self.critic_path is None:
-            with load.strategy.construction():
+            with load.strategy.construction(load.precision):
                 policy.critic = ValueHead(policy.architecture.hidden_size)
             load.strategy.fill(policy.critic.weight, torch.zeros(1, policy.architecture.hidden_size))
             return

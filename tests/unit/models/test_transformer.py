@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.batch import Documents
-from trainer.functional import cross_entropy
+from trainer.functional import At, cross_entropy, logprobs
 from trainer.models.load import Model, ModelLoader, initial
 from trainer.models.transformer import Recompute
 from trainer.parallel.ddp import DDP
@@ -31,6 +31,24 @@ def gradients(model) -> dict[str, torch.Tensor]:
     model.train()
     model(tokens, documents, read)[0].backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_reading_some_tokens_gives_what_is_found_there_in_all_of_them(recompute):
+    draw = torch.Generator().manual_seed(1)
+    tokens, targets = torch.randint(0, 50, (1, 24), generator=draw), torch.randint(0, 50, (3,), generator=draw)
+    places, found = torch.tensor([2, 9, 20]), []
+
+    def picked(hidden, weight):
+        return logprobs(hidden[:, places], weight, targets=targets[None])
+
+    for read in (picked, At(places, partial(logprobs, targets=targets[None]))):
+        model = built(activation_checkpointing=recompute).train()
+        values, entropy = model(tokens, Documents.from_lengths((10, 14), 1), read)
+        (values.sum() + entropy.square().sum()).backward()
+        found.append([values, entropy, *(p.grad for p in model.parameters())])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)  # float32 sums of other shapes
 
 
 @pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
