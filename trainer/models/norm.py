@@ -33,7 +33,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
         return normal * weight  # type: ignore[no-any-return]

@@ -224,7 +224,7 @@ def test_an_adapter_that_is_there_is_not_overwritten(tmp_path):
 
 def test_frozen_matrices_are_held_in_the_compute_format_and_merged_from_the_folder(folder):
     load = loader(LoRA(), path=str(folder))
-    load.dtype = torch.bfloat16
+    load.precision = Precision(Compute.bf16)
     engine, model = adapted(load)
     kinds = {n: p.dtype for n, p in model.named_parameters()}
     narrow = {n for n, kind in kinds.items() if kind is torch.bfloat16}
