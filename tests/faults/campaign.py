@@ -32,8 +32,9 @@ from trainer.checkpoint.folder import folder_name, read_manifest
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 EVERY = 5
 """Steps between checkpoints."""
-STEPS = 10
-"""Steps of a run for each fault; whatever is left when all have struck is run undisturbed."""
+STEPS = 100
+"""Steps of a run for each fault: on a fast machine one that only pauses the ranks must not see its end. Whatever is left when
+all have struck is run undisturbed."""
 SLACK = 20.0
 """Seconds beyond the watchdog's limit in which a process must be gone: its stacks are written, on a machine that is busy."""
 SAME = ("step", "loss", "grad_norm", "tokens", "lr", "skipped")
