@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -62,6 +63,7 @@ def main() -> None:
     import trainer.__main__
     import trainer.run  # noqa: F401
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the ranks would rightly ignore it
     for strategy in a.strategies:
         campaign = Campaign(a.folder.resolve() / strategy, strategy, a.seed, a.faults, a.watchdog)
         campaign.carry_out(a.folder / "faults.jsonl", a.minutes)
