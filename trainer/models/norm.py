@@ -36,7 +36,7 @@ class _Normalised(torch.autograd.Function):
         inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normal = x * inverse
         ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight  # type: ignore[no-any-return]
+        return normal * weight
 
     @staticmethod
     @once_differentiable
