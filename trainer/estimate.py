@@ -25,7 +25,7 @@ class Layout:
 
     ``stage``: 0 (DDP) to 3. ``low``: whether the working copy of the weights is bfloat16 (DeepSpeed's bf16), instead of
     float32 under autocast. ``compute``: bytes of an activation (2 or 4). ``offload``: none, optimizer or parameters.
-    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is. ``beside``: elements of further
+    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is. ``beside``: shapes of further
     models (a reference, a critic, a reward model), and whether each is trained.
     """
 
