@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, auto
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from trainer.data.corpus import Prompt
 from trainer.data.pairs import lay
 from trainer.data.rows import Encoded
 from trainer.experience import unshared
-from trainer.functional import At, logprobs
+from trainer.functional import logprobs_at
 from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.branches import Branches
 from trainer.models.generate import Completion, Sampling, generate
@@ -150,16 +149,6 @@ class Actor:
         off: AbstractContextManager[Any] = adapters_off(model) if self.reference is None else nullcontext()
         with off:
             return model(tokens, documents, read)[0]  # type: ignore[no-any-return]
-
-
-def logprobs_at(places: Tensor, targets: Tensor, temperature: float) -> At:
-    """A reader of log-probabilities and entropies ``(N,)`` of the ids that are predicted at ``places`` of a single row."""
-    return At(places, partial(_logprobs, targets, temperature))
-
-
-def _logprobs(targets: Tensor, temperature: float, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    values, entropy = logprobs(hidden, weight, targets=targets[None], temperature=temperature)
-    return values[0], entropy[0]
 
 
 def _side(prompt: Sequence[int], completion: Sequence[int]) -> Encoded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def cross_entropy(
         (flat, targets.reshape(-1), weights) if whole else (flat[kept], targets.reshape(-1)[kept], weights[kept])
     )
     loss, nll, z = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        picked, weight, ids, w, z_loss, label_smoothing, _compute_dtype(hidden)
+        picked, weight, ids, w, z_loss, label_smoothing, working_dtype(hidden)
     )
     if not whole:
         nll = torch.zeros_like(weights).index_copy_(0, kept, nll)  # type: ignore[arg-type]
@@ -83,7 +84,7 @@ def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: fl
     Logits are divided by ``temperature``. Both are differentiable. The backward computes the logits again where their
     probabilities are larger than `KEPT_BYTES`, and for a gradient of the entropies.
     """
-    dtype = _compute_dtype(hidden)
+    dtype = working_dtype(hidden)
     learnt = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # In float16 probabilities that a loss scale has not yet raised would lose their small entries.
     keeps = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
@@ -93,14 +94,25 @@ def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: fl
     return values.view(targets.shape), entropy.view(targets.shape)
 
 
+def logprobs_at(places: Tensor, targets: Tensor, temperature: float = 1.0) -> At:
+    """A reader of `logprobs`, ``(N,)`` each, of the ids that are predicted at ``places`` of a single row."""
+    return At(places, partial(_of_row, targets, temperature))
+
+
+def _of_row(targets: Tensor, temperature: float, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    values, entropy = logprobs(hidden, weight, targets=targets[None], temperature=temperature)
+    return values[0], entropy[0]
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Full logits ``(B, T, V)``, for generation and tests."""
     return torch.nn.functional.linear(hidden, weight)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products compute in: autocast's format, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _split(tokens: int, size: int) -> list[slice]:
@@ -126,10 +138,6 @@ class _Room:
         shape = (min(tokens, most + 1), weight.shape[0])
         self._wide = weight.new_empty(shape, dtype=torch.float32)
         self._narrow = self._wide if dtype is torch.float32 else weight.new_empty(shape, dtype=dtype)
-
-    def another(self) -> Tensor:
-        """As much memory again, float32 ``(n, V)``."""
-        return torch.empty_like(self._wide)
 
     def __call__(self, states: Tensor, compute: Tensor) -> Tensor:
         """Float32 logits ``(n, V)`` of ``states`` ``(n, d)``, valid until the next call."""
@@ -224,8 +232,6 @@ class _LogProbs(torch.autograd.Function):
         kept = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keeps else None
         with torch.autocast(hidden.device.type, enabled=False):
             room = _Room(len(ids), weight, dtype)
-            whole = kept is not None and dtype is torch.float32
-            spare = None if whole else room.another()
             for part in _blocks(len(ids), weight):
                 target = ids[part, None]
                 scores = room(hidden[part].detach().to(dtype), compute)
@@ -233,8 +239,7 @@ class _LogProbs(torch.autograd.Function):
                     scores.div_(temperature)
                 top = scores.amax(1, keepdim=True)
                 scores.sub_(top)
-                into = kept[part] if spare is None else spare[: len(scores)]  # type: ignore[index]
-                chosen, p = scores.gather(1, target), torch.exp(scores, out=into)
+                chosen, p = scores.gather(1, target), scores.exp()
                 total = p.sum(1, keepdim=True)
                 norm = total.log()
                 values[part] = (chosen - norm).squeeze(1)
@@ -243,9 +248,7 @@ class _LogProbs(torch.autograd.Function):
                 lses[part] = (norm + top).squeeze(1)
                 if kept is not None:
                     # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
-                    p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
-                    if not whole:
-                        kept[part] = p
+                    kept[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
         ctx.save_for_backward(hidden, weight, ids, lses, entropies, kept)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.dtype = temperature, dtype

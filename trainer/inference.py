@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.batch import Documents
 from trainer.data.chat import Chat
 from trainer.data.preference_data import encode
 from trainer.data.templates import Template, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
-from trainer.models.actor_critic import values_at
 from trainer.models.generate import generate, stream
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.load import HEAD, Model, ModelLoader
 from trainer.models.sampling import Sampling
 from trainer.parallel.ddp import DDP
+from trainer.scoring import score
 
 Messages = Sequence[dict[str, Any]]
 
@@ -105,12 +104,7 @@ class RewardModel:
         if not chats:
             return []
         ids = [encode(chat, self.template).ids for chat in chats]
-        device, lengths = next(self.model.parameters()).device, [len(sequence) for sequence in ids]
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        tokens = torch.tensor([token for sequence in ids for token in sequence], device=device)[None]
-        with torch.no_grad():
-            found = self.model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last))
-        values: list[float] = found.tolist()
+        values = score(self.model, ids, next(self.model.parameters()).device)
         return values if raw else [(value - self.mean) / self.std for value in values]
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import nn
 
 from trainer.config import Node, schema, setting
@@ -111,7 +110,7 @@ class _ModelScorer:
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         ids = [self._ids(answer) for answer in answers]
         device = distributed.world().device
-        with torch.no_grad(), self.computing():
+        with self.computing():
             return [(value - self.mean) / self.std for value in score(self.model, ids, device)]
 
     def _ids(self, answer: Answer) -> list[int]:

@@ -58,7 +58,7 @@ def trained(
     world = distributed.world()
     optimizer, precision = kind(lr=lr, weight_decay=0.1, clip=clip), Precision(Compute(compute), initial_scale=1024.0)
     spread = strategy()
-    with spread.construction(Precision()):
+    with spread.construction(precision):
         net = Net()
     for number, parameter in enumerate(net.parameters()):
         draw = torch.Generator().manual_seed(number)

@@ -140,11 +140,12 @@ def test_parameter_groups_keep_their_own_rates_and_frozen_weights_stay(strategy)
 def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[float]:
     kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
     strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
-    with strategy.construction(Precision()):
+    precision = Precision(Compute(compute), initial_scale=256.0)
+    with strategy.construction(precision):
         net = Net(16)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 4)
-    engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute(compute), initial_scale=256.0))
+    engine = strategy.wrap(net, AdamW(lr=0.01), precision)
     losses = []
     for _ in range(15):
         metrics = Metrics()

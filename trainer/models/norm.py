@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.functional import working_dtype
+
 
 class RMSNorm(nn.Module):
     """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension, statistics in float32."""
@@ -46,9 +48,3 @@ class _Normalised(torch.autograd.Function):
         along = (products @ weight).div_(-weight.numel()).unsqueeze(-1)
         grad = torch.addcmul(upstream * weight, normal, along).mul_(inverse)
         return grad, products.flatten(0, -2).sum(0), None
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products compute in: autocast's format, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.batch import Documents
-from trainer.functional import At
+from trainer.functional import At, working_dtype
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend
-from trainer.models.norm import RMSNorm, working_dtype
+from trainer.models.norm import RMSNorm
 from trainer.models.rope import angles, frequencies, rotate
 
 Read = Callable[[Tensor, Tensor], Any]
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         attending: Attend = partial(_attend_packed, documents) if isinstance(documents, Documents) else documents.attend
         x = self.model.embed_tokens(tokens)
         turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, working_dtype(x))
-        run = self._checkpointed if self._recomputes() else _called
+        run: Callable[..., Tensor] = self._checkpointed if self._recomputes() else nn.Module.__call__
         *blocks, last = self.model.layers
         for block in blocks:
             x = run(block, x, turned, attending)
@@ -192,10 +192,6 @@ class Transformer(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
         contexts = partial(create_selective_checkpoint_contexts, _keep_products)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
-
-
-def _called(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)  # type: ignore[no-any-return]
 
 
 def _attend_packed(

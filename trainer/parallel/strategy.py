@@ -58,14 +58,17 @@ class Strategy(Node):
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         """Keep ``module`` for forwards alone, sharded where the strategy shards, with the numerics of a trained model.
 
-        What autocast would narrow in every forward is held narrow, for half the memory.
+        What is narrow there, or would be narrowed by autocast in every forward, is held narrow: for half the memory.
         """
         module.requires_grad_(False).eval()
+        device = distributed.world().device
         if precision.dtype is not torch.float32:
+            # Never the buffers: DeepSpeed leaves the angles of a trained model in float32, too.
+            low = self.low(precision, cuda=device.type == "cuda")
             for layer in module.modules():
-                for parameter in layer.parameters(recurse=False) if isinstance(layer, nn.Linear) else ():
+                for parameter in layer.parameters(recurse=False) if low or isinstance(layer, nn.Linear) else ():
                     self.narrow(parameter, precision.dtype)
-        return module.to(distributed.world().device)
+        return module.to(device)
 
     def computing(self, precision: Precision) -> AbstractContextManager[object]:
         """The context in which models of this strategy compute."""

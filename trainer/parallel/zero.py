@@ -97,16 +97,11 @@ class Zero(Strategy):
         return ZeroEngine(module, optimizer, precision, self)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
-        if self.stage == 3:
-            module.requires_grad_(False).eval()
-            engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
-            return engine  # type: ignore[no-any-return]
-        if not self.low(precision, cuda=distributed.world().device.type == "cuda"):
+        if self.stage < 3:
             return super().freeze(module, precision)
-        for parameter in module.requires_grad_(False).eval().parameters():
-            # Not the buffers: DeepSpeed leaves the angles of a trained model in float32, too.
-            self.narrow(parameter, precision.dtype)
-        return module.to(distributed.world().device)
+        module.requires_grad_(False).eval()
+        engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
+        return engine  # type: ignore[no-any-return]
 
     def low(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is bfloat16."""

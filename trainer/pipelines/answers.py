@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from trainer.data.pairs import AnswerBatch
-from trainer.functional import At, logprobs
+from trainer.functional import logprobs_at
 from trainer.parallel import distributed
 
 MOVED = "moved"
@@ -168,8 +167,7 @@ class LabelledAnswers:
 
 def read_answers(model: Any, batch: AnswerBatch) -> Read:
     """Log-probabilities of a micro-batch's answers under a model."""
-    read = At(batch.places, partial(logprobs, targets=batch.targets[None]))
-    values, entropy = model(batch.tokens, batch.documents, read)
-    sums = values.new_zeros(len(batch.last)).index_add(0, batch.owners, values[0])
-    counts = torch.zeros_like(sums).index_add(0, batch.owners, torch.ones_like(values[0]))
-    return Read(sums, counts.detach(), entropy[0])
+    values, entropy = model(batch.tokens, batch.documents, logprobs_at(batch.places, batch.targets))
+    sums = values.new_zeros(len(batch.last)).index_add(0, batch.owners, values)
+    counts = torch.zeros_like(sums).index_add(0, batch.owners, torch.ones_like(values))
+    return Read(sums, counts.detach(), entropy)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.actor import Actor, Decoder, logprobs_at
+from trainer.actor import Actor, Decoder
 from trainer.advantages import AGGREGATES, KL, Discount
 from trainer.checks import Expectation, finite, same_policy, something_learnt
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.experience import RolloutBatch
+from trainer.functional import logprobs_at
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
 from trainer.models.architecture import Architecture
