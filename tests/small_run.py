@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         kind = {"adamw": AdamW, "muon": Muon}[optimizer]
         spread = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy]()
-        with spread.construction(Precision(precision)):
+        with spread.construction():
             net = Net(width)
         for number, p in enumerate(net.parameters()):
             # What is frozen comes from where the model came from, so it does not depend on the seed.

@@ -58,7 +58,7 @@ def trained(
     world = distributed.world()
     optimizer, precision = kind(lr=lr, weight_decay=0.1, clip=clip), Precision(Compute(compute), initial_scale=1024.0)
     spread = strategy()
-    with spread.construction(precision):
+    with spread.construction():
         net = Net()
     for number, parameter in enumerate(net.parameters()):
         draw = torch.Generator().manual_seed(number)
@@ -130,7 +130,7 @@ def test_every_strategy_gives_the_same_run_in_bf16(strategy):
 def reductions(strategy, micro: int) -> int:
     """Reductions of gradients in a step, as the profiler sees them."""
     spread = strategy()
-    with spread.construction(Precision()):
+    with spread.construction():
         net = Net()
     engine, world, batch = spread.wrap(net, AdamW(lr=0.01), Precision()), distributed.world(), points(0)
     mine = range(world.rank, 16, world.size)

@@ -72,7 +72,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(ranks, overrides, base_gb, t
 def held(width: int) -> tuple[int, int]:
     """(bytes of parameters and optimizer state of this rank, parameters of the model) under ZeRO-3 with float32 weights."""
     strategy = Zero3(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
-    with strategy.construction(Precision()):
+    with strategy.construction():
         net = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width, bias=False))
     engine = strategy.wrap(net, AdamW(lr=0.1), Precision(Compute.fp32))
     list(engine.fragments(owned=True))  # creates the moments

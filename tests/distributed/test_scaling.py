@@ -24,7 +24,7 @@ def counted() -> dict[str, dict[str, int]]:
 
 
 def _step(strategy) -> dict[str, int]:
-    with strategy.construction(Precision()):
+    with strategy.construction():
         net = Net(64)
     engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute.fp32))
 

@@ -55,7 +55,7 @@ def shards(strategy_name: str) -> tuple[int, int]:
     """(elements of parameters that this rank holds, elements of the model)."""
     kind = {"zero2": Zero2, "zero3": Zero3}[strategy_name]
     strategy = kind(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
-    with strategy.construction(Precision()):
+    with strategy.construction():
         net = Net(32)
     held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters())
@@ -85,7 +85,7 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
             return [torch.optim.AdamW(made, lr=0.1, fused=True)]
 
     strategy = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy_name]()
-    with strategy.construction(Precision()):
+    with strategy.construction():
         net = Net()
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)))
@@ -104,7 +104,7 @@ def frozen(strategy_name: str) -> tuple[float, int]:
     strategy = {"ddp": DDP, "zero3": Zero3}[strategy_name]()
     if isinstance(strategy, Zero3):
         strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    with strategy.construction(Precision()):
+    with strategy.construction():
         net = Net(32)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 6)
@@ -140,12 +140,11 @@ def test_parameter_groups_keep_their_own_rates_and_frozen_weights_stay(strategy)
 def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[float]:
     kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
     strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
-    precision = Precision(Compute(compute), initial_scale=256.0)
-    with strategy.construction(precision):
+    with strategy.construction():
         net = Net(16)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 4)
-    engine = strategy.wrap(net, AdamW(lr=0.01), precision)
+    engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute(compute), initial_scale=256.0))
     losses = []
     for _ in range(15):
         metrics = Metrics()
@@ -354,7 +353,7 @@ def test_a_frozen_twin_of_a_new_policy_says_bit_for_bit_the_same_and_takes_no_mo
         assert beside <= own
 
 
-def test_bf16_weights_are_born_in_bf16_where_parameters_are_sharded():
+def test_bf16_weights_are_held_in_bf16_where_parameters_are_sharded():
     [(_, _, wide, _), _] = on_ranks(2, twins, "zero3", "bf16", True)
     [(_, _, narrow, _), _] = on_ranks(2, twins, "zero3", "bf16", False)
     assert narrow == wide / 2

@@ -141,7 +141,7 @@ class ModelLoader:
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
-        with self.strategy.construction(self.precision):
+        with self.strategy.construction():
             model = self.kind(self.architecture, self.config.activation_checkpointing)
             self.adapter.install(model, grown=grown)
         if self.precision.dtype is not torch.float32:

@@ -38,7 +38,7 @@ class Strategy(Node):
         """One sentence for everything about an optimizer that does not work under this strategy."""
         yield from ()
 
-    def construction(self, precision: Precision) -> AbstractContextManager[object]:
+    def construction(self) -> AbstractContextManager[object]:
         """The context in which a model is built: parameters are born sharded where the strategy shards them."""
         return nullcontext()
 

@@ -73,11 +73,11 @@ class Zero(Strategy):
         if isinstance(optimizer, Muon):
             yield f"optimizer=muon needs whole matrices, and strategy={self.name} flattens them; use strategy=ddp or adamw"
 
-    def construction(self, precision: Precision) -> AbstractContextManager[object]:
+    def construction(self) -> AbstractContextManager[object]:
         if self.stage < 3:
             return nullcontext()
         ds = _deepspeed()
-        return ds.zero.Init(config_dict_or_path=self._settings(precision), remote_device=self._remote())  # type: ignore[no-any-return]
+        return ds.zero.Init(config_dict_or_path=self._settings(Precision()), remote_device=self._remote())  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -94,14 +94,28 @@ class Zero(Strategy):
             super().narrow(parameter, dtype)
 
     def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
+        self._narrow_shards(module, precision)
         return ZeroEngine(module, optimizer, precision, self)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         if self.stage < 3:
             return super().freeze(module, precision)
         module.requires_grad_(False).eval()
+        self._narrow_shards(module, precision)
         engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
         return engine  # type: ignore[no-any-return]
+
+    def _narrow_shards(self, module: nn.Module, precision: Precision) -> None:
+        """Hold sharded parameters in bfloat16 where the working copy is: DeepSpeed converts only those that are whole.
+
+        Not by building them so: it would narrow every buffer, too.
+        """
+        if self.stage == 3 and self.low(precision, cuda=distributed.world().device.type == "cuda"):
+            for parameter in module.parameters():
+                shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                narrow = shard.data.to(precision.dtype)
+                shard.data = narrow.pin_memory() if shard.is_pinned() else narrow
+                parameter.data = parameter.data.to(precision.dtype)
 
     def low(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is bfloat16."""

@@ -78,7 +78,7 @@ class PPO(PolicyGradient):
     def _attach_critic(self, policy: ActorCritic, load: ModelLoader) -> None:
         policy.rates = {CRITIC: self.critic_lr}
         if self.critic is Critic.head and self.critic_path is None:
-            with load.strategy.construction(load.precision):
+            with load.strategy.construction():
                 policy.critic = ValueHead(policy.architecture.hidden_size)
             load.strategy.fill(policy.critic.weight, torch.zeros(1, policy.architecture.hidden_size))
             return
