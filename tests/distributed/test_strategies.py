@@ -357,3 +357,18 @@ def test_bf16_weights_are_held_in_bf16_where_parameters_are_sharded():
     [(_, _, wide, _), _] = on_ranks(2, twins, "zero3", "bf16", True)
     [(_, _, narrow, _), _] = on_ranks(2, twins, "zero3", "bf16", False)
     assert narrow == wide / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_killed_run_with_bf16_weights_ends_with_the_same_bytes(strategy, tmp_path):
+    low = [*RUN, "precision=bf16", "strategy.autocast=false", f"strategy={strategy}"]
+    Command(tmp_path, "run_dir=whole", *low, ranks=2).finish()
+    cut = Command(tmp_path, "run_dir=cut", *low, ranks=2)
+    latest = tmp_path / "cut" / "checkpoints" / "latest"
+    while not latest.exists() and cut.processes[0].poll() is None:
+        time.sleep(0.01)
+    cut.kill()
+    assert "continuing after step" in Command(tmp_path, "run_dir=cut", *low, ranks=2).finish()
+    whole, continued = export_of(tmp_path / "whole"), export_of(tmp_path / "cut")
+    assert all(np.array_equal(whole[name], continued[name]) for name in whole)
