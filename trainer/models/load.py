@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.memory import built_to_stay
 from trainer.models.architecture import Architecture, Family
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
@@ -141,7 +142,7 @@ class ModelLoader:
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
-        with self.strategy.construction():
+        with built_to_stay(), self.strategy.construction():
             model = self.kind(self.architecture, self.config.activation_checkpointing)
             self.adapter.install(model, grown=grown)
         if self.precision.dtype is not torch.float32:
