@@ -32,12 +32,17 @@ def work(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cluster")
 
 
+def importing(cluster: Cluster, work: Path) -> dict[str, str]:
+    """The cluster's environment, in which ``imports=`` finds what a test writes into ``work``."""
+    return {**cluster.env, "PYTHONPATH": f"{cluster.env['PYTHONPATH']}:{work}"}
+
+
 def submit(cluster: Cluster, work: Path, name: str, *arguments: str, also: tuple[str, ...] = ()) -> str:
     """Submit a run of two ranks; gives the job's number, the last line of what is printed."""
     place = arguments if any(a.startswith("nodes=") for a in arguments) else ("nodes=2", "tasks_per_node=1", *arguments)
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "submit.py", *place, "--", *RUN, f"run_dir={name}", *also],
-        cwd=work, env=cluster.env, capture_output=True, text=True,
+        cwd=work, env=importing(cluster, work), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
@@ -64,17 +69,20 @@ def whole(cluster, work) -> bytes:
     return weights(work, "whole")
 
 
-def test_a_job_that_comes_near_its_limit_is_requeued_and_goes_on_under_torchrun_as_well(cluster, work, whole):
-    # Slurm's limits are whole minutes: the signal comes some ten seconds after the start.
+def test_a_job_that_comes_near_its_limit_again_and_again_goes_on_each_time_under_torchrun_as_well(cluster, work, whole):
+    # Slurm's limits are whole minutes: the signal comes some ten seconds after the start, so steps are made to last.
+    (work / "lasting.py").write_text(LASTING)
+    (work / "lasting").touch()
     job = submit(
         cluster, work, "limit", "time=1", "signal=48", "launcher=torchrun",
-        also=("checkpoint.before_deadline=0", "checkpoint.every=0"),
+        also=("checkpoint.before_deadline=0", "checkpoint.every=0", "imports=[lasting]"),
     )  # fmt: skip
-    cluster.until(lambda: "stopped early" in log(work, "limit"), 300)
+    cluster.until(lambda: log(work, "limit").count('"reason": "SIGUSR2"}; requeued') == 3, 600)
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
+    (work / "lasting").unlink()
     assert cluster.over(job) == "COMPLETED", log(work, "limit")
-    assert '"reason": "SIGUSR2"}; requeued' in log(work, "limit")
-    assert {"rank0.log", "rank1.log"} < {file.name for file in (work / "limit" / "logs" / f"{job}-1").iterdir()}
+    attempts = [work / "limit" / "logs" / f"{job}-{number}" for number in range(4)]
+    assert all({"rank0.log", "rank1.log"} < {file.name for file in attempt.iterdir()} for attempt in attempts)
     assert weights(work, "limit") == whole
 
 
@@ -133,14 +141,13 @@ def test_a_sweep_of_jobs_of_two_ranks_outlives_a_point_that_crashes(cluster, wor
     (work / "crash.py").write_text(CRASH)
     (work / "conf" / "pipeline").mkdir(parents=True)
     (work / "conf" / "pipeline" / "crash.yaml").write_text("defaults: [/schema/pipeline/crash@_here_, _self_]\n")
-    env = {**cluster.env, "PYTHONPATH": f"{cluster.env['PYTHONPATH']}:{work}"}
     done = subprocess.run(
         [
             sys.executable, "-m", "trainer", "--multirun", "--config-dir", "conf", "imports=[crash]", "pipeline=crash",
             "hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.sweep.dir=sweep", *TINY, "steps=10",
             "optimizer.lr=0.001,0.01", "pipeline.fail=false,true",
         ],
-        cwd=work, env=env, capture_output=True, text=True,
+        cwd=work, env=importing(cluster, work), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     points = json.loads((work / "sweep" / "sweep.json").read_text())["points"]
@@ -150,6 +157,22 @@ def test_a_sweep_of_jobs_of_two_ranks_outlives_a_point_that_crashes(cluster, wor
         record = (work / point["run_dir"] / "config.yaml").read_text()
         assert "ranks: 2" in record
         assert "group: sweep" in record
+
+
+LASTING = """
+import time
+from pathlib import Path
+from trainer.pipelines.pretrain import Pretrain
+
+computed = Pretrain.loss
+
+def loss(self, models, batch):
+    if Path("lasting").exists():
+        time.sleep(0.4)
+    return computed(self, models, batch)
+
+Pretrain.loss = loss
+"""
 
 
 CRASH = '''
