@@ -59,7 +59,7 @@ def measured(strategy: str, a: argparse.Namespace) -> dict[str, float]:
             str(ROOT / "launch" / "local.sh"), "-n", str(a.ranks), "--", *RUN, f"run_dir={folder}/run",
             f"strategy={strategy}", f"steps={a.steps}", *a.overrides,
         ]  # fmt: skip
-        threads = str(max(1, (os.cpu_count() or 1) // a.ranks))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // a.ranks)))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "PATH": path}
         started = time.perf_counter()

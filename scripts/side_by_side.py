@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""What `trainer.memory` asks of glibc for its own process, for a side that does not: memory that tensors gave back is used again.
+"""What `trainer.memory` asks of glibc for its own process, for a side that does not: memory once given back is used again.
 
 Not imported from there: the import alone would ask for it, in the processes of both sides.
 """

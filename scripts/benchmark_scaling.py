@@ -1,0 +1,136 @@
+"""The times that `estimate.py --plan` foretells, beside times of real steps on 1, 2 and 4 ranks of this machine.
+
+    python scripts/benchmark_scaling.py [--ranks 2 4] [--rounds 3] [--steps 12] [-- OVERRIDES]
+
+Speed and latency of the links are fitted to collectives of a few bytes and of 64 MiB on as many ranks, each kind to its own:
+gloo's reduce-scatter is an all-reduce. Computing is a step of the same strategy on a single rank with one thread (as often
+one after the other as ranks share a core), the rest is trainer/scaling.py. Every rank has a row of 64 tokens a step, so that
+exchanging is a large part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmark_strategies import ROOT, RUN, STRATEGIES, measured
+
+PIECE = 64 * 2**20
+"""Bytes of the tensors that speeds are taken from."""
+
+
+def main() -> None:
+    """Measure, foretell, and print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="steps of a run; the first two are not timed")
+    parser.add_argument("--links", action="store_true", help="one rank that measures the links")
+    parser.add_argument("overrides", nargs="*", help="settings of the run")
+    a = parser.parse_args()
+    if a.links:
+        links()
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    alone = {s: statistics.median(step(s, 1, a) for _ in range(a.rounds)) for s in STRATEGIES}
+    print("| ranks | strategy | computing | exchanging, foretold | step, foretold | step, measured | of foretold |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for ranks in a.ranks:
+        found = timed_links(ranks)
+        for strategy in STRATEGIES:
+            computing = alone[strategy] * max(1.0, ranks / (os.cpu_count() or 1))
+            exchanging = foretold(strategy, ranks, found)
+            seconds = statistics.median(step(strategy, ranks, a) for _ in range(a.rounds))
+            print(
+                f"| {ranks} | {strategy} | {computing:.3f} s | {exchanging:.3f} s | "
+                f"{computing + exchanging:.3f} s | {seconds:.3f} s | {seconds / (computing + exchanging):.2f} |",
+                flush=True,
+            )
+        print({kind: f"{speed / 1e9:.2f} GB/s, {1e6 * waited:.0f} us" for kind, (speed, waited) in found.items()})
+
+
+def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
+    """Median seconds of a step with one row of 64 tokens a rank."""
+    rows = [f"batch.size={ranks}", "batch.micro=1", "batch.length=64"]
+    return measured(strategy, argparse.Namespace(ranks=ranks, steps=a.steps, overrides=[*rows, *a.overrides]))["step"]
+
+
+def foretold(strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
+    """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
+    from hydra import compose, initialize_config_dir
+
+    from trainer.__main__ import config_folder, register
+    from trainer.config import parse
+    from trainer.estimate import parameters_of
+    from trainer.scaling import Cluster, exchanges
+
+    overrides = [*RUN, "batch.size=4", "batch.micro=1", "batch.length=64"]
+    register(overrides)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = parse(compose("train", overrides=overrides))
+    shape = cfg.model.architecture(cfg.model.vocab_size)
+    layout = dataclasses.replace(cfg.layout(shape, 1, cuda=False), stage=STRATEGIES.index(strategy), ranks=ranks)
+    elements = parameters_of(shape)
+    seconds = 0.0
+    for exchange in exchanges(elements, elements, shape.num_hidden_layers, layout, 1):
+        speed, waited = found[exchange.kind]
+        hops = (2 if exchange.kind == "all_reduce" else 1) * (ranks - 1)
+        cluster = Cluster(per_node=ranks, within=speed, reached=1.0, step=waited / hops)
+        seconds += exchange.seconds(ranks, cluster)
+    return seconds
+
+
+def timed_links(ranks: int) -> dict[str, tuple[float, float]]:
+    """For each kind of collective: bytes a second that pass through a rank by the formula, seconds without any data."""
+    command = [
+        str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", __file__, "--links",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    [line] = [line for line in said.splitlines() if line.startswith("{")]
+    speeds = {}
+    for kind, (tiny, large) in json.loads(line).items():
+        passes = 2 if kind == "all_reduce" else 1
+        speeds[kind] = (passes * (ranks - 1) / ranks * PIECE / (large - tiny), tiny)
+    return speeds
+
+
+def links() -> None:
+    """Time every kind of collective on this rank; rank 0 prints medians."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    ranks, found = dist.get_world_size(), {}
+
+    def seconds(kind: str, size: int, times: int) -> float:
+        whole, part = torch.zeros(size // 4), torch.zeros(size // 4 // ranks)
+        exchange = {
+            "all_reduce": lambda: dist.all_reduce(whole),
+            "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
+            "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        }[kind]
+        taken = []
+        for _ in range(times):
+            dist.barrier()
+            started = time.perf_counter()
+            exchange()
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+        found[kind] = (seconds(kind, 4 * ranks, 50), seconds(kind, PIECE, 9))
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
