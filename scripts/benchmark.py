@@ -4,6 +4,7 @@
     python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl    (see scripts/benchmark_dpo.py)
     python scripts/benchmark.py generation MODEL_DIR CHATS.jsonl    (see scripts/benchmark_generation.py)
     python scripts/benchmark.py ppo update|generation        (see scripts/benchmark_ppo.py)
+    python scripts/benchmark.py scaling                      (see scripts/benchmark_scaling.py)
     python scripts/benchmark.py pretrain [--rounds 3] [--steps 3] [--model smollm2-135m] [--length 512] [--size 8] [--micro 2]
 
 Both sides run in processes of their own, alternating, so that a machine that slows down slows both; the figure to read is the
@@ -31,7 +32,7 @@ ROWS = 512
 
 def main() -> None:
     """Run what the command line names."""
-    if sys.argv[1:2] in (["sft"], ["dpo"], ["generation"], ["ppo"]):
+    if sys.argv[1:2] in (["sft"], ["dpo"], ["generation"], ["ppo"], ["scaling"]):
         stage = sys.argv.pop(1)
         importlib.import_module(f"benchmark_{stage}").main()
         return
