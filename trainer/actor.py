@@ -23,6 +23,7 @@ from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.branches import Branches
 from trainer.models.generate import Completion, Sampling, generate
 from trainer.models.lora import adapters_off
+from trainer.models.transformer import Read
 from trainer.parallel.engine import Engine
 from trainer.scoring import in_forwards
 
@@ -49,6 +50,9 @@ class Rollout(Node):
     redraws: int = setting(
         0, "further draws of prompts in place of groups whose scores are all equal (DAPO, arXiv:2503.14476)", least=0
     )
+    reread: bool = setting(
+        True, "compute the policy's log-probabilities of samples again, as training does; false = take the sampler's"
+    )
     engine: Decoder = setting(Decoder.own, "what samples: own, or vllm where it is installed (NVIDIA GPUs)")
     memory: float = setting(0.3, "vllm: part of a GPU's memory that it may take", above=0, below=1)
     shown: int = setting(4, "completions of an iteration that are written to samples.jsonl", least=0)
@@ -56,6 +60,8 @@ class Rollout(Node):
     def problems(self) -> Iterator[str]:
         if self.engine is Decoder.vllm and importlib.util.find_spec("vllm") is None:
             yield "pipeline.rollout.engine=vllm needs the package vllm, which is not installed; install it, or use own"
+        if self.engine is Decoder.vllm and not self.reread:
+            yield "pipeline.rollout.reread=false does not work with engine=vllm, whose numbers are corrected; use true"
 
     @property
     def sampling(self) -> Sampling:
@@ -79,7 +85,11 @@ class Group(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the models say of a group's completions, tokens end to end. ``beyond``: values behind each, ``(samples,)``."""
+    """What the models say of a group's completions, tokens end to end. ``beyond``: values behind each, ``(samples,)``.
+
+    ``entropy``: of the distribution at each token; where log-probabilities are not read again, their negatives, whose mean
+    estimates it.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -125,13 +135,15 @@ class Actor:
         tokens, documents = laid["tokens"].to(device), unshared(laid["documents"]).to(device)
         places, last = laid["places"].to(device), laid["last"].to(device)
         read = logprobs_at(places, laid["targets"].to(device), self.settings.temperature)
-        if self.critic:
-            (policy, entropy), values = self.engine.model(tokens, documents, read, values_at(torch.cat([places, last])))
-        else:
-            (policy, entropy), values = (
-                self.engine.model(tokens, documents, read),
-                tokens.new_zeros(len(places) + len(last)),
-            )
+        values_read = values_at(torch.cat([places, last])) if self.critic else None
+        said, values = self._trained(tokens, documents, read, values_read)
+        if values is None:
+            values = tokens.new_zeros(len(places) + len(last))
+        if said is None:
+            sampled = [value for g in groups or [filler] for c in g.completions for value in c.logprobs]
+            policy = torch.tensor(sampled, device=device)
+            said = policy, -policy
+        policy, entropy = said
         reference = self._referenced(tokens, documents, read, policy)
         columns = [t.float().cpu() for t in (policy, entropy, reference, values[: len(places)])]
         sizes = [sum(len(c.ids) for c in g.completions) for g in groups]
@@ -139,6 +151,15 @@ class Actor:
         beyond = values[len(places) :].float().cpu()[: sum(len(g.completions) for g in groups)]
         ends = beyond.split([len(g.completions) for g in groups])
         return [Reading(*parts) for parts in zip(*pieces, ends, strict=True)]
+
+    def _trained(
+        self, tokens: Tensor, documents: Documents | Branches, read: Read, values: Read | None
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """The policy's log-probabilities and entropies (None: the sampler's serve), and the critic's values."""
+        model = self.engine.model
+        if values is not None:
+            return model(tokens, documents, read if self.settings.reread else None, values)  # type: ignore[no-any-return]
+        return (model(tokens, documents, read) if self.settings.reread else None), None
 
     def _referenced(
         self, tokens: Tensor, documents: Documents | Branches, read: Callable[..., Any], policy: Tensor

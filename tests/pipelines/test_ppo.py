@@ -127,6 +127,34 @@ def test_at_first_nothing_has_moved(reference):
     assert max(line.get("policy/approx_kl", 0) for line in later) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks", "strategy"),
+    [
+        ("gae", 1, "ddp"),
+        *(
+            pytest.param(kind, 2, strategy, marks=pytest.mark.slow)
+            for kind in KINDS
+            for strategy in ("ddp", "zero2", "zero3")
+        ),
+    ],
+)
+def test_what_the_sampler_said_serves_in_place_of_reading_again(kind, ranks, strategy, base, reference, tmp_path):
+    expected, texts, _ = reference(kind)
+    alike = [*KINDS[kind], f"strategy={strategy}", "pipeline.rollout.reread=false"]
+    found = run(base, tmp_path, *alike, ranks=ranks)
+    first = [row["completion"] for row in samples(tmp_path) if row["step"] == 1]
+    assert first == [row["completion"] for row in texts if row["step"] == 1]
+    for one, other in zip(expected, found, strict=True):
+        for key in ("loss", "grad_norm", "policy/approx_kl", "objective/score", "objective/kl", "value/loss"):
+            if key in one:
+                assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), (one["step"], key)
+    assert found[0]["rollout/mismatch"] == 0
+    assert found[0]["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    # Another estimate of the same entropy: of the tokens that were drawn, about 150 of them.
+    assert found[0]["objective/entropy"] != expected[0]["objective/entropy"]
+    assert found[0]["objective/entropy"] == pytest.approx(expected[0]["objective/entropy"], rel=0.2)
+
+
 def test_the_price_of_a_nat_follows_its_target(reference):
     lines = [line for line in reference("gae")[0] if "objective/kl_price" in line]
     prices, found = ([line[f"objective/{name}"] for line in lines] for name in ("kl_price", "kl"))

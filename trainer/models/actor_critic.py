@@ -30,15 +30,19 @@ class ActorCritic(Transformer):
         super().__init__(architecture, recompute)
         self.rates: Mapping[str, float] = {}
 
-    def forward(self, tokens: Tensor, documents: Documents | Context, read: Read, values: Read | None = None) -> Any:
-        """What ``read`` makes of the policy; with ``values``, also what that makes of the critic."""
+    def forward(
+        self, tokens: Tensor, documents: Documents | Context, read: Read | None, values: Read | None = None
+    ) -> Any:
+        """What ``read`` makes of the policy (None = nothing); with ``values``, also what that makes of the critic."""
         if values is None:
+            assert read is not None
             return super().forward(tokens, documents, read)
         if isinstance(self.critic, Transformer):
-            return super().forward(tokens, documents, read), self.critic(tokens, documents, values)
+            policy = None if read is None else super().forward(tokens, documents, read)
+            return policy, self.critic(tokens, documents, values)
 
         def both(hidden: Tensor, weight: Tensor) -> Any:
-            return read(hidden, weight), self.critic(hidden, values)
+            return None if read is None else read(hidden, weight), self.critic(hidden, values)
 
         return super().forward(tokens, documents, both)
 
