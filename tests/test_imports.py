@@ -23,7 +23,7 @@ LAYERS = [
     ["trainer.parallel"],
     [
         "trainer.functional", "trainer.advantages", "trainer.batch", "trainer.metrics", "trainer.optim", "trainer.config",
-        "trainer.stopping",
+        "trainer.stopping", "trainer.memory",
     ],
 ]  # fmt: skip
 COMMUNICATION = ("deepspeed", "torch.distributed")
