@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmark_strategies import ROOT, RUN, STRATEGIES, measured
 
@@ -38,7 +39,9 @@ def main() -> None:
     if a.links:
         links()
         return
-    os.environ["OMP_NUM_THREADS"] = "1"
+    from trainer.__main__ import composed
+
+    cfg = composed([*RUN, "batch.size=1", "batch.micro=1", "batch.length=64", *a.overrides], "benchmark")
     alone = {s: statistics.median(step(s, 1, a) for _ in range(a.rounds)) for s in STRATEGIES}
     print("| ranks | strategy | computing | exchanging, foretold | step, foretold | step, measured | of foretold |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -46,7 +49,7 @@ def main() -> None:
         found = timed_links(ranks)
         for strategy in STRATEGIES:
             computing = alone[strategy] * max(1.0, ranks / (os.cpu_count() or 1))
-            exchanging = foretold(strategy, ranks, found)
+            exchanging = foretold(cfg, strategy, ranks, found)
             seconds = statistics.median(step(strategy, ranks, a) for _ in range(a.rounds))
             print(
                 f"| {ranks} | {strategy} | {computing:.3f} s | {exchanging:.3f} s | "
@@ -59,47 +62,39 @@ def main() -> None:
 def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
     """Median seconds of a step with one row of 64 tokens a rank."""
     rows = [f"batch.size={ranks}", "batch.micro=1", "batch.length=64"]
-    return measured(strategy, argparse.Namespace(ranks=ranks, steps=a.steps, overrides=[*rows, *a.overrides]))["step"]
+    settings = argparse.Namespace(ranks=ranks, steps=a.steps, overrides=[*rows, *a.overrides])
+    return measured(strategy, settings, threads=1)["step"]
 
 
-def foretold(strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
+def foretold(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
     """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
-    from hydra import compose, initialize_config_dir
-
-    from trainer.__main__ import config_folder, register
-    from trainer.config import parse
     from trainer.estimate import parameters_of
     from trainer.scaling import Cluster, exchanges
 
-    overrides = [*RUN, "batch.size=4", "batch.micro=1", "batch.length=64"]
-    register(overrides)
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        cfg = parse(compose("train", overrides=overrides))
     shape = cfg.model.architecture(cfg.model.vocab_size)
     layout = dataclasses.replace(cfg.layout(shape, 1, cuda=False), stage=STRATEGIES.index(strategy), ranks=ranks)
-    elements = parameters_of(shape)
-    seconds = 0.0
+    elements, seconds = parameters_of(shape), 0.0
     for exchange in exchanges(elements, elements, shape.num_hidden_layers, layout, 1):
         speed, waited = found[exchange.kind]
-        hops = (2 if exchange.kind == "all_reduce" else 1) * (ranks - 1)
-        cluster = Cluster(per_node=ranks, within=speed, reached=1.0, step=waited / hops)
-        seconds += exchange.seconds(ranks, cluster)
+        hops = Cluster(per_node=ranks, step=1.0).latency(ranks, exchange.kind)
+        seconds += exchange.seconds(ranks, Cluster(per_node=ranks, within=speed, reached=1.0, step=waited / hops))
     return seconds
 
 
 def timed_links(ranks: int) -> dict[str, tuple[float, float]]:
     """For each kind of collective: bytes a second that pass through a rank by the formula, seconds without any data."""
+    from trainer.scaling import Exchange
+
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", __file__, "--links",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     [line] = [line for line in said.splitlines() if line.startswith("{")]
-    speeds = {}
-    for kind, (tiny, large) in json.loads(line).items():
-        passes = 2 if kind == "all_reduce" else 1
-        speeds[kind] = (passes * (ranks - 1) / ranks * PIECE / (large - tiny), tiny)
-    return speeds
+    return {
+        kind: (Exchange(kind, "a tensor", PIECE, 1, 1).through(ranks) / (large - tiny), tiny)
+        for kind, (tiny, large) in json.loads(line).items()
+    }
 
 
 def links() -> None:

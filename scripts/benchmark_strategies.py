@@ -51,17 +51,20 @@ def main() -> None:
         print(f"{strategy:6} {first:9.1f} s {step:7.2f} s {spread:>22} {memory:6.2f} GB")
 
 
-def measured(strategy: str, a: argparse.Namespace) -> dict[str, float]:
-    """Seconds from the command to the first step's end, median seconds of a later step, and GB of rank 0."""
+def measured(strategy: str, a: argparse.Namespace, threads: int | None = None) -> dict[str, float]:
+    """Seconds from the command to the first step's end, median seconds of a later step, and GB of rank 0.
+
+    ``threads``: of a rank; None = its part of the cores.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run" / "metrics.jsonl"
         command = [
             str(ROOT / "launch" / "local.sh"), "-n", str(a.ranks), "--", *RUN, f"run_dir={folder}/run",
             f"strategy={strategy}", f"steps={a.steps}", *a.overrides,
         ]  # fmt: skip
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // a.ranks)))
+        threads = threads or max(1, (os.cpu_count() or 1) // a.ranks)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "PATH": path}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PATH": path}
         started = time.perf_counter()
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -281,6 +281,10 @@ def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
         (["pipeline.reward.main.function=worth.nothing"], "is no function; worth has none called nothing"),
         (["pipeline.reward.main.weight=0"], "pipeline.reward holds nothing to learn from"),
         (["pipeline.rollout.tokens=40"], "leaves no room for a prompt in batch.length=40"),
+        (
+            ["pipeline.rollout.engine=vllm", "pipeline.rollout.reread=false"],
+            "reread=false does not work with engine=vllm",
+        ),
         (["data=preference"], "the pipeline learns from prompts and the data holds preference pairs"),
     ],
 )
