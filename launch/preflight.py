@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from trainer.diagnostics.preflight import Findings
     from trainer.parallel.watchdog import Watchdog
-    from trainer.preflight import Findings
 
 
 def main() -> int:
@@ -56,9 +56,9 @@ def main() -> int:
 
 def look(a: argparse.Namespace, watchdog: Watchdog, needed: float, saved: float) -> tuple[Findings, list[str]]:
     """What is wrong, and what was measured, a line each; every phase has its own limit of time. Collective."""
-    from trainer import preflight
+    from trainer.diagnostics import preflight
     from trainer.parallel import distributed
-    from trainer.parallel import preflight as exchanges
+    from trainer.parallel import links as exchanges
 
     world = distributed.world()
     with watchdog.phase("facts"):
@@ -109,7 +109,7 @@ def spread(values: list[float]) -> str:
 
 def device_speed(device: torch.device) -> float:
     """TFLOP/s of a matrix product on this rank's device."""
-    from trainer.throughput import measured_flops
+    from trainer.tracking.throughput import measured_flops
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return measured_flops(device, dtype, size=8192 if device.type == "cuda" else 512, seconds=0.5) / 1e12
@@ -137,7 +137,7 @@ def estimated(overrides: list[str]) -> tuple[float, float]:
     if not overrides:
         return 0.0, 0.0
     from trainer.__main__ import composed
-    from trainer.estimate import memory, parameters_of
+    from trainer.diagnostics.memory import memory, parameters_of
     from trainer.parallel import distributed
 
     cfg = composed(overrides, "preflight")

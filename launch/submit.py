@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainer.__main__ import composed, refusal  # noqa: E402
+from trainer.checkpoint.run_folder import plain  # noqa: E402
 from trainer.config import ConfigError, setting  # noqa: E402
 from trainer.parallel.environment import imagined  # noqa: E402
 from trainer.run import Run  # noqa: E402
-from trainer.run_folder import plain  # noqa: E402
 
 PASSED = (
     "partition", "account", "qos", "constraint", "exclude", "nodelist", "dependency", "reservation", "mem", "cpus_per_task",

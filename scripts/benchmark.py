@@ -125,11 +125,11 @@ class Steps:
     """Our side: the loop's own optimizer step on fixed rows."""
 
     def __init__(self, a: argparse.Namespace) -> None:
-        from trainer.guard import Guard
+        from trainer.diagnostics.guard import Guard
         from trainer.models.load import ModelLoader
         from trainer.parallel import distributed
         from trainer.pipelines.base import Models
-        from trainer.throughput import Stopwatch
+        from trainer.tracking.throughput import Stopwatch
 
         cfg = settings(a)
         self.cfg, self.a, self.rows, self.at = cfg, a, rows_of(a), 0
@@ -158,7 +158,7 @@ class Steps:
 def ours(a: argparse.Namespace) -> dict[str, float]:
     """Tokens per second and memory of Onecurve."""
     from trainer.parallel import distributed
-    from trainer.throughput import peak_memory_gb, training_flops
+    from trainer.tracking.throughput import peak_memory_gb, training_flops
 
     with distributed.session() as world:
         steps = Steps(a)
@@ -177,7 +177,7 @@ def theirs(a: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     from trainer.models.hf_format import config_json
-    from trainer.throughput import peak_memory_gb
+    from trainer.tracking.throughput import peak_memory_gb
 
     described = config_json(architecture(a), torch.float32, {})
     kind = described.pop("model_type")
@@ -205,7 +205,7 @@ def theirs(a: argparse.Namespace) -> dict[str, float]:
 
 def product(a: argparse.Namespace) -> dict[str, float]:
     """The rate of a bare matrix product in the compute format."""
-    from trainer.throughput import measured_flops
+    from trainer.tracking.throughput import measured_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 8192 if device.type == "cuda" else 2048

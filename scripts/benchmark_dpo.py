@@ -79,10 +79,10 @@ def fits(row: dict[str, Any], a: argparse.Namespace) -> bool:
 def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
     """The loop's own steps."""
     from trainer.__main__ import composed
-    from trainer.guard import Guard
+    from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
-    from trainer.throughput import Stopwatch
+    from trainer.tracking.throughput import Stopwatch
 
     if a.side == "whole-logits":
         without_chunks()

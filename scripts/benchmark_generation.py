@@ -54,9 +54,9 @@ def main() -> None:
 
 def ours(a: argparse.Namespace) -> dict[str, Any]:
     """Continuous batching."""
-    from trainer.models.decoding import Continuation, Decoding
+    from trainer.generation.decoding import Continuation, Decoding
+    from trainer.generation.sampling import Sampling
     from trainer.models.load import Model, ModelLoader
-    from trainer.models.sampling import Sampling
     from trainer.parallel.ddp import DDP
 
     lengths = schedule(a)

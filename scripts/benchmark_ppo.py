@@ -159,11 +159,11 @@ def asked(row: dict[str, Any], tokenizer: Any) -> list[int]:
 def ours(a: argparse.Namespace) -> dict[str, Any]:
     """The loop's own steps."""
     from trainer.__main__ import composed
-    from trainer.guard import Guard
+    from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
     from trainer.pipelines.base import Plan
-    from trainer.throughput import Stopwatch
+    from trainer.tracking.throughput import Stopwatch
 
     s = sizes_of(a)
     with distributed.session() as world, tempfile.TemporaryDirectory() as folder:

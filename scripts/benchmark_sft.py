@@ -45,10 +45,10 @@ def main() -> None:
 def ours(a: argparse.Namespace) -> dict[str, float]:
     """The loop's own steps on the packed conversations."""
     from trainer.__main__ import composed
-    from trainer.guard import Guard
+    from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
-    from trainer.throughput import Stopwatch
+    from trainer.tracking.throughput import Stopwatch
 
     cfg = composed(
         [

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.data.templates import TemplateError
-from trainer.inference import ChatModel
+from trainer.generation.inference import ChatModel
+from trainer.generation.sampling import Sampling
 from trainer.models.hf_format import FormatError
-from trainer.models.sampling import Sampling
 
 
 class Conversation:

@@ -27,8 +27,8 @@ from trainer.config import ConfigError
 from trainer.data.chat import Chat, ChatError, side
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.inference import ChatModel, RewardModel
-from trainer.models.generate import Sampling
+from trainer.generation.generate import Sampling
+from trainer.generation.inference import ChatModel, RewardModel
 from trainer.models.hf_format import FormatError
 
 Row = dict[str, Any]

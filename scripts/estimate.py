@@ -23,7 +23,7 @@ def main() -> None:
     """Print the estimate of what the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
-    parser.add_argument("--device", default="H100", help="a device of trainer/throughput.py's table, or cpu")
+    parser.add_argument("--device", default="H100", help="a device of trainer/tracking/throughput.py's table, or cpu")
     parser.add_argument("--gb", type=float, default=80.0, help="memory of a device, GB")
     parser.add_argument("--utilisation", type=float, default=0.4, help="part of the peak that is reached")
     parser.add_argument("--vocab", type=int, default=32000, help="tokens, where the model leaves them to the tokenizer")
@@ -39,10 +39,10 @@ def main() -> None:
 
     from hydra import compose, initialize_config_dir
 
-    from trainer import estimate
     from trainer.__main__ import config_folder, refusal, register, spelling_tolerant
     from trainer.config import ConfigError, parse
-    from trainer.throughput import PEAKS
+    from trainer.diagnostics import memory as estimate
+    from trainer.tracking.throughput import PEAKS
 
     try:
         register(overrides)
@@ -72,10 +72,10 @@ def main() -> None:
 
 def print_plan(a, cfg, shape, layout):  # type: ignore[no-untyped-def]
     """The table of all strategies that the optimizer can be used with, on all numbers of GPUs."""
-    from trainer import scaling
-    from trainer.estimate import parameters_of
+    from trainer.diagnostics import scaling
+    from trainer.diagnostics.memory import parameters_of
     from trainer.parallel.precision import Compute
-    from trainer.throughput import PEAKS
+    from trainer.tracking.throughput import PEAKS
 
     if a.device not in PEAKS:
         sys.exit(f"--plan is about GPUs, and --device {a.device} is none of {', '.join(PEAKS)}")

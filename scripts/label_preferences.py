@@ -24,10 +24,10 @@ from trainer.config import ConfigError
 from trainer.data.chat import Chat, ChatError, checked, side
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.inference import ChatModel, RewardModel
-from trainer.judge import Endpoint, JudgeError, compare
+from trainer.generation.inference import ChatModel, RewardModel
+from trainer.generation.sampling import Sampling
 from trainer.models.hf_format import FormatError
-from trainer.models.sampling import Sampling
+from trainer.rl.judge import Endpoint, JudgeError, compare
 
 Prompt = list[dict[str, Any]]
 

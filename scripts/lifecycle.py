@@ -30,9 +30,9 @@ from filelock import FileLock, Timeout
 
 from trainer.__main__ import refusal
 from trainer.config import ConfigError
-from trainer.launching import Interrupted, Local, Overview
-from trainer.lifecycle import Lifecycle
-from trainer.recipe import Recipe
+from trainer.jobs.launching import Interrupted, Local, Overview
+from trainer.jobs.lifecycle import Lifecycle
+from trainer.jobs.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 75

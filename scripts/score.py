@@ -20,7 +20,7 @@ from trainer.config import ConfigError
 from trainer.data.chat_data import ChatData
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.inference import RewardModel
+from trainer.generation.inference import RewardModel
 from trainer.models.hf_format import FormatError
 
 TOGETHER = 16

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""What `trainer.memory` asks of glibc for its own process, for a side that does not: memory once given back is used again.
-
-Not imported from there: the import alone would ask for it, in the processes of both sides.
-"""
+"""What `trainer.parallel.malloc.tune_malloc` sets for its own process, for a side that does not."""
 
 
 def alternate(
@@ -58,6 +55,6 @@ def child(script: str, side: str, interpreter: str) -> dict[str, Any]:
 
 def memory_gb() -> float:
     """Most memory that this process has held: of the GPU where there is one."""
-    from trainer.throughput import peak_memory_gb
+    from trainer.tracking.throughput import peak_memory_gb
 
     return peak_memory_gb(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

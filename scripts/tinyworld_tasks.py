@@ -6,7 +6,7 @@
     preference_{train,held}.jsonl   prompt, chosen, rejected, differs (what tells them apart)
     prompts_{train,held}.jsonl      prompt, ideal (the answer that the gold reward likes best)
 
-The gold reward is trainer.data.tinyworld_tasks.gold_reward. No prompt comes twice in all files.
+The gold reward is trainer.tinyworld.tasks.gold_reward. No prompt comes twice in all files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.data.tinyworld_tasks import SIZES, files
+from trainer.tinyworld.tasks import SIZES, files
 
 
 def main() -> None:

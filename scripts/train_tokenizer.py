@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.data.embedded import TinyWorldData
 from trainer.data.sentencepiece_format import Kind, train
 from trainer.data.sources import DataError, OnBadRow, Source
+from trainer.tinyworld.data import TinyWorldData
 
 
 def main() -> None:

@@ -1,5 +1,1 @@
 """Onecurve: one loop, one checkpoint and one loss curve on any number of ranks."""
-
-from trainer import memory
-
-memory.keep_freed()

@@ -23,8 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from trainer import sweep
 from trainer.config import ConfigError, parse
+from trainer.jobs import sweep
 from trainer.parallel import distributed
 from trainer.parallel.environment import place
 
@@ -44,7 +44,7 @@ def main() -> None:
     except ConfigError as error:
         raise SystemExit(refusal(error)) from None
     if "--help" in arguments or "-h" in arguments:
-        from trainer.help import help_text
+        from trainer.cli.help import help_text
 
         print(help_text(config_folder(), [a for a in arguments if not a.startswith("-")]))
         return

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from trainer.config import Node, schema, setting
 from trainer.data.corpus import Corpus, Prepared, Prompt
+from trainer.generation.generate import Sampling, generate
 from trainer.metrics import Metrics
-from trainer.models.generate import Sampling, generate
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
-from trainer.rewards import Answer
+from trainer.rl.rewards import Answer
 
 TOGETHER = 32
 """Prompts that are answered at once."""

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from trainer import stopping
 from trainer.batch import Batch
-from trainer.guard import Guard
+from trainer.diagnostics.guard import Guard
+from trainer.diagnostics.stragglers import OWN, OwnTime, spread
 from trainer.metrics import Metrics
 from trainer.models.dropout import draw_for
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline, Source
-from trainer.straggler import OWN, OwnTime, spread
-from trainer.throughput import Stopwatch
+from trainer.tracking.throughput import Stopwatch
 
 
 @dataclass(frozen=True)

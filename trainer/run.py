@@ -12,21 +12,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trainer import preflight, run_folder, stopping
-from trainer.checkpoint import Checkpointer, Checkpoints, Part
-from trainer.checks import Expectation, check
+from trainer import stopping
+from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
+from trainer.checkpoint.run_folder import plain
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.chat_data import ChatData
 from trainer.data.corpus import Corpus, Data
-from trainer.data.embedded import TinyWorldData
 from trainer.data.labelled_data import LabelledData
 from trainer.data.preference_data import PreferenceData
 from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
-from trainer.estimate import Layout, memory, parameters_of
+from trainer.diagnostics import preflight
+from trainer.diagnostics.first_step import Expectation, check
+from trainer.diagnostics.guard import Guard, GuardSettings
+from trainer.diagnostics.memory import Layout, memory, parameters_of
+from trainer.diagnostics.stragglers import Straggler
 from trainer.evaluate import Evaluation
-from trainer.export import Export
-from trainer.guard import Guard, GuardSettings
+from trainer.export.hugging_face import Export
+from trainer.export.lineage import ancestry
 from trainer.loop import train
 from trainer.metrics import Readback
 from trainer.models.architecture import Architecture
@@ -36,6 +39,7 @@ from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.parallel.engine import Engine
+from trainer.parallel.malloc import tune_malloc
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
@@ -46,14 +50,11 @@ from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
-from trainer.profiling import Profile
-from trainer.progress import Logged, Seen
-from trainer.provenance import ancestry
-from trainer.run_folder import plain
-from trainer.straggler import Straggler
-from trainer.sweep import Sweep
-from trainer.throughput import Speed, Stopwatch
-from trainer.tracking import Tracker, Tracking
+from trainer.tinyworld.data import TinyWorldData
+from trainer.tracking.profiling import Profile
+from trainer.tracking.progress import Logged, Seen
+from trainer.tracking.throughput import Speed, Stopwatch
+from trainer.tracking.tracker import Tracker, Tracking
 
 SHIPPED = (
     Pretrain, SFT, Reward, DPO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData,
@@ -90,6 +91,24 @@ class BatchSizes(Node):
                 f"batch.size={self.size} is not a multiple of {unit} ({ranks} {word} x batch.micro={self.micro}); "
                 f"use {nearest}"
             )
+
+
+class Direction(StrEnum):
+    """Which end of the objective is the better one."""
+
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@schema("sweep")
+@dataclass
+class Sweep(Node):
+    """How the points of a sweep run (``--multirun``)."""
+
+    ranks: int = setting(
+        1, "ranks of a point on this machine; a point that is a job of its own has one a task", least=1
+    )
+    direction: Direction = setting(Direction.minimize, "which end of objective is the better one")
 
 
 @schema("run")
@@ -206,6 +225,7 @@ class Run(Node):
 
 def run(cfg: Run) -> dict[str, float]:
     """Carry a run out, to its exported model; gives the last value of every metric, or raises `Stopped` where asked to."""
+    tune_malloc()
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
         return say_estimate(cfg, architecture)
@@ -292,7 +312,11 @@ def run(cfg: Run) -> dict[str, float]:
                 if step.number == 1:
                     expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
-                log(readback.push(values, Logged.of(step, cfg.base_lr * schedule(step.number), speed)))
+                log(
+                    readback.push(
+                        values, Logged.of(step.number, step.micro_batches, cfg.base_lr * schedule(step.number), speed)
+                    )
+                )
                 stopped = stop.reached and step.number < last
                 if stopped:  # there may be no time for an evaluation
                     save(step.number)

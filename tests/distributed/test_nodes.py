@@ -8,7 +8,7 @@ import pytest
 
 from tests.command import ROOT, TINY, Command, environment, metrics
 from tests.ranks import free_port, on_ranks
-from trainer.parallel import preflight
+from trainer.parallel import links as preflight
 from trainer.parallel.watchdog import EXIT_CODE
 
 RUN = [*TINY, "optimizer.lr=0.003", "run_dir=run"]

@@ -5,13 +5,13 @@ import torch
 
 from tests.ranks import on_ranks
 from tests.small_run import Net, Nothing
-from tests.unit.test_estimate import layout
+from tests.unit.diagnostics.test_memory import layout
+from trainer.diagnostics.scaling import exchanges
 from trainer.metrics import Metrics
 from trainer.optim import AdamW
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
-from trainer.scaling import exchanges
 
 LEARNT = 5 * 64 + 64 * 64 + 64
 FROZEN = 3 * 64

@@ -141,6 +141,6 @@ def test_code_and_configuration_are_kept_and_the_job_s_number_comes_last(tmp_pat
     assert "steps: 6" in (kept / "config.yaml").read_text()
     assert (kept / "job").read_text() == "4711\n"
     # A run folder that holds nothing else is free for the run.
-    from trainer.run_folder import choose
+    from trainer.checkpoint.run_folder import choose
 
     assert choose(str(repository / "runs" / "mine"), "never", {}, {}) == repository / "runs" / "mine"

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.command import TINY, environment
-from trainer import sweep
 from trainer.__main__ import config_folder, register
+from trainer.jobs import sweep
 
 RUN = [*TINY, "steps=4", "optimizer.lr=0.003"]
 

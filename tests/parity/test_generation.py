@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.parity.test_transformers import SHAPES, built, perturbed, theirs_of, write
-from trainer.models.generate import Sampling, generate
+from trainer.generation.generate import Sampling, generate
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.command import ROOT, TINY, environment, metrics
-from trainer.recipe import Recipe
+from trainer.jobs.recipe import Recipe
 
 SCRIPT = ROOT / "scripts" / "lifecycle.py"
 JUDGE = """

@@ -15,9 +15,9 @@ from tests.command import TINY, Command, metrics
 from trainer.__main__ import composed
 from trainer.checkpoint.folder import FragmentFiles, read_manifest
 from trainer.config import ConfigError
-from trainer.experience import Experience
-from trainer.inference import RewardModel
-from trainer.scoring import score
+from trainer.generation.inference import RewardModel
+from trainer.generation.scoring import score
+from trainer.rl.experience import Experience
 
 PROMPTS = [
     {"prompt": f"In {place} {name}", "wanted": name}

@@ -119,7 +119,7 @@ MEASURE = """
 import sys, torch
 from torch.nn import functional as F
 from trainer.functional import cross_entropy, logits
-from trainer.throughput import host_peak_bytes
+from trainer.tracking.throughput import host_peak_bytes
 torch.set_num_threads(2)
 hidden = torch.randn(1, 8192, 64).requires_grad_()
 weight = (torch.randn(49152, 64) / 8).requires_grad_()

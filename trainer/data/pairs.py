@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.batch import Batch
+from trainer.batch import Batch, Branches
 from trainer.data.rows import Encoded, left_out, prepared, save, save_json
 from trainer.data.sources import DataError, Source
 from trainer.data.tokenizer import Tokenizer
-from trainer.models.branches import Branches
 
 FORMAT = 1
 FORWARD = 4096

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from trainer.batch import Documents
+from trainer.batch import Branches, Documents
 from trainer.functional import At
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Context, Read, Recompute, Transformer
@@ -31,7 +31,7 @@ class ActorCritic(Transformer):
         self.rates: Mapping[str, float] = {}
 
     def forward(
-        self, tokens: Tensor, documents: Documents | Context, read: Read | None, values: Read | None = None
+        self, tokens: Tensor, documents: Documents | Branches | Context, read: Read | None, values: Read | None = None
     ) -> Any:
         """What ``read`` makes of the policy (None = nothing); with ``values``, also what that makes of the critic."""
         if values is None:

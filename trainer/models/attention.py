@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from trainer.batch import Documents
+from trainer.batch import Branches, Documents
 
 TILES = range(192, 4097)
 """Lengths at which a backward on CPU goes head group by head group: shorter ones are many small products."""
@@ -19,12 +19,17 @@ BUCKET = 16
 """Documents are padded to a multiple of this many tokens and attended to together (CPU)."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, window: int | None, scale: float) -> Tensor:
-    """Causal attention inside each document.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | Branches, *, window: int | None, scale: float
+) -> Tensor:
+    """Causal attention inside each document, or inside each of the sequences that share tokens of a row.
 
     ``q`` ``(B, T, H, D)``; ``k``, ``v`` ``(B, T, Hkv, D)``, where query heads share key heads in groups. ``window``: a token
     sees itself and the ``window - 1`` before it. Returns ``(B, T, H, D)``.
     """
+    if isinstance(documents, Branches):
+        q, k, v = (t[:, documents.index] for t in (q, k, v))
+        return attend(q, k, v, documents.whole, window=window, scale=scale)[:, documents.back]
     if window is not None and window >= documents.longest:
         window = None
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):

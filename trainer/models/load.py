@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.memory import built_to_stay
 from trainer.models.architecture import Architecture, Family
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.transformer import Recompute, Transformer
 from trainer.optim import whole_shape
+from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 
@@ -142,7 +142,7 @@ class ModelLoader:
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
-        with built_to_stay(), self.strategy.construction():
+        with long_lived_allocations(), self.strategy.construction():
             model = self.kind(self.architecture, self.config.activation_checkpointing)
             self.adapter.install(model, grown=grown)
         if self.precision.dtype is not torch.float32:

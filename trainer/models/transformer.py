@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from trainer.batch import Documents
+from trainer.batch import Branches, Documents
 from trainer.functional import At, working_dtype
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend
@@ -162,12 +162,14 @@ class Transformer(nn.Module):
         else:
             self.lm_head = VocabularyProjection(architecture, table if architecture.tie_word_embeddings else None)
 
-    def forward(self, tokens: Tensor, documents: Documents | Context, read: Read) -> Any:
+    def forward(self, tokens: Tensor, documents: Documents | Branches | Context, read: Read) -> Any:
         """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection ``(V, d)``, of scores ``(1, d)``.
 
         ``tokens`` ``(B, T)`` int64. ``documents``: where documents begin and end, or a key-value cache to attend to.
         """
-        attending: Attend = partial(_attend_packed, documents) if isinstance(documents, Documents) else documents.attend
+        attending: Attend = (
+            partial(_attend_packed, documents) if isinstance(documents, Documents | Branches) else documents.attend
+        )
         x = self.model.embed_tokens(tokens)
         turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, working_dtype(x))
         run: Callable[..., Tensor] = self._checkpointed if self._recomputes() else nn.Module.__call__
@@ -195,7 +197,7 @@ class Transformer(nn.Module):
 
 
 def _attend_packed(
-    documents: Documents, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
+    documents: Documents | Branches, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
 ) -> Tensor:
     return attend(q, k, v, documents, window=window, scale=scale)
 

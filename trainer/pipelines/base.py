@@ -10,18 +10,18 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from trainer.batch import Batch
-from trainer.checks import Expectation, finite, something_learnt
 from trainer.config import Node
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
+from trainer.diagnostics.first_step import Expectation, finite, something_learnt
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.rewards import Answer
-from trainer.throughput import Stopwatch
+from trainer.rl.rewards import Answer
+from trainer.tracking.throughput import Stopwatch
 
 
 class Source(Protocol):

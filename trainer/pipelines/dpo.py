@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.checks import TOLERANCE, Expectation, near
 from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, Pairs
 from trainer.data.tokenizer import Tokenizer
+from trainer.diagnostics.first_step import TOLERANCE, Expectation, near
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader

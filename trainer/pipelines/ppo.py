@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.actor import Actor, Decoder
-from trainer.advantages import AGGREGATES, KL, Discount
-from trainer.checks import Expectation, finite, same_policy, something_learnt
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
-from trainer.experience import RolloutBatch
+from trainer.diagnostics.first_step import Expectation, finite, same_policy, something_learnt
 from trainer.functional import logprobs_at
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
@@ -30,11 +27,14 @@ from trainer.models.lora import Full
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Plan, Source
-from trainer.pipelines.learning import Learning
-from trainer.pipelines.policy_losses import approx_kl, policy_loss, ratios, value_loss
 from trainer.pipelines.ppo_settings import Critic, PolicyGradient, Reference, Unfinished
-from trainer.rewards import Answer, Sum
-from trainer.rollout import Judged, Learnable, Rollouts, Sampler
+from trainer.rl.actor import Actor, Decoder
+from trainer.rl.advantages import AGGREGATES, KL, Discount
+from trainer.rl.experience import RolloutBatch
+from trainer.rl.learning import Learning
+from trainer.rl.losses import approx_kl, policy_loss, ratios, value_loss
+from trainer.rl.rewards import Answer, Sum
+from trainer.rl.rollouts import Judged, Learnable, Rollouts, Sampler
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class PPO(PolicyGradient):
         )  # fmt: skip
 
     def _vllm(self, models: Players, engine: Engine, plan: Plan) -> Sampler:
-        from trainer.vllm_sampler import VLLMSampler
+        from trainer.generation.vllm import VLLMSampler
 
         if not models.folder:
             raise ConfigError(

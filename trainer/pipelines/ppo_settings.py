@@ -8,13 +8,13 @@ from enum import StrEnum, auto
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trainer.actor import Decoder, Rollout
-from trainer.advantages import AGGREGATES, ESTIMATORS, KL, Estimator
 from trainer.config import setting
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.models.lora import Adapter
 from trainer.pipelines.base import Pipeline
-from trainer.rewards import Reward
+from trainer.rl.actor import Decoder, Rollout
+from trainer.rl.advantages import AGGREGATES, ESTIMATORS, KL, Estimator
+from trainer.rl.rewards import Reward
 
 
 class Reference(StrEnum):

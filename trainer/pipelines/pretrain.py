@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trainer.batch import PackedRows
-from trainer.checks import Expectation, plausible
 from trainer.config import schema, setting
+from trainer.diagnostics.first_step import Expectation, plausible
 from trainer.functional import cross_entropy
 from trainer.metrics import Metrics
 from trainer.models.load import ModelLoader

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trainer.batch import PackedRows
-from trainer.checks import Expectation, ends_learnt
 from trainer.config import schema
+from trainer.diagnostics.first_step import Expectation, ends_learnt
 from trainer.functional import correct, cross_entropy
 from trainer.metrics import Metrics
 from trainer.models.load import ModelLoader

@@ -6,9 +6,9 @@ import pytest
 
 from tests.chats import write_jsonl
 from trainer.data.chat import ChatError
-from trainer.data.embedded import TinyWorldData
 from trainer.data.prompts import PromptData, asked
 from trainer.data.sources import DataError
+from trainer.tinyworld.data import TinyWorldData
 
 ROWS = [
     {"prompt": "Where is Ada?", "ideal": "Rome", "level": 3},

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from tests.command import ROOT
 from trainer.config import ConfigError
 from trainer.data.corpus import Mixture, TextData
-from trainer.data.embedded import TinyWorldData
 from trainer.data.loader import Loader, permuted
 from trainer.data.packing import best_fit, pieces_of
 from trainer.data.rows import prepare, tokenised
 from trainer.data.sources import DataError, OnBadRow, Source
 from trainer.data.streaming import Stream
+from trainer.tinyworld.data import TinyWorldData
 
 TOKENIZER = TinyWorldData().default_tokenizer()
 TEXTS = [f"Ada paints {n} red drums" + " in Rome" * (n % 7) + "." for n in range(60)]
@@ -236,7 +236,7 @@ def test_processes_that_prepare_the_same_rows_at_once_do_it_once(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from trainer.data.embedded import TinyWorldData
+from trainer.tinyworld.data import TinyWorldData
 from trainer.data.rows import prepare, tokenised
 def documents():
     for n in range(2000):

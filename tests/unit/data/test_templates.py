@@ -3,9 +3,9 @@
 import pytest
 
 from tests.chats import byte_tokenizer, marked
-from trainer.data.embedded import TinyWorldData
 from trainer.data.templates import Template, TemplateError, open_template
 from trainer.data.tokenizer import open_tokenizer
+from trainer.tinyworld.data import TinyWorldData
 
 TWO_TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from tests.unit.models.test_transformer import built
-from trainer.batch import Documents
+from trainer.batch import Branches, Documents
 from trainer.data.pairs import Pair, collate
 from trainer.data.rows import Encoded
 from trainer.functional import logits, logprobs
-from trainer.models.branches import Branches
 
 
 def encoded(ids, prompt: int) -> Encoded:

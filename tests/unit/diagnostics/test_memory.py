@@ -1,0 +1,110 @@
+"""Memory by formula, against the paper, hand-derived numbers, and models that are built."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import ROOT, environment
+from trainer.diagnostics.memory import Layout, advice, memory, parameters_of, seconds_per_step, states
+from trainer.models.architecture import Architecture, Family
+from trainer.models.transformer import Recompute, Transformer
+
+SEVEN = Architecture(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def layout(**changes) -> Layout:
+    return Layout(**{"stage": 0, "ranks": 64, "low": True, "compute": 2, "micro": 1, "length": 2048, **changes})
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_example_of_the_zero_paper_comes_out(stage, expected):
+    # 7.5 billion parameters on 64 GPUs (arXiv:1910.02054, figure 1).
+    assert sum(states(7.5e9, layout(stage=stage))) / 1e9 == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
+def test_float32_working_copies_take_what_the_algorithms_say(stage, bytes_each):
+    assert sum(states(1.0, layout(stage=stage, low=False, ranks=4))) == pytest.approx(bytes_each)
+
+
+def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_each_trained_one():
+    # 7.24 billion bf16 weights on one device, and 10 million trained elements of 16 bytes.
+    found = memory(SEVEN, layout(ranks=1, adapters=10_000_000))
+    count = parameters_of(SEVEN)
+    assert found.parameters + found.gradients + found.optimizer == pytest.approx(2 * count + 16 * 10_000_000)
+    # Float32 under autocast: the two tables stay float32 for the residual stream, linear layers are held in bf16.
+    wide = memory(SEVEN, layout(ranks=1, low=False, adapters=10_000_000))
+    tables = 2 * 32000 * 4096
+    assert wide.parameters == pytest.approx(4 * tables + 2 * (count - tables) + 4 * 10_000_000)
+    sharded = memory(SEVEN, layout(ranks=8, stage=3, adapters=10_000_000))
+    assert sharded.parameters == pytest.approx(2 * (count + 10_000_000) / 8)
+
+
+def test_models_beside_the_policy_take_their_share():
+    small = dataclasses.replace(SEVEN, num_hidden_layers=2)
+    shape, count = layout(ranks=8, stage=3), parameters_of(small)
+    alone, beside = (
+        memory(SEVEN, Layout(**{**vars(shape), "beside": b})) for b in ((), ((small, False), (small, True)))
+    )
+    # A frozen bf16 model over 8 ranks; a trained one of 16 bytes a weight, and what its forward keeps.
+    kept = alone.activations * count / parameters_of(SEVEN)
+    assert beside.others == pytest.approx(2 * count / 8 + 16 * count / 8 + kept)
+    assert alone.others == 0
+    assert beside.total == pytest.approx(alone.total + beside.others)
+    # Under autocast over float32 weights the tables stay wide, and on every rank without ZeRO-3.
+    wide = memory(SEVEN, layout(ranks=8, low=False, beside=((small, False),)))
+    assert wide.others == pytest.approx(4 * 2 * 32000 * 4096 + 2 * (count - 2 * 32000 * 4096))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"tie_word_embeddings": True}, {"qk_norm": True, "family": Family.qwen3},
+        {"attention_bias": True, "family": Family.qwen2}, {"num_key_value_heads": 1},
+    ],
+)  # fmt: skip
+def test_parameters_are_counted_as_the_model_has_them(changes):
+    shape = Architecture(**{
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 4, "tie_word_embeddings": False, **changes,
+    })  # fmt: skip
+    assert parameters_of(shape) == sum(p.numel() for p in Transformer(shape).parameters())
+
+
+def test_what_does_not_fit_gets_the_nearest_configuration_that_does():
+    big = layout(ranks=8, low=False, micro=8, length=4096)
+    assert memory(SEVEN, big).total > 80e9
+    said = advice(SEVEN, big, 80e9)
+    # zero1 still holds 4 + 4 + 12 / 8 bytes a parameter (7.2e9 of them: 69 GB), casts of all (14 GB) and more.
+    assert said == "use strategy=zero2 batch.micro=1 model.activation_checkpointing=full on 8 ranks"
+    fitting = layout(ranks=8, low=False, micro=1, length=4096, stage=2, recompute=Recompute.full)
+    assert memory(SEVEN, fitting).total <= 80e9
+    assert advice(SEVEN, fitting, 80e9) == "it fits"
+
+
+def test_time_is_operations_over_what_the_devices_do():
+    small = Architecture(
+        vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    # 6 * 1952 a token and 12 * 2 * 8 a pair (tests/unit/tracking/test_throughput.py), 1.5 pairs a token at length 2.
+    one = seconds_per_step(small, layout(ranks=1, length=2), tokens=10, peak=1e6, utilisation=0.5)
+    assert one == pytest.approx(10 * (6 * 1952 + 192 * 1.5) / 5e5)
+    four = seconds_per_step(small, layout(ranks=4, length=2), tokens=10, peak=1e6, utilisation=0.5)
+    assert four == pytest.approx(one / 4)
+
+
+def test_the_script_and_the_run_say_it_and_start_nothing(tmp_path):
+    script = [sys.executable, ROOT / "scripts" / "estimate.py", "--ranks", "8", "experiment=7b", "strategy=ddp"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    assert "does not fit 80 GB: use strategy=zero" in done.stdout
+    assert "steps:" in done.stdout
+    run = [sys.executable, "-m", "trainer", "estimate=true", "run_dir=run"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    assert "memory of a rank" in done.stdout
+    assert not (tmp_path / "run").exists()

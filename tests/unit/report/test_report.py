@@ -1,0 +1,449 @@
+"""report.html: what is read from a run's folder, what is said about it, and what a browser makes of it."""
+
+import json
+import logging
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.browser import CHROMIUM, Browser
+from trainer.diagnostics.stragglers import spread
+from trainer.report import runs_in, write, write_comparison
+from trainer.report.charts import drawn
+from trainer.report.curves import WIDTH, Axes, Series, Trace, log_ticks, path, thinned, ticks
+from trainer.report.histograms import above_zero
+from trainer.report.lifecycle import met
+from trainer.report.live import LiveReport
+from trainer.report.readings import read_off
+from trainer.report.recording import read, smoothed
+from trainer.report.verdict import State, headline, verdict
+
+FLOOR = 0.75
+
+
+def run(folder: Path, lines: list[dict], *, config: dict | None = None, facts: dict | None = None, **tables) -> Path:
+    """A run's folder; further keywords are its tables (``samples=[...]``)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"config": config or {}, "facts": facts or {}}))
+    for name, rows in {"metrics": lines, **tables}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pretraining(folder: Path, *, steps: int = 200, shift: float = 0.0, **more) -> Path:
+    """A run whose held-out loss ends at 0.78, 4% above its floor."""
+    lines = [
+        {"step": s, "loss": 0.78 + 5 * math.exp(-s / 10) + shift, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100 * s,
+         "tokens_per_second": 1000.0, "mfu": 0.3, "memory_gb": 1.5, "time/forward_backward": 0.08, "time/data": 0.02}
+        for s in range(1, steps + 1)
+    ]  # fmt: skip
+    lines += [{"step": s, "eval/loss": 0.78 + 5 * math.exp(-s / 10) + shift} for s in range(20, steps + 1, 20)]
+    facts = {"floors": {"eval/loss": FLOOR}, "ranks": 1, "device": "CPU"}
+    return run(folder, lines, config={"steps": steps, "optimizer": {"clip": 1.0}}, facts=facts, **more)
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(tmp_path):
+    recording = read(pretraining(tmp_path / "r"))
+    found = drawn(recording)
+    assert headline(recording, found).startswith("Held-out loss 0.7800, 4.0% above the entropy of the language;")
+    states = {line.text.split(":")[0].split(" ")[0]: line.state for line in verdict(recording, found)}
+    assert states["Finished"] is State.good
+    assert "0.7500" not in headline(recording, found)
+
+
+def test_the_time_of_a_run_is_that_of_its_laps(tmp_path):
+    waited = {name: float(value) for name, value in spread(torch.tensor([1.0, 3.0])).items()}
+    lines = [{"step": s, "loss": 1.0, "time/forward_backward": 0.2, "time/data": 0.1, **waited} for s in range(1, 101)]
+    recording = read(run(tmp_path / "r", lines, config={"steps": 100}))
+    assert "Finished: 100 steps, about 30 s of work." in [line.text for line in verdict(recording, drawn(recording))]
+
+
+def test_the_direction_of_a_curve_is_its_slope_over_its_last_part():
+    steps = np.arange(0.0, 1000.0)
+    falling = Trace("training", Series(steps, 2.0 - 0.001 * steps))
+    # 0.1 less every 100 steps, of a value that ends at 1.001.
+    assert read_off([falling], [], None, -1) == "training 1.01; still falling by 10.0% per 100 steps"
+    level = Trace("training", Series(steps, np.where(steps % 2 == 0, 1.0, 1.1)))
+    assert read_off([level], [], None, -1) == "training 1.05; level by now"
+
+
+def test_evaluations_that_got_worse_are_said_and_marked(tmp_path):
+    lines = [{"step": s, "loss": 1.0 - s / 1000} for s in range(1, 101)]
+    lines += [{"step": 10 * n, "eval/loss": v} for n, v in enumerate([2.0, 1.5, 1.0, 1.2, 1.4], start=1)]
+    recording = read(run(tmp_path / "r", lines))
+    assert "best 1 at step 30, worse since then" in headline(recording, drawn(recording))
+    assert [line.state for line in verdict(recording, drawn(recording))].count(State.watch) == 1
+
+
+def test_accuracy_is_read_against_all_and_is_worth_a_look_near_chance(tmp_path):
+    for value, looked_at in ((0.98, 0), (0.8, 0), (0.51, 1)):
+        recording = read(run(tmp_path / str(value), [{"step": s, "eval/accuracy": value} for s in (1, 2)]))
+        assert headline(recording, drawn(recording)) == f"Held-out preference accuracy {value} of 1.0."
+        assert [x.state for x in verdict(recording, drawn(recording))].count(State.watch) == looked_at
+
+
+def test_dpo_has_ln_2_and_reward_margins_drawn_in(tmp_path):
+    lines = [{"step": s, "loss": 0.6, "rewards/accuracy": 0.7, "rewards/margin": 0.1} for s in range(1, 30)]
+    levels = {d.chart.title: [v.value for v in d.figure.levels] for d in drawn(read(run(tmp_path / "a", lines)))}
+    assert math.log(2) in levels["Loss"]
+    simpo = read(run(tmp_path / "b", lines, config={"pipeline": {"objective": "simpo"}}))
+    assert next(d for d in drawn(simpo) if d.chart.title == "Loss").figure.levels == []
+
+
+def test_ppo_is_read_by_its_gold_reward_and_not_by_its_loss(tmp_path):
+    lines = [
+        {"step": s, "loss": 0.1, "policy/loss": 0.1, "policy/clip_fraction": 0.5, "objective/score": s / 50,
+         "objective/gold": 0.5 - abs(s - 50) / 100, "objective/kl": s / 10, "objective/reward": 0.1}
+        for s in range(1, 101)
+    ]  # fmt: skip
+    recording = read(run(tmp_path / "r", lines, config={"pipeline": {"kl_target": 6.0}}))
+    found = drawn(recording)
+    titles = {d.chart.title: d for d in found}
+    assert headline(recording, found).startswith("Gold reward 0.0")
+    assert "worse since then" in headline(recording, found)
+    assert {"Reward against KL", "Gold against proxy"} <= titles.keys()
+    assert (titles["Loss"].chart.section, titles["Loss"].chart.weight) == ("Policy", 0)
+    assert [v.value for v in titles["KL from the reference"].figure.levels] == [6.0]
+    assert any(line.state is State.watch and "Clip fraction" in line.text for line in verdict(recording, found))
+
+
+def test_an_unknown_metric_has_a_plot_of_its_own(tmp_path):
+    recording = read(run(tmp_path / "r", [{"step": s, "mine/special": s} for s in (1, 2, 3)]))
+    assert [d.chart.title for d in drawn(recording)] == ["mine/special"]
+
+
+def test_a_step_that_was_logged_twice_counts_as_it_was_logged_last(tmp_path):
+    lines = [{"step": s, "loss": float(s)} for s in (1, 2, 3)] + [{"step": s, "loss": 10.0 * s} for s in (2, 3, 4)]
+    series = read(run(tmp_path / "r", lines)).series["loss"]
+    assert series.steps.tolist() == [1, 2, 3, 4]
+    assert series.values.tolist() == [1, 20, 30, 40]
+
+
+def test_a_line_that_was_cut_off_is_counted_and_the_rest_is_read(tmp_path):
+    folder = run(tmp_path / "r", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    recording = read(folder)
+    assert (recording.last, recording.unreadable) == (2, 1)
+    assert "1 line of the logs cannot be read" in text_of(write(folder))
+
+
+def test_values_that_are_not_finite_break_the_curve_and_are_said(tmp_path):
+    values = [1.0, 2.0, math.nan, 4.0, math.inf]
+    axes = Axes((0, 10), (0, 10), False)
+    drawing = path(axes, Series(np.arange(5.0), np.array(values)))
+    assert [drawing.count("M"), drawing.count("L")] == [2, 1]
+    folder = run(tmp_path / "r", [{"step": s, "loss": v} for s, v in enumerate(values)])
+    assert "Values that are not finite: loss (2)." in text_of(write(folder))
+
+
+@pytest.mark.parametrize(
+    "lines", [[], [{"step": 1, "loss": math.nan}], [{"step": 1, "loss": 0.0}], [{"step": 0, "eval/loss": 1}]]
+)
+def test_a_run_of_next_to_nothing_has_a_report(tmp_path, lines):
+    assert "</html>" in text_of(write(run(tmp_path / "r", lines)))
+
+
+def test_a_folder_of_nothing_has_a_report(tmp_path):
+    (tmp_path / "config.yaml").write_text("{broken: [")
+    assert "No step was logged yet" in text_of(write(tmp_path))
+
+
+def test_text_from_data_is_shown_and_never_run(tmp_path):
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+    folder = pretraining(
+        tmp_path / "r",
+        samples=[{"step": 1, "prompt": evil, "completion": evil, evil: evil}],
+        errors=[{"step": 1, "source": evil, "prompt": evil, "completion": evil, "rejected": evil}],
+        histograms=[{"step": 1, "name": evil, "edges": [-1, 0, 1], "counts": [1, 3]}],
+    )
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    record["facts"] |= {"statistics": [evil], "defaults": {"name": evil}, "command": evil}
+    record["config"] |= {"name": evil + "!"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, evil: 1.0}) + "\n")
+    (folder / "export").mkdir()
+    (folder / "export" / "onecurve.json").write_text(json.dumps({"ancestry": [{evil: evil}]}))
+    other = pretraining(tmp_path / "<!--<script>")
+    for file in (write(folder), write_comparison(tmp_path / "c.html", [folder, other])):
+        page = text_of(file)
+        assert evil not in page
+        assert "<!--" not in page
+        assert "<img" not in page
+        assert "alert(1)&lt;/script&gt;" in page
+        tags = Tags()
+        tags.feed(page)
+        assert tags.scripts.count(None) == 1
+        assert {*tags.scripts} <= {None, "application/json"}
+        assert tags.handlers == []
+
+
+class Tags(HTMLParser):
+    """Ids, references, scripts and event handlers of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[str | None] = []
+        self.handlers: list[str] = []
+        self.described: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        held = dict(attrs)
+        self.handlers += [key for key in held if key.startswith("on")]
+        if "id" in held:
+            self.ids.append(held["id"])
+        for key in ("href", "src"):
+            if key in held:
+                self.links.append(held[key])
+        if tag == "script":
+            self.scripts.append(held.get("type"))
+        if "aria-labelledby" in held:
+            self.described += held["aria-labelledby"].split()
+
+
+def test_a_page_refers_to_nothing_outside_and_its_names_are_whole(tmp_path):
+    page = text_of(write(pretraining(tmp_path / "r")))
+    tags = Tags()
+    tags.feed(page)
+    assert len(tags.ids) == len(set(tags.ids))
+    assert [link for link in tags.links if not link.startswith(("#", "data:"))] == []
+    assert {link[1:] for link in tags.links if link.startswith("#")} <= set(tags.ids)
+    assert set(tags.described) <= set(tags.ids)
+    assert re.findall(r"(?:url\(|@import|https?://)[^)\s\"]*", page.replace("http://www.w3.org/2000/svg", "")) == [
+        match for match in re.findall(r"url\([^)\s\"]*", page) if match.startswith("url(#")
+    ]
+
+
+def test_a_long_run_stays_small_and_keeps_its_spikes(tmp_path):
+    rows = []
+    for s in range(1, 100_001):
+        spike = 50.0 if s == 77_777 else 1.0
+        rows.append(f'{{"step": {s}, "loss": {2 + s % 7 / 10}, "lr": {1 / s}, "grad_norm": {spike}, "tokens": {s}}}\n')
+    folder = run(tmp_path / "r", [])
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    file = write(folder)
+    assert file.stat().st_size < 2_000_000
+    ends, means = thinned(read(folder).series["grad_norm"])
+    assert len(ends) == 600
+    assert ends.values.max() == 50
+    assert means.values.max() < 2
+    assert "1 gradient spike," in text_of(file)
+
+
+def test_smoothing_is_the_two_sided_exponential_average_of_what_is_known():
+    values = np.array([1.0, 5.0, np.nan, 2.0, 8.0, 3.0])
+    keep = math.exp(-1 / (0.5 * len(values)))
+    known = [n for n in range(len(values)) if not math.isnan(values[n])]
+    weights = [[keep ** abs(n - m) for m in known] for n in range(len(values))]
+    expected = [sum(w * values[m] for w, m in zip(row, known)) / sum(row) for row in weights]
+    assert smoothed(values, 0.5) == pytest.approx(expected, rel=1e-12)
+    assert smoothed(values, 0).tolist()[:2] == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.7613, 0.9002), (-3e-5, 2e-4), (1, 100_000), (-2e9, 4e9)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 11
+    assert all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)
+    step = found[1] - found[0]
+    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 2.5, 5, 10)
+
+
+def test_ticks_of_decades_are_powers_of_ten():
+    assert log_ticks(0.5e-3, 20) == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
+
+
+def test_the_share_above_zero_divides_the_bin_around_it():
+    assert above_zero({"edges": [-2, -1, 1, 2], "counts": [2, 4, 2]}) == pytest.approx((4 / 2 + 2) / 8)
+
+
+def test_units_that_are_all_alike_are_on_no_side_of_zero(tmp_path):
+    counts, edges = np.histogram([0.0] * 5, bins=40)
+    lines = [{"step": 0, "name": "eval/margin", "edges": edges.tolist(), "counts": counts.tolist()}]
+    lines += [{"step": 9, "name": "eval/margin", "edges": [0.0, 1.0, 2.0], "counts": [2, 3]}]
+    page = text_of(write(run(tmp_path / "r", [], histograms=lines)))
+    assert "100% of 5 units above 0 at step 9; all alike at step 0" in page
+
+
+def test_evaluations_are_said_to_move_as_the_last_two_do():
+    bent = Trace(
+        "held out", Series(np.array([100.0, 200.0, 300.0, 400.0]), np.array([1.0, 0.3, 0.12, 0.1])), points=True
+    )
+    # 0.02 of 0.1 in the last hundred steps, though 0.18 in the hundred before.
+    assert read_off([bent], [], None, -1) == "held out 0.1; still falling by 20.0% per 100 steps"
+
+
+def test_an_evaluation_is_drawn_once_where_two_metrics_share_its_name(tmp_path):
+    lines = [{"step": s, "entropy": 1.0, "eval/entropy": 0.9} for s in (1, 2, 3)]
+    found = next(d for d in drawn(read(run(tmp_path / "r", lines))) if d.chart.title == "Entropy")
+    assert [t.label for t in found.figure.traces] == ["training", "held out"]
+
+
+def test_a_model_s_forebears_are_followed_to_the_first(tmp_path):
+    base, tuned = tmp_path / "runs" / "base", tmp_path / "runs" / "tuned"
+    run(base, [])
+    run(tuned, [], config={"model": {"path": str(base / "export")}})
+    last = run(tmp_path / "runs" / "last", [], config={"model": {"path": "runs/tuned/export"}})
+    for folder, step in ((base, 7), (tuned, 9)):
+        (folder / "export").mkdir()
+        (folder / "export" / "onecurve.json").write_text(json.dumps({"step": step, "data": f"made-of-{step}"}))
+    assert [a.facts["step"] for a in read(last).ancestors] == [9, 7]
+    assert "made-of-7" in text_of(write(last))
+
+
+def test_a_comparison_tells_runs_apart_without_colour_and_shows_what_differs(tmp_path):
+    one = pretraining(tmp_path / "one", samples=[{"step": 9, "prompt": "Who?", "completion": "Ada."}])
+    two = pretraining(tmp_path / "two", shift=0.1, samples=[{"step": 9, "prompt": "Who?", "completion": "Ben."}])
+    record = yaml.safe_load((two / "config.yaml").read_text())
+    record["config"]["optimizer"]["clip"] = 0.5
+    (two / "config.yaml").write_text(yaml.safe_dump(record))
+    page = text_of(write_comparison(tmp_path / "c.html", [one, two]))
+    assert 'class="smooth s0 d0"' in page
+    assert 'class="smooth s1 d1"' in page
+    assert "<code>optimizer.clip</code></th><td>1</td><td>0.5</td>" in page.replace(' class=""', "")
+    assert "Best: one with 0.78; last: two with 0.88" in page
+    assert re.search(r"Who\?</th><td class=\"text\">Ada\.</td><td class=\"text\">Ben\.", page)
+    assert list(runs_in(tmp_path)) == [one, two]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"value": 0.78, "target": 0.785, "optimum": 0.76}, True),
+        ({"value": 0.79, "target": 0.785, "optimum": 0.76}, False),
+        ({"value": 0.93, "target": 0.9, "optimum": 1.0}, True),
+        ({"value": 0.93, "target": 0.95, "optimum": 1.0}, False),
+        ({"value": 0.5, "target": 0.7, "better": "lower"}, True),
+        ({"value": 0.5, "met": True}, True),
+        ({"value": 0.5}, None),
+    ],
+)
+def test_a_target_is_met_on_the_side_of_the_optimum(row, expected):
+    assert met(row) is expected
+
+
+def test_a_lifecycle_shows_results_answers_by_stage_and_the_stages_own_plots(tmp_path):
+    pretraining(tmp_path / "base")
+    held = {
+        "stages": [
+            {"name": "pretrain", "run_dir": "base", "status": "done", "seconds": 125, "parents": []},
+            {"name": "ppo", "run_dir": "not-there", "status": "waiting", "parents": ["pretrain"]},
+        ],
+        "results": [
+            {"name": "loss", "value": 0.78, "target": 0.785, "optimum": FLOOR},
+            {"name": "gold", "value": 0.4, "target": 0.8, "optimum": 1.0},
+        ],
+        "samples": [{"prompt": "Who?", "answers": {"base": "Ad", "ppo": "Ada."}}],
+    }
+    (tmp_path / "lifecycle.json").write_text(json.dumps(held))
+    page = text_of(write(tmp_path))
+    assert "1 of 2 targets met." in page
+    assert page.count("✓ met") == 1
+    assert page.count("✕ missed") == 1
+    assert re.search(r"Who\?</th><td class=\"text\">Ad</td><td class=\"text\">Ada\.", page)
+    assert 'id="pretrain-loss"' in page
+    assert "Held-out loss 0.7800, 4.0% above" in page
+
+
+def test_a_broken_lifecycle_has_a_report(tmp_path):
+    (tmp_path / "lifecycle.json").write_text('{"stages": [')
+    assert "</html>" in text_of(write(tmp_path))
+
+
+def test_a_report_that_cannot_be_written_is_logged_and_the_run_goes_on(tmp_path, caplog):
+    with caplog.at_level(logging.ERROR):
+        LiveReport(tmp_path / "not-there").write()
+    assert "report.html could not be written" in caplog.text
+
+
+def test_a_dear_report_waits_for_its_turn_and_the_last_one_says_what_failed(tmp_path):
+    live = LiveReport(pretraining(tmp_path / "r"))
+    live.write()
+    (tmp_path / "r" / "report.html").unlink()
+    live.write()
+    assert not (tmp_path / "r" / "report.html").exists()
+    live.close(ValueError("it broke"))
+    assert "Stopped after step 200 of 200: ValueError: it broke" in text_of(tmp_path / "r" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian's package chromium)")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it_without_complaint_request_or_sideways_scrolling(browser, tmp_path, width, dark):
+    file = write(pretraining(tmp_path / "r", samples=[{"step": 1, "prompt": "p" * 400, "completion": "c" * 400}]))
+    browser.open(file, width=width, dark=dark)
+    assert browser.said == []
+    assert browser.asked == []
+    assert browser.run("document.documentElement.scrollWidth") == width
+    background = browser.run("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 300) == dark
+    # Letters of a plot are at least 10 pixels high on the screen.
+    scale = browser.run("document.querySelector('.plot svg').clientWidth") / WIDTH
+    size = browser.run("getComputedStyle(document.querySelector('.plot .tick')).fontSize")
+    assert float(size.removesuffix("px")) * scale >= 10
+
+
+def test_it_can_be_used_by_keyboard(browser, tmp_path):
+    browser.open(write(pretraining(tmp_path / "r")))
+    browser.press("Tab", 9)
+    assert browser.run("document.activeElement.className") == "skip"
+    assert browser.run("document.activeElement.getBoundingClientRect().left") >= 0
+    seen = []
+    for _ in range(20):
+        browser.press("Tab", 9)
+        seen.append(browser.run("document.activeElement.id || document.activeElement.getAttribute('aria-label')"))
+        if seen[-1] == "Loss: values by step":
+            break
+    assert seen.index("smoothing") < seen.index("theme") < seen.index("Loss: values by step")
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Home", 36)
+    browser.press("ArrowRight", 39)
+    text = browser.run("document.activeElement.getAttribute('aria-valuetext')")
+    assert text.startswith("step 2: training ")
+    assert browser.run("document.querySelector('#loss .values').textContent") == text
+
+
+def test_the_switch_changes_the_theme_and_the_slider_the_curve(browser, tmp_path):
+    browser.open(write(pretraining(tmp_path / "r")))
+    before = browser.run("getComputedStyle(document.body).backgroundColor")
+    browser.run("document.getElementById('theme').click()")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") != before
+    browser.run("document.getElementById('theme').click()")
+    curve = "document.querySelector('#loss .plot path.smooth').getAttribute('d')"
+    smooth = browser.run(curve)
+    move = "(() => { const s = document.getElementById('smoothing'); s.value = 0; s.dispatchEvent(new Event('input')); })()"
+    browser.run(move)
+    assert browser.run(curve) != smooth
+    assert browser.run("document.getElementById('smoothed').textContent") == "0%"
+    assert browser.said == []
+
+
+def test_the_first_picture_and_the_script_smooth_alike(browser, tmp_path):
+    file = write(pretraining(tmp_path / "r"))
+    drawn_by_us = re.search(r'id="loss".*?class="raw.*?class="smooth[^"]*" d="([^"]+)"', text_of(file), re.S)[1]
+    browser.open(file)
+    drawn_there = browser.run("document.querySelector('#loss .plot path.smooth').getAttribute('d')")
+    ours, theirs = (np.array(re.findall(r"-?[\d.]+", d), dtype=float) for d in (drawn_by_us, drawn_there))
+    # Values reach the page with five digits, and coordinates are rounded to a tenth of a pixel.
+    assert ours == pytest.approx(theirs, abs=0.25)

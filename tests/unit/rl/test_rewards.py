@@ -1,0 +1,164 @@
+"""Rewards: what a function may give, what a judge may leave out, and sums in which nothing missing becomes a zero."""
+
+import math
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.endpoint import serving
+from trainer.data.corpus import Prompt
+from trainer.rl.rewards import Answer, FunctionReward, JudgeReward, RewardError, Sum, exact_match
+
+ANSWERS = [
+    Answer(Prompt([1], f"question {n}", row={"ideal": [str(n)]}), [2, 3], str(n) if n != 1 else "no", n)
+    for n in range(3)
+]
+
+
+def opened(function: str, **arguments):
+    reward = FunctionReward(function=f"{__name__}.{function}", arguments=arguments)
+    assert list(reward.problems()) == []
+    return reward.open(None, None)  # type: ignore[arg-type]
+
+
+def numbers(prompts, completions, rows, *, factor=1.0):
+    return [factor * len(text) for text in completions]
+
+
+def few(prompts, completions, rows):
+    return [0.0]
+
+
+def fails_on_one(prompts, completions, rows):
+    if "question 1" in prompts:
+        raise KeyError("wanted")
+    return [0.0] * len(prompts)
+
+
+def not_a_number(prompts, completions, rows):
+    return [0.0, math.nan, 1.0]
+
+
+def test_a_function_is_called_with_its_arguments():
+    assert opened("numbers")(ANSWERS) == [1.0, 2.0, 1.0]
+    assert opened("numbers", factor=3.0)(ANSWERS) == [3.0, 6.0, 3.0]
+    assert opened("numbers")([]) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("fails_on_one", r"fails_on_one failed on row 1 \('question 1'\): KeyError: 'wanted'"),
+        ("few", r"few gave 1 for 3 answers from row 0 \('question 0'\) on"),
+        ("not_a_number", r"not_a_number gave nan for row 1 \('question 1'\); give a finite number, or None"),
+    ],
+)
+def test_a_reward_that_fails_names_the_row(function, said):
+    with pytest.raises(RewardError, match=said):
+        opened(function)(ANSWERS)
+
+
+def test_a_function_that_cannot_be_called_is_refused():
+    def said(function, **arguments):
+        [problem] = FunctionReward(function=function, arguments=arguments).problems()
+        return problem
+
+    assert "nowhere.reward cannot be imported" in said("nowhere.reward")
+    assert "is no function" in said(f"{__name__}.ANSWERS")
+    assert "does not take (prompts, completions, rows)" in said(f"{__name__}.numbers", wrong=1)
+
+
+def test_an_exact_match_is_letter_for_letter():
+    rows = [{"ideal": "4"}, {"ideal": ["5", "five"]}, {"ideal": "6"}, {}]
+    found = exact_match([""] * 4, ["4 ", "five", "the answer is 6", "7"], rows)
+    assert found == [1.0, 1.0, 0.0, None]
+    assert exact_match([""], ["the answer is 6"], [{"right": 6}], pattern=r"is (\d+)", ideal="right") == [1.0]
+
+
+def test_a_sum_weighs_its_parts_and_is_missing_where_one_of_them_is():
+    parts = {"a": lambda _: [1.0, None, 3.0], "b": lambda _: [10.0, 20.0, 30.0], "c": lambda _: [None, None, None]}
+    found = Sum(parts, {"a": 2.0, "b": 0.5, "c": 0.0})(ANSWERS)
+    assert found["score"] == [7.0, None, 21.0]
+    assert found["b"] == [10.0, 20.0, 30.0]
+    assert Sum({"a": parts["a"]}, {"a": 2.0})(ANSWERS) == {"score": [2.0, None, 6.0]}
+
+
+def judge(url: str, **settings) -> JudgeReward:
+    return JudgeReward(url=url, model="judge", backoff=0.001, **settings)
+
+
+def graded(reward: JudgeReward, answers=ANSWERS):
+    return reward.open(None, None)(answers)  # type: ignore[arg-type]
+
+
+def test_a_grade_is_the_last_one_in_brackets_and_anything_else_is_missing():
+    reward = judge("http://x/v1")
+    assert reward.grade("good [[7]] no, [[8.5]]") == 0.85
+    for text in ("eight", "[[11]]", "[[x]]", "", None, "[[-1]]"):
+        assert reward.grade(text) is None
+
+
+def test_a_judge_sees_conversation_and_answer_and_nothing_is_filled_in_twice():
+    answer = Answer(Prompt([1], "x", messages=[{"role": "user", "content": "say {answer}"}]), [2], "so {most}", 0)
+    with serving(lambda question, before: (200, "[[5]]")) as (url, seen):
+        assert graded(judge(url), [answer]) == [0.5]
+    question = seen[0][1]["messages"][0]["content"]
+    assert "[user]\nsay {answer}" in question
+    assert "[Answer]\nso {most}" in question
+    assert "from 0 to 10" in question
+
+
+def test_a_judge_that_is_slow_fails_and_raves_loses_no_answer_and_gives_no_silent_zero(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+
+    def reply(question, before):
+        if "[Answer]\n0" in question:
+            return (503, {}) if before < 2 else (200, "[[10]]")
+        if "[Answer]\nno" in question:
+            return 200, "I cannot say."
+        time.sleep(0.05)
+        return 200, "[[0]]"
+
+    with serving(reply) as (url, seen):
+        assert graded(judge(url)) == [1.0, None, 0.0]
+    assert {headers["Authorization"] for headers, _ in seen} == {"Bearer secret"}
+
+
+def test_a_judge_that_drops_connections_is_asked_again():
+    """Hangs up twice, then answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    body = b'{"choices": [{"message": {"content": "[[4]]"}}]}'
+
+    def serve():
+        for turn in range(3):
+            connection, _ = listener.accept()
+            if turn == 2:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            connection.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert graded(judge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", together=1), ANSWERS[:1]) == [0.4]
+    thread.join(timeout=5)
+    listener.close()
+
+
+def test_a_judge_that_is_too_slow_is_missing():
+    def reply(question, before):
+        if "[Answer]\nno" in question:
+            time.sleep(0.5)
+        return 200, "[[10]]"
+
+    with serving(reply) as (url, _):
+        assert graded(judge(url, timeout=0.2, attempts=1)) == [1.0, None, 1.0]
+
+
+def test_a_judge_that_mostly_raves_is_an_error():
+    with (
+        serving(lambda question, before: (200, "[[10]]" if "[Answer]\n0" in question else "hm")) as (url, _),
+        pytest.raises(RewardError, match=r"no grade for 2 of 3 answers, more than the judge's missing=0.5 allows"),
+    ):
+        graded(judge(url))

@@ -1,0 +1,59 @@
+"""Counts of operations, derived by hand."""
+
+import time
+
+import pytest
+import torch
+
+from trainer.models.architecture import Architecture
+from trainer.parallel.distributed import World
+from trainer.tracking.throughput import Speed, Stopwatch, Timing, measured_flops, training_flops
+
+A = Architecture(
+    vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4,
+)  # fmt: skip
+
+
+def test_operations_are_six_a_weight_and_twelve_a_head_width_and_pair():
+    # A block: q 8x8, k and v 8x4 each, o 8x8, MLP 3 x 8x16 = 64 + 64 + 64 + 384 = 576. Two blocks and 100 x 8: 1952.
+    assert training_flops(A, tokens=1, pairs=0) == 6 * 1952
+    # Two layers, two heads of 4.
+    assert training_flops(A, tokens=0, pairs=1) == 12 * 2 * 8
+
+
+def test_the_model_has_the_weights_that_are_counted():
+    from trainer.models.transformer import Transformer
+
+    matrices = [p for n, p in Transformer(A).named_parameters() if p.ndim == 2 and "embed" not in n]
+    tied = A.tie_word_embeddings * 100 * 8
+    assert sum(p.numel() for p in matrices) + tied == 1952
+
+
+def test_a_report_is_what_was_learnt_since_the_last_one():
+    world = World(0, 2, 0, torch.device("cpu"))
+    speed = Speed(Stopwatch(world.device), A, world, torch.float32, tokens=100.0)
+    speed.peak = 1e6
+    first = speed.figures(300.0, Timing(2.0, {"data": 0.5}, pairs=50, memory_gb=1.0))
+    assert first["tokens_per_second"] == 100
+    assert first["mfu"] == pytest.approx((6 * 1952 * 200 + 12 * 16 * 50 * 2) / 2 / 1e6)
+    assert first["time/data"] == 0.5
+    assert speed.figures(360.0, Timing(1.0, {}, 0, 1.0))["tokens_per_second"] == 60
+
+
+def test_evaluations_and_checkpoints_do_not_slow_the_rate_down():
+    world = World(0, 1, 0, torch.device("cpu"))
+    watch = Stopwatch(world.device)
+    speed = Speed(watch, A, world, torch.float32, tokens=0.0)
+    with watch.lap("evaluation"):
+        time.sleep(0.2)
+    with watch.lap("forward_backward"):
+        time.sleep(0.05)
+    timing = speed.lap()
+    assert timing.laps["evaluation"] >= 0.2
+    assert 0.05 <= timing.seconds < 0.2
+    assert "evaluation" not in speed.lap().laps
+
+
+def test_the_peak_of_a_device_without_a_table_is_measured():
+    assert 1e8 < measured_flops(torch.device("cpu"), torch.float32, size=256, seconds=0.02) < 1e15

@@ -1,0 +1,145 @@
+"""What is written where, and what a resumed run does with lines of an earlier attempt."""
+
+import json
+import socket
+
+import pytest
+import yaml
+
+from trainer.tracking.tracker import Tracker, Tracking
+from trainer.tracking.wandb import Mode, WandB, wandb_mode
+
+FACTS = {"identity": "abc123", "git": None}
+STEP = {"loss": 2.0, "lr": 0.1, "tokens": 64.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": 0.0}
+
+
+def tracker(folder, *, done: int = 0, rank: int = 0, every: int = 1, **config) -> Tracker:
+    config.setdefault("tensorboard", False)
+    config.setdefault("wandb", WandB(mode=Mode.disabled))
+    return Tracker(Tracking(every=every, **config), folder, rank=rank, done=done, last=9, facts=FACTS)
+
+
+def lines(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_line_is_one_step_and_counts_are_whole_numbers(tmp_path):
+    with tracker(tmp_path) as t:
+        t.step(1, STEP)
+        t.log(1, {"eval/loss": 1.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"tokens": 64,' in text
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}, {"step": 1, "eval/loss": 1.5}]
+    assert t.latest == {**STEP, "eval/loss": 1.5}
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with tracker(tmp_path, rank=1) as t:
+        t.step(1, STEP)
+        t.texts(1, "samples", [{"prompt": "a", "completion": "b"}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_every_nth_step_and_the_last_are_written(tmp_path):
+    with tracker(tmp_path, every=4) as t:
+        for step in range(1, 10):
+            t.step(step, STEP)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [4, 8, 9]
+
+
+def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint_and_keeps_it_aside(tmp_path):
+    with tracker(tmp_path) as t:
+        for step in (1, 2, 3):
+            t.step(step, {**STEP, "loss": float(step)})
+            t.texts(step, "samples", [{"prompt": "a", "completion": str(step)}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    with tracker(tmp_path, done=2) as t:
+        t.step(3, {**STEP, "loss": 33.0})
+    assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 33]
+    aside = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert json.loads(aside[0])["loss"] == 3
+    assert aside[1] == '{"step": 4, "lo'
+    assert [line["completion"] for line in lines(tmp_path / "samples.jsonl")] == ["1", "2"]
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tracker(tmp_path, tensorboard=True) as t:
+        t.step(1, STEP)
+        t.step(2, {**STEP, "loss": 1.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for done in (0, 1):
+        with tracker(tmp_path, done=done, wandb=WandB(mode=Mode.offline)) as t:
+            t.step(done + 1, STEP)
+            t.texts(done + 1, "samples", [{"prompt": "a", "completion": "b"}])
+    kept = sorted(p.name for p in (tmp_path / "wandb").glob("offline-run-*"))
+    assert len(kept) == 2
+    assert all("-abc123" in name for name in kept)
+
+
+def test_a_server_that_does_not_answer_neither_ends_nor_stalls_a_run(tmp_path, monkeypatch, caplog):
+    with socket.socket() as silent:
+        # It takes connections and says nothing, which is worse than one that refuses them.
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        with tracker(tmp_path, wandb=WandB(mode=Mode.online, patience=2)) as t:
+            t.step(1, STEP)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
+    [kept] = (tmp_path / "wandb").glob("offline-run-*-abc123")
+    assert next(kept.glob("*.wandb")).stat().st_size > 0
+    assert "this attempt is recorded offline and uploaded when the run ends or continues" in caplog.text
+    assert f"wandb sync {kept}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        (Mode.auto, {}, "offline"),
+        (Mode.auto, {"WANDB_API_KEY": "k"}, "online"),
+        (Mode.auto, {"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "disabled"),
+        (Mode.online, {"WANDB_MODE": "offline"}, "online"),
+    ],
+)
+def test_wandb_is_online_only_with_a_key(mode, environment, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(mode) == expected
+
+
+def test_the_record_of_a_run_is_plain_yaml(tmp_path):
+    from trainer.checkpoint.run_folder import begin
+
+    with begin(tmp_path / "r", {"seed": 1}, {"data": "d"}, 1) as facts:
+        assert len(facts["identity"]) == 12
+    with begin(tmp_path / "r", {"seed": 1, "steps": 3}, {"data": "d"}, 1) as again:
+        assert again["identity"] == facts["identity"]
+    record = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert record["config"] == {"seed": 1, "steps": 3}
+    assert len(record["facts"]["attempts"]) == 1
+
+
+def test_a_folder_that_another_process_holds_is_refused(tmp_path):
+    from trainer.checkpoint.run_folder import begin
+    from trainer.parallel.distributed import RankError
+
+    with (
+        begin(tmp_path / "r", {}, {}, 1),
+        pytest.raises(RankError, match="is in use by another process"),
+        begin(tmp_path / "r", {}, {}, 1),
+    ):
+        pass

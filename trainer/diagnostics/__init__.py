@@ -1,0 +1,1 @@
+"""Is the run healthy, will it fit: guard, first step, stragglers, preflight, memory."""

@@ -1,0 +1,223 @@
+"""Memory and time of a run per rank, from its configuration alone, before anything is started."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trainer.models.architecture import Architecture
+from trainer.models.transformer import Recompute
+from trainer.parallel.zero import BUCKET
+from trainer.tracking.throughput import training_flops
+
+BASE_CPU = 0.39e9
+"""Bytes that a process holds without its model: Python, PyTorch, tokenizers (measured on Linux, torch 2.13).
+
+DeepSpeed adds 0.07e9. Pages of shared libraries count in it, and how many of them are mapped depends on the machine: 0.12e9
+more were seen elsewhere.
+"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread and computed.
+
+    ``stage``: 0 (DDP) to 3. ``low``: whether the working copy of the weights is bfloat16 (DeepSpeed's bf16), instead of
+    float32 under autocast. ``compute``: bytes of an activation (2 or 4). ``offload``: none, optimizer or parameters.
+    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is. ``beside``: shapes of further
+    models (a reference, a critic, a reward model), and whether each is trained.
+    """
+
+    stage: int
+    ranks: int
+    low: bool
+    compute: int
+    micro: int
+    length: int
+    recompute: Recompute = Recompute.none
+    offload: str = "none"
+    cuda: bool = True
+    adapters: int = 0
+    beside: tuple[tuple[Architecture, bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank on its device, by what they are for."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    temporary: float
+    others: float
+    base: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, f.name) for f in dataclasses.fields(self)))
+
+    def lines(self) -> Iterator[str]:
+        """A line a part, largest first, and the sum."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, size in sorted(parts.items(), key=lambda item: -item[1]):
+            yield f"  {name:<12} {size / 1e9:8.2f} GB"
+        yield f"  {'total':<12} {self.total / 1e9:8.2f} GB"
+
+
+def parameters_of(a: Architecture) -> int:
+    """Elements of all parameters, tied ones once."""
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    block = a.hidden_size * (2 * heads + 2 * groups + 3 * a.intermediate_size) + 2 * a.hidden_size
+    block += a.attention_bias * (heads + 2 * groups) + a.attention_output_bias * a.hidden_size
+    block += a.mlp_bias * (2 * a.intermediate_size + a.hidden_size) + a.qk_norm * 2 * a.head_dim
+    tables = a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2) + a.hidden_size * a.scores
+    return a.num_hidden_layers * block + tables + a.hidden_size
+
+
+def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer state on a rank (ALGORITHMS, section 5).
+
+    bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
+    (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
+    float32 master, so 4 + 4 + 12.
+    """
+    working = 2 if layout.low else 4
+    optimizer = 12 if layout.stage or layout.low else 8
+    over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
+    held, gradients, moments = (
+        parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
+    )
+    if layout.offload != "none" and layout.cuda:
+        moments = 0.0
+    if layout.offload == "parameters" and layout.cuda:
+        held = 0.0
+    return held, gradients, moments
+
+
+def frozen(a: Architecture, layout: Layout) -> float:
+    """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
+    count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
+    if layout.low or layout.stage == 3:
+        return count * (2 if layout.low else 4) / (layout.ranks if layout.stage == 3 else 1)
+    return float(4 * tables + layout.compute * (count - tables))
+
+
+def activations(a: Architecture, layout: Layout) -> float:
+    """Bytes that the forward of a micro-batch keeps for the backward."""
+    c, inputs = layout.compute, 4 * a.hidden_size
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    products = c * (2 * heads + 2 * groups + 2 * a.hidden_size)
+    kept = {
+        Recompute.none: _block(a, c),
+        Recompute.selective: inputs + products + 2 * c * a.intermediate_size,
+        Recompute.full: inputs,
+    }[layout.recompute]
+    return float(layout.micro * layout.length * (a.num_hidden_layers * kept + 8 * a.hidden_size))
+
+
+def backward(a: Architecture, layout: Layout) -> float:
+    """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
+    again = 0 if layout.recompute is Recompute.none else _block(a, layout.compute)
+    gradients = 8 * a.hidden_size + 2 * layout.compute * a.intermediate_size
+    return float(layout.micro * layout.length * (again + gradients))
+
+
+def _block(a: Architecture, c: int) -> int:
+    """Bytes that a block keeps of a token.
+
+    Two residuals and two normalised states in float32; two norms' outputs, queries, keys, values and attention's output, and
+    four tensors of the MLP's width in the compute format.
+    """
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    return 16 * a.hidden_size + c * (2 * a.hidden_size + 2 * heads + 2 * groups + 4 * a.intermediate_size)
+
+
+def loss(a: Architecture, layout: Layout) -> float:
+    """Bytes of the vocabulary projection and its cross-entropy: blocks of logits, one group's gradient, both gradients."""
+    from trainer.functional import BLOCK_BYTES, GROUP_BYTES
+
+    tokens = layout.micro * layout.length
+    if a.scores:
+        return 0.0
+    block = min(BLOCK_BYTES["cuda" if layout.cuda else "cpu"], 4 * tokens * a.vocab_size)
+    group = min(max(GROUP_BYTES, block), layout.compute * tokens * a.vocab_size)
+    table = a.vocab_size * a.hidden_size * (2 * (layout.compute == 2) + 4 * (layout.adapters == 0))
+    return float(1.5 * block + group + table + 4 * tokens * a.hidden_size)
+
+
+def memory(a: Architecture, layout: Layout) -> Memory:
+    """The peak of a rank, in the middle of a step.
+
+    On CPU within a tenth of what was measured in use for DDP, ZeRO-1 and ZeRO-2 (tests/distributed/test_memory.py). What a C
+    library's allocator keeps for later comes on top of it (glibc: up to a quarter), and ZeRO-3 takes up to a third more.
+    """
+    count = parameters_of(a)
+    learnt = layout.adapters or count
+    held, gradients, moments = states(learnt, layout)
+    held += frozen(a, layout) if layout.adapters else 0.0
+    block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
+    kept, head = activations(a, layout), loss(a, layout)
+    # The loss is gone when the blocks' backward begins.
+    temporary = max(0.0, backward(a, layout) - head)
+    if layout.compute == 2 and not layout.low:
+        # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
+        # Casts of frozen float32 weights live in the graph.
+        temporary += 2.0 * (learnt if layout.stage < 3 else count if layout.adapters else block)
+    if layout.stage:
+        # The bucket that gradients are exchanged in. The copy of its share that the optimizer steps with comes later, when
+        # the activations are gone.
+        temporary += 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - kept - head)
+    if layout.stage == 3:
+        live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
+        temporary += (2 if layout.low else 4) * min(count, live)
+    others = 0.0
+    for shape, trained in layout.beside:
+        if trained:
+            # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
+            others += sum(states(parameters_of(shape), layout)) + kept * parameters_of(shape) / count
+        else:
+            others += frozen(shape, layout)
+    base = 0.0 if layout.cuda else BASE_CPU
+    return Memory(held, gradients, moments, kept, head, temporary, others, base)
+
+
+def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float, utilisation: float) -> float:
+    """Time of a step of ``tokens`` tokens over all ranks, at the part ``utilisation`` of ``peak`` operations a second."""
+    flops = training_flops(a, tokens, tokens * (layout.length + 1) / 2)
+    again = {Recompute.none: 1.0, Recompute.selective: 1.05, Recompute.full: 4 / 3}[layout.recompute]
+    return flops * again / (layout.ranks * peak * utilisation)
+
+
+def advice(a: Architecture, layout: Layout, limit: float) -> str:
+    """The nearest configuration that fits ``limit`` bytes a rank: fewer rows a forward, recomputation, then more sharding."""
+    if memory(a, layout).total <= limit:
+        return "it fits"
+    for recompute in (layout.recompute, Recompute.selective, Recompute.full):
+        micro = layout.micro
+        while micro >= 1:
+            fitting = dataclasses.replace(layout, micro=micro, recompute=recompute)
+            if memory(a, fitting).total <= limit:
+                return _say(fitting)
+            micro //= 2
+    for stage in range(max(1, layout.stage + 1), 4):
+        if layout.ranks > 1:
+            fitting = dataclasses.replace(layout, stage=stage, micro=1, recompute=Recompute.full)
+            if memory(a, fitting).total <= limit:
+                return _say(fitting)
+    for ranks in (2**n for n in range(1, 17)):
+        if ranks > layout.ranks:
+            fitting = dataclasses.replace(layout, stage=3, ranks=ranks, micro=1, recompute=Recompute.full)
+            if memory(a, fitting).total <= limit:
+                return _say(fitting)
+    return "no number of ranks fits it: even one block is too large; use a device with more memory"
+
+
+def _say(layout: Layout) -> str:
+    strategy = "ddp" if layout.stage == 0 else f"zero{layout.stage}"
+    return (
+        f"use strategy={strategy} batch.micro={layout.micro} model.activation_checkpointing={layout.recompute.value} "
+        f"on {layout.ranks} rank{'s' if layout.ranks > 1 else ''}"
+    )

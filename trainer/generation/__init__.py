@@ -1,0 +1,1 @@
+"""From token ids to completions and scores: caches, decoding, sampling, engines."""

@@ -1,0 +1,184 @@
+"""Continuous batching: which sequences hold a slot, what passes through the model next, and what came of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trainer.functional import At, logits
+from trainer.generation.cache import Cache, Piece, Prompts, Step
+from trainer.generation.decode_graph import FixedDecoder
+from trainer.generation.sampling import Sampling, choose, key_bits, uniform
+from trainer.models.architecture import Architecture
+
+CHUNK = 2048
+"""Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A prompt and what has followed it so far. ``bits`` seed its draws; ``ended`` by a stop token."""
+
+    number: int
+    prompt: tuple[int, ...]
+    bits: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    done: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache: all but the last one, which passes through next."""
+        return len(self.prompt) + len(self.ids) - 1
+
+
+class Decoding:
+    """Iterate to decode: every continuation is yielded after each of its tokens. See `generate`.
+
+    ``fixed``: decode with fixed shapes, which on CUDA become graphs; default where the model is not on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        stops: Collection[int],
+        keys: Sequence[tuple[int, ...]] | None = None,
+        together: int = 64,
+        fixed: bool | None = None,
+    ) -> None:
+        keys = [(0, n) for n in range(len(prompts))] if keys is None else keys
+        if len(keys) != len(prompts):
+            raise ValueError(f"there are {len(keys)} keys and {len(prompts)} prompts; give one key a prompt")
+        if empty := [n for n, prompt in enumerate(prompts) if not len(prompt)]:
+            raise ValueError(f"prompts {empty} are empty; begin with the beginning-of-document token")
+        if together < 1:
+            raise ValueError(f"together={together} would decode nothing; use 1 or more")
+        self.model, self.sampling, self.stops = model, sampling, frozenset(stops)
+        self.device = next(model.parameters()).device
+        # Equal prompts follow each other, so that the second finds the first in the cache.
+        groups: dict[tuple[int, ...], list[Continuation]] = {}
+        for number, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+            whole = tuple(prompt)
+            groups.setdefault(whole, []).append(Continuation(number, whole, key_bits(key)))
+        self.waiting = deque(going for group in groups.values() for going in group)
+        self.running: dict[int, Continuation] = {}
+        self._first: dict[tuple[int, ...], Tensor] = {}
+        slots = max(1, min(together, len(prompts)))
+        longest = max(map(len, groups), default=0) + sampling.tokens
+        architecture: Architecture = model.architecture  # type: ignore[assignment]
+        fixed = self.device.type != "cpu" if fixed is None else fixed
+        self.cache = Cache(architecture, slots, longest, self.device, fixed=fixed)
+        self._decoder = FixedDecoder(model, self.cache, sampling) if fixed else None
+
+    def __iter__(self) -> Iterator[Continuation]:
+        # A few free slots are filled at once: one prompt alone reads all the weights for its few tokens.
+        enough = max(1, self.cache.slots // 16)
+        while self.waiting or self.running:
+            if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
+                yield from self._taken(*self._admit())
+            if self.running:
+                yield from self._taken(*self._step())
+
+    @torch.no_grad()
+    def _admit(self) -> tuple[list[int], Tensor]:
+        """Give the free slots to waiting prompts; their first tokens."""
+        free = [slot for slot in range(self.cache.slots) if slot not in self.running]
+        holders = {going.prompt: slot for slot, going in self.running.items()}
+        fresh, copies, slots = list[int](), list[tuple[int, int]](), list[int]()
+        for slot in free[: len(self.waiting)]:
+            going = self.waiting.popleft()
+            self.running[slot] = going
+            self.cache.reserve(slot, len(going.prompt))
+            slots.append(slot)
+            if going.prompt in holders:
+                copies.append((holders[going.prompt], slot))
+            else:
+                holders[going.prompt] = slot
+                fresh.append(slot)
+        self._prefill(fresh)
+        for source, target in copies:
+            self.cache.copy(source, target, len(self.running[target].prompt))
+        scores = torch.stack([self._first[self.running[slot].prompt] for slot in slots])
+        # Only the group that is not through yet needs them again.
+        waiting = self.waiting[0].prompt if self.waiting else None
+        self._first = {prompt: first for prompt, first in self._first.items() if prompt == waiting}
+        if self._decoder is not None:
+            self._decoder.stale = True
+        return slots, self._choose(scores, slots)
+
+    def _prefill(self, slots: Sequence[int]) -> None:
+        """Let prompts pass through, packed into chunks; keeps the logits behind each."""
+        chunk, size = list[int](), 0
+        for slot in slots:
+            length = len(self.running[slot].prompt)
+            if length > CHUNK:
+                self._prefill_long(slot)
+                continue
+            if size + length > CHUNK:
+                self._prefill_chunk(chunk)
+                chunk, size = [], 0
+            chunk.append(slot)
+            size += length
+        if chunk:
+            self._prefill_chunk(chunk)
+
+    def _prefill_chunk(self, slots: list[int]) -> None:
+        prompts = [self.running[slot].prompt for slot in slots]
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        scores = self.model(tokens, Prompts(self.cache, slots, lengths), At(last, logits))[0]
+        self._first.update(zip(prompts, scores.float(), strict=True))
+
+    def _prefill_long(self, slot: int) -> None:
+        prompt = self.running[slot].prompt
+        for first in range(0, len(prompt), CHUNK):
+            tokens = torch.tensor([prompt[first : first + CHUNK]], device=self.device)
+            last = torch.tensor([tokens.shape[1] - 1], device=self.device)
+            piece = Piece(self.cache, slot, first, first + tokens.shape[1])
+            scores = self.model(tokens, piece, At(last, logits))
+        self._first[prompt] = scores[0, 0].float()
+
+    @torch.no_grad()
+    def _step(self) -> tuple[list[int], Tensor]:
+        """The next token of every running sequence."""
+        slots = sorted(self.running)
+        if self._decoder is not None:
+            return slots, self._decoder.step(self.running)[:, slots]
+        tokens = torch.tensor([[self.running[slot].ids[-1]] for slot in slots])
+        scores = self.model(tokens, Step(self.cache, slots), logits)[:, 0]
+        return slots, self._choose(scores.float(), slots)
+
+    def _choose(self, scores: Tensor, slots: Sequence[int]) -> Tensor:
+        """Ids and log-probabilities as one float64 tensor ``(2, n)``, so that the host waits for the device once."""
+        bits, drawn = ([getattr(self.running[slot], what) for slot in slots] for what in ("bits", "ids"))
+        places = torch.tensor([len(ids) for ids in drawn], device=self.device)
+        draws = uniform(torch.tensor(bits, device=self.device), places)
+        return torch.stack([t.double() for t in choose(scores, self.sampling, draws)])
+
+    def _taken(self, slots: Sequence[int], chosen: Tensor) -> Iterator[Continuation]:
+        """Append what was drawn, free the slots of those that are done, then yield each."""
+        grown, done = [], []
+        for slot, token, logprob in zip(slots, *chosen.tolist(), strict=True):
+            going = self.running[slot]
+            going.ids.append(int(token))
+            going.logprobs.append(logprob)
+            going.ended = token in self.stops
+            going.done = going.ended or len(going.ids) == self.sampling.tokens
+            grown.append(going)
+            if going.done:
+                done.append(slot)
+                del self.running[slot]
+        if done:
+            self.cache.release(done)
+            if self._decoder is not None:
+                self._decoder.stale = True
+        yield from grown

@@ -1,0 +1,65 @@
+"""Sampling from a decoder: many prompts at once, each slot taken over by a waiting prompt as soon as it is free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from trainer.generation.decoding import Decoding
+from trainer.generation.sampling import Sampling
+
+__all__ = ["Completion", "Sampling", "generate", "stream"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt.
+
+    ``ids``: the tokens, a stop token included. ``logprobs``: of each under ``softmax(logits / temperature)`` before any
+    filter, float32; at temperature 0 under the plain softmax. ``ended``: by a stop token rather than by the limit.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    ended: bool
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stops: Collection[int],
+    keys: Sequence[tuple[int, ...]] | None = None,
+    together: int = 64,
+) -> list[Completion]:
+    """A completion of every prompt, in their order; at most ``together`` are decoded at once.
+
+    ``keys``: what the draws of each completion depend on, beside the position; default (0, n). So a token is a function of
+    its key, its position, the prompt and the model, not of what it is decoded with, in which order, or on which rank.
+    (Sums of other shapes may differ in the last bits of a logit; what is drawn then changes only if the draw falls between
+    the two, in float32 about once in 10^6 tokens.) Equal prompts pass through the model once and are copied.
+
+    Raises:
+        ValueError: if a prompt is empty, or there are not as many keys as prompts.
+    """
+    found: list[Completion | None] = [None] * len(prompts)
+    for going in Decoding(model, prompts, sampling, stops=stops, keys=keys, together=together):
+        if going.done:
+            found[going.number] = Completion(going.ids, going.logprobs, going.ended)
+    return [completion for completion in found if completion is not None]
+
+
+def stream(
+    model: nn.Module,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    stops: Collection[int],
+    key: tuple[int, ...] = (0, 0),
+) -> Iterator[int]:
+    """The tokens of `generate` for one prompt, each as soon as it is known."""
+    for going in Decoding(model, [prompt], sampling, stops=stops, keys=[key], together=1):
+        yield going.ids[-1]

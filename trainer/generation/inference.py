@@ -1,0 +1,112 @@
+"""Trained folders, opened to be used: a model that answers, and one that scores answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.data.chat import Chat
+from trainer.data.preference_data import encode
+from trainer.data.templates import Template, open_template
+from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.generation.generate import generate, stream
+from trainer.generation.sampling import Sampling
+from trainer.generation.scoring import score
+from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
+from trainer.models.load import HEAD, Model, ModelLoader
+from trainer.parallel.ddp import DDP
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A folder's model with its tokenizer and chat template."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    template: Template
+
+    @classmethod
+    def open(cls, folder: Path, template: str | None = None) -> ChatModel:
+        """Load it onto the GPU in bf16 if there is one, else onto the CPU in float32.
+
+        Raises:
+            FormatError: if the folder holds no model of a known family.
+            TemplateError: if there is no template, or none that fits the tokenizer.
+        """
+        tokenizer = open_tokenizer(folder)
+        found = open_template(template, tokenizer)
+        config = folder / "generation_config.json"
+        ends = json.loads(config.read_text()).get("eos_token_id", []) if config.is_file() else []
+        tokenizer.stops = (found.end, tokenizer.eos, *(ends if isinstance(ends, list) else [ends]))
+        model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
+        return cls(_on_device(model), tokenizer, found)
+
+    def stream(self, messages: Messages, sampling: Sampling, key: tuple[int, ...]) -> Iterator[str]:
+        """The answer to a conversation, piece by piece; what is drawn depends on ``key``."""
+        ids, shown = list[int](), ""
+        for token in stream(self.model, self.template.prompt(messages), sampling, stops=self.tokenizer.stops, key=key):
+            ids.append(token)
+            whole = self.tokenizer.decode(ids)
+            # A character of several tokens is shown when it is complete.
+            if not whole.endswith("\ufffd"):
+                yield whole[len(shown) :]
+                shown = whole
+
+    def answers(
+        self, conversations: Sequence[Messages], sampling: Sampling, keys: Sequence[tuple[int, ...]]
+    ) -> list[str]:
+        """An answer to each conversation; what is drawn depends on its key, not on what is answered together."""
+        prompts = [self.template.prompt(messages) for messages in conversations]
+        found = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
+        return [self.tokenizer.decode(completion.ids) for completion in found]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A folder's reward model. ``mean``, ``std``: of the scores of what it was trained on, stored with it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    template: Template
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def open(cls, folder: Path) -> RewardModel:
+        """Load it, like `ChatModel.open`.
+
+        Raises:
+            FormatError: if the folder holds no model that scores.
+        """
+        if not read_architecture(folder).scores or HEAD not in WeightFiles(folder).files:
+            raise FormatError(f"{folder} holds no {HEAD}, so it scores nothing; give an export of pipeline=reward")
+        tokenizer = open_tokenizer(folder)
+        model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=True).load().eval()
+        facts = json.loads((folder / "onecurve.json").read_text()) if (folder / "onecurve.json").is_file() else {}
+        usual = facts.get("reward", {})
+        template = open_template(None, tokenizer)
+        return cls(_on_device(model), tokenizer, template, usual.get("mean", 0.0), usual.get("std", 0.0) or 1.0)
+
+    def scores(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
+        """The score of each conversation's last answer, in deviations from the mean unless ``raw``.
+
+        Raises:
+            TemplateError: if the template cannot render one.
+        """
+        if not chats:
+            return []
+        ids = [encode(chat, self.template).ids for chat in chats]
+        values = score(self.model, ids, next(self.model.parameters()).device)
+        return values if raw else [(value - self.mean) / self.std for value in values]
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    return model.to("cuda", torch.bfloat16) if torch.cuda.is_available() else model

@@ -1,0 +1,205 @@
+"""The state of a lifecycle: ``lifecycle.json``, which stages are done, in which folders, and what their results say."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import ConfigError
+from trainer.export.lineage import RECORD as PROVENANCE
+from trainer.export.lineage import git_commit
+from trainer.jobs.recipe import Recipe, Stage, changes, digest, made_of, refusals
+
+RECORD = "lifecycle.json"
+DONE = ".done"
+"""Left in the folder of a script that succeeded; a run leaves its export."""
+SHOWN = 12
+"""Prompts whose answers are kept in ``lifecycle.json``."""
+
+
+@dataclass
+class Lifecycle:
+    """A recipe together with what has been done of it in its folder."""
+
+    recipe: Recipe
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> Lifecycle:
+        """With what the folder says; nothing is written.
+
+        Raises:
+            ConfigError: if the folder holds something else.
+        """
+        file = recipe.folder / RECORD
+        if not file.is_file():
+            if recipe.folder.is_dir() and any(p.name != ".lock" for p in recipe.folder.iterdir()):
+                raise ConfigError([f"folder={recipe.folder} holds something that is no lifecycle; use another folder"])
+            return cls(recipe, {"name": recipe.name, "stages": {}})
+        return cls(recipe, json.loads(file.read_text()))
+
+    def plan(self, *, redo: bool) -> None:
+        """Compare every stage with what was done, and give each its folder.
+
+        Raises:
+            ConfigError: naming what changed since a stage was begun, unless ``redo``.
+        """
+        problems, digests = list[str](), dict[str, str]()
+        for stage in self.recipe.stages:
+            entry = self.stages.setdefault(stage.name, {"status": "waiting"})
+            if not stage.on:
+                entry["status"] = "off" if entry["status"] in ("waiting", "off") else entry["status"]
+                continue
+            try:
+                made = made_of(stage, self.recipe, digests)
+            except ConfigError as error:
+                raise ConfigError([f"{stage.name}: {problem}" for problem in error.problems]) from None
+            found = changes(entry["made_of"], made) if "made_of" in entry else ["not begun"]
+            if not found:
+                # A setting that came with a later release gives another digest, and changes nothing.
+                digests[stage.name] = entry["digest"]
+                continue
+            problems += [f"{stage.name}: {change}" for change in found if "made_of" in entry]
+            digests[stage.name] = digest(made)
+            self.stages[stage.name] = {
+                "status": "waiting", "kind": "script" if stage.run is None else "run",
+                "run_dir": str(self._free(stage.name)), "parents": stage.parents, "digest": digests[stage.name],
+                "made_of": made,
+            }  # fmt: skip
+        if problems and not redo:
+            raise ConfigError(
+                [*problems, "set it back, or say redo=true: what changed is then done again in fresh folders"]
+            )
+        self.record["stages"] = {s.name: self.stages[s.name] for s in self.recipe.stages}
+
+    def check(self, only: Stage | None = None) -> None:
+        """Refuse runs that cannot work, before any of them starts; or ``only`` one, whose parents are done by now.
+
+        Raises:
+            ConfigError: with the problems of all of them.
+        """
+        waiting = [stage for stage in self.recipe.stages if stage.on and not self.done(stage.name)]
+        missing = [str(self.out(stage.name)) for stage in waiting]
+        # What a script is yet to write is looked at when it is there.
+        later = {stage.name for stage in waiting if stage.run is None}
+        ready = [only] if only else [stage for stage in waiting if not later & set(stage.parents)]
+        if problems := [problem for stage in ready for problem in refusals(stage, self.places(stage.name), missing)]:
+            raise ConfigError(problems)
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        return self.record["stages"]  # type: ignore[no-any-return]
+
+    def done(self, name: str) -> bool:
+        """Whether a stage is finished and its output there."""
+        entry = self.stages[name]
+        if entry["status"] not in ("done", "submitted"):
+            return False
+        return self.exported(name) if entry["kind"] == "run" else (Path(entry["run_dir"]) / DONE).is_file()
+
+    def exported(self, name: str) -> bool:
+        """Whether a run has come to its end."""
+        return (self.out(name) / PROVENANCE).is_file()
+
+    def out(self, name: str) -> Path:
+        """What a stage gives: a run its export, a script its folder."""
+        place = Path(self.stages[name]["run_dir"])
+        return place / "export" if self.stages[name]["kind"] == "run" else place
+
+    def places(self, name: str) -> dict[str, str]:
+        """The paths that a stage's references stand for."""
+        known = {n: str(self.out(n)) for n, entry in self.stages.items() if "run_dir" in entry}
+        return {**known, "out": self.stages[name]["run_dir"], "folder": str(self.recipe.folder)}
+
+    def begin(self, stage: Stage) -> None:
+        """A stage starts, or goes on; a script that was interrupted starts afresh, beside what it left."""
+        entry = self.stages[stage.name]
+        if entry["kind"] == "script" and Path(entry["run_dir"]).exists():
+            entry["run_dir"] = str(self._free(stage.name))
+        entry.setdefault("began", time.time())
+        entry["status"] = "running"
+        self.save()
+
+    def end(self, stage: Stage, status: str, seconds: float) -> None:
+        """A stage is ``done``, ``failed`` or ``interrupted``; ``seconds``: of this attempt."""
+        entry = self.stages[stage.name]
+        entry["status"], entry["seconds"] = status, round(entry.get("seconds", 0.0) + seconds, 1)
+        if status == "done" and entry["kind"] == "script":
+            (Path(entry["run_dir"]) / DONE).touch()
+        self.save()
+
+    def save(self) -> None:
+        """Write ``lifecycle.json``, with what is known by now."""
+        self.record |= {"results": list(self.results()), "samples": self.samples(), "git": git_commit(Path.cwd())}
+        self.recipe.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.recipe.folder / f"{RECORD}.partial"
+        unfinished.write_text(json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
+        unfinished.replace(self.recipe.folder / RECORD)
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """The table: value, target and known optimum of every result whose stage is done."""
+        for wanted in self.recipe.results:
+            stage, _, metric = wanted["metric"].partition(":")
+            of = wanted.get("of", stage)
+            value = self.value(wanted["metric"])
+            if value is None:
+                continue
+            optimum = wanted.get("optimum")
+            if optimum == "floor":
+                optimum = self._floor(stage, metric)
+            target, better = self._target(wanted, optimum)
+            row = {"name": f"{of}: {wanted.get('name', metric)}", "of": of, "value": value, "optimum": optimum}
+            if target is not None:
+                met = value <= target if better == "lower" else value >= target
+                row |= {"target": target, "better": better, "met": met}
+            yield row
+
+    def value(self, named: str) -> float | None:
+        """The last value of ``STAGE:METRIC``; None as long as there is none."""
+        stage, _, metric = named.partition(":")
+        entry = self.stages.get(stage, {})
+        if entry.get("status") != "done":
+            return None
+        if entry["kind"] == "run":
+            lines = (Path(entry["run_dir"]) / "metrics.jsonl").read_text().splitlines()
+            return next((float(row[metric]) for row in map(json.loads, reversed(lines)) if metric in row), None)
+        file = Path(entry["run_dir"]) / "metrics.json"
+        held: Any = json.loads(file.read_text()) if file.is_file() else {}
+        for key in metric.split("/"):
+            held = held.get(key) if isinstance(held, Mapping) else None
+        return None if held is None else float(held)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The first prompts with every model's answer, out of whichever script left ``answers.jsonl``."""
+        for entry in self.stages.values():
+            file = Path(entry.get("run_dir", "")) / "answers.jsonl"
+            if entry["status"] == "done" and file.is_file():
+                return [json.loads(line) for line in file.read_text().splitlines()[:SHOWN]]
+        return []
+
+    def _target(self, wanted: Mapping[str, Any], optimum: Any) -> tuple[float | None, str]:
+        """The value to reach, and which side of it is better."""
+        if "halfway_from" in wanted:
+            start = self.value(wanted["halfway_from"])
+            return (None if start is None else (start + optimum) / 2), "higher"
+        if "within" in wanted:
+            return (None if optimum is None else optimum * (1 + wanted["within"])), "lower"
+        if "at_most" in wanted:
+            return wanted["at_most"], "lower"
+        return wanted.get("at_least"), "higher"
+
+    def _floor(self, stage: str, metric: str) -> float | None:
+        facts = yaml.safe_load((Path(self.stages[stage]["run_dir"]) / "config.yaml").read_text())["facts"]
+        return facts.get("floors", {}).get(metric)  # type: ignore[no-any-return]
+
+    def _free(self, name: str) -> Path:
+        """A folder for a stage that does not exist yet."""
+        taken = {entry.get("run_dir") for entry in self.stages.values()}
+        names = (self.recipe.folder / (name if n == 1 else f"{name}-{n}") for n in range(1, 1_000_000))
+        return next(place for place in names if not place.exists() and str(place) not in taken)

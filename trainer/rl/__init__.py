@@ -1,0 +1,1 @@
+"""Reinforcement learning: from a prompt to a batch that is learnt from."""

@@ -1,0 +1,1 @@
+"""A generated language with a known optimum, and its tasks."""

@@ -1,0 +1,48 @@
+"""How far a run is: the tokens that it has seen, and what the host knows of a step before its metrics arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.batch import Batch
+from trainer.tracking.throughput import Speed, Timing
+
+
+class Seen:
+    """Tokens learnt from since the beginning of the run, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, tokens: Tensor) -> Tensor:
+        """The count with the tokens of another step."""
+        self.tokens = self.tokens + tokens
+        return self.tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": int(self.tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.tokens.fill_(state["tokens"])
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the host knows of a step whose metrics are still on the device."""
+
+    number: int
+    lr: float
+    rows: list[int]
+    timing: Timing
+
+    @classmethod
+    def of(cls, number: int, micro_batches: Sequence[Batch], lr: float, speed: Speed) -> Logged:
+        """The rows of this rank's micro-batches, and the clock since the step before."""
+        speed.count(sum(batch.pairs for batch in micro_batches))
+        rows = [row for batch in micro_batches for row in batch.rows.tolist()]
+        return cls(number, lr, rows, speed.lap())

@@ -1,0 +1,201 @@
+"""Where the numbers of a run go: metrics.jsonl, the console, W&B and TensorBoard; the first rank alone writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from trainer.config import Node, schema, setting
+from trainer.report.live import LiveReport
+from trainer.tracking.console import Console
+from trainer.tracking.wandb import BINS, WandB, WandBSink, wandb_mode
+
+COUNTS = ("tokens", "skipped", "skipped_in_a_row")
+
+
+@schema("tracking")
+@dataclass
+class Tracking(Node):
+    """Where numbers go besides the console and metrics.jsonl, which are always on."""
+
+    every: int = setting(1, "steps between logged ones", least=1)
+    wandb: WandB = setting(WandB)
+    tensorboard: bool = setting(True, "write event files under run_dir/tensorboard")
+    report: bool = setting(True, "write run_dir/report.html at each evaluation and at the end")
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step, the values of many units, and tables of texts by name."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+    def units(self, step: int, name: str, values: Sequence[float]) -> None: ...
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``, ``histograms.jsonl`` and a file for each table of texts (``samples.jsonl``, ``errors.jsonl``).
+
+    An object a line; metrics are on the disk before a checkpoint that counts on them.
+
+    A run that continues from step n drops what an earlier attempt wrote about later steps; the lines are kept in
+    ``<name>.replaced.jsonl``.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        for name in ("metrics", "samples", "errors", "histograms"):
+            _rewind(folder / f"{name}.jsonl", folder / f"{name}.replaced.jsonl", done)
+        self._metrics = (folder / "metrics.jsonl").open("a")
+        self._folder = folder
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        whole = {name: int(values[name]) for name in COUNTS if name in values}
+        self._metrics.write(json.dumps({"step": step, **values, **whole}) + "\n")
+        self._metrics.flush()
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        counts, edges = np.histogram(values, bins=BINS)
+        line = {"step": step, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
+        with (self._folder / "histograms.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with (self._folder / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+    def settle(self) -> None:
+        """Wait until what was written is on the disk itself."""
+        os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard; what an earlier attempt wrote about later steps is hidden."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+        self._writer.add_histogram(name, np.asarray(values), step, bins=BINS)
+
+    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            text = f"**{row['prompt']}**{row['completion']}"
+            self._writer.add_text(f"{name}/{number}", text, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """Hands numbers to every sink; on other ranks than the first there is none."""
+
+    def __init__(
+        self,
+        config: Tracking,
+        folder: Path,
+        *,
+        rank: int,
+        done: int,
+        last: int,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.config, self.last, self.latest = config, last, dict[str, float]()
+        self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
+        self._console: Console | None = None
+        self._report = LiveReport(folder) if config.report and not rank else None
+        if rank:
+            return
+        self._lines = JsonLines(folder, done)
+        self._sinks = [self._lines]
+        if config.tensorboard:
+            self._sinks.append(TensorBoardSink(folder, done))
+        mode = wandb_mode(config.wandb.mode)
+        if mode != "disabled":
+            self._sinks.append(WandBSink(config.wandb, mode, folder, facts))
+        self._console = Console(folder.name, done, last)
+        self._sinks.append(self._console)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.settle()
+        for sink in reversed(self._sinks):
+            sink.close()
+        if self._report is not None:
+            self._report.close(error)
+
+    def step(self, number: int, values: Mapping[str, float]) -> None:
+        """Log an optimizer step, if it is one of those that are logged."""
+        self.latest.update(values)
+        if number % self.config.every == 0 or number == self.last:
+            self._write(number, values)
+
+    def log(self, number: int, values: Mapping[str, float]) -> None:
+        """Log values of an evaluation after step ``number``."""
+        self.latest.update(values)
+        self._write(number, values)
+
+    def units(self, number: int, found: Mapping[str, Sequence[float]]) -> None:
+        """Log how the values of many units are spread, by metric."""
+        for name, values in found.items():
+            for sink in self._sinks:
+                sink.units(number, name, values)
+
+    def texts(self, number: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table of texts."""
+        for sink in self._sinks if rows else ():
+            sink.texts(number, name, rows)
+
+    def report(self) -> None:
+        """Write ``report.html`` anew, as far as the run has come."""
+        if self._report is not None:
+            self._report.write()
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show text on the console."""
+        if self._console is not None:
+            for line in lines:
+                self._console.say(line)
+
+    def settle(self) -> None:
+        """Wait until what was logged is on the disk itself: a checkpoint is going to count on it."""
+        if self._lines is not None:
+            self._lines.settle()
+
+    def _write(self, number: int, values: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.numbers(number, values)
+
+
+def _rewind(file: Path, aside: Path, done: int) -> None:
+    """Keep the lines of steps up to ``done``; move later ones, and one that was cut off, to ``aside``."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    if len(keep) == len(lines):
+        return
+    dropped = [line for line in lines if not line.endswith("\n") or json.loads(line)["step"] > done]
+    with aside.open("a") as out:
+        out.writelines(line if line.endswith("\n") else f"{line}\n" for line in dropped)
+        os.fsync(out.fileno())
+    rewritten = file.with_name(f"{file.name}.partial")
+    rewritten.write_text("".join(keep))
+    rewritten.replace(file)
