@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.data.templates import TemplateError
-from trainer.generation.inference import ChatModel
+from trainer.generation.pretrained import ChatModel
 from trainer.generation.sampling import Sampling
 from trainer.models.hf_format import FormatError
 

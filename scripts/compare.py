@@ -27,8 +27,8 @@ from trainer.config import ConfigError
 from trainer.data.chat import Chat, ChatError, side
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.generation.generate import Sampling
-from trainer.generation.inference import ChatModel, RewardModel
+from trainer.generation.pretrained import ChatModel, RewardModel
+from trainer.generation.sampling import Sampling
 from trainer.models.hf_format import FormatError
 
 Row = dict[str, Any]
@@ -76,7 +76,7 @@ def compared(rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
     for named in a.models:
         name, _, folder = named.partition("=")
         model = opened(Path(folder), a.template)
-        texts = model.answers(conversations, sampling, [(a.seed, n) for n in range(len(rows))])
+        texts = model.complete(conversations, sampling, [(a.seed, n) for n in range(len(rows))])
         scores = score(rows, conversations, texts) if score is not None else [None] * len(rows)
         for row, text, value in zip(written, texts, scores, strict=True):
             row["answers"][name] = text.strip()
@@ -103,7 +103,7 @@ def scorer(a: argparse.Namespace) -> Callable[[Sequence[Row], Sequence[Any], Seq
     if a.reward:
         judge = RewardModel.open(a.reward)
         return lambda rows, chats, texts: list(
-            judge.scores(
+            judge.score(
                 [
                     Chat([*chat, {"role": "assistant", "content": text}], len(chat))
                     for chat, text in zip(chats, texts, strict=True)

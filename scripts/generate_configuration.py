@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 import trainer.run
-from trainer.config import describe
+from trainer.config import describe_field
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEADER = """\
@@ -91,15 +91,15 @@ def settings(cls: type, path: str) -> Iterator[str]:
                 yield f"| `{name}` | a group | choose with `{name}=NAME` | {cell(first_sentence(typing.cast(type, hint)))} |"
             continue
         limits = " and ".join(f"{LIMITS[k]} {v:g}" for k, v in field.metadata.get("limits", {}).items())
-        kind = words(hint) + (f", {limits}" if limits else "")
+        kind = words(field, hint) + (f", {limits}" if limits else "")
         yield f"| `{name}` | {default(field)} | {cell(kind)} | {cell(field.metadata.get('doc', ''))} |"
 
 
-def words(hint: Any) -> str:
-    """A type in words; parts by name, such as rewards, are named as such."""
+def words(field: dataclasses.Field[Any], hint: Any) -> str:
+    """A type or its choices in words; parts by name, such as rewards, are named as such."""
     if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
         return "parts by name"
-    return describe(hint)
+    return describe_field(field, hint)
 
 
 def default(field: dataclasses.Field[Any]) -> str:

@@ -24,7 +24,7 @@ from trainer.config import ConfigError
 from trainer.data.chat import Chat, ChatError, checked, side
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.generation.inference import ChatModel, RewardModel
+from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
 from trainer.models.hf_format import FormatError
 from trainer.rl.judge import Endpoint, JudgeError, compare
@@ -68,7 +68,7 @@ def label(a: argparse.Namespace) -> None:
         while group := list(islice(waiting, a.together)):
             twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
             keys = [(a.seed, n, turn) for n, _, turn in twice]
-            texts = model.answers([p for _, p, _ in twice], sampling, keys)
+            texts = model.complete([p for _, p, _ in twice], sampling, keys)
             pairs = [(first.strip(), second.strip()) for first, second in zip(texts[::2], texts[1::2], strict=True)]
             differ = [i for i, (first, second) in enumerate(pairs) if first != second and first and second]
             found = judge([group[i][1] for i in differ], [pairs[i] for i in differ])
@@ -91,7 +91,7 @@ def reward_judge(model: RewardModel):  # type: ignore[no-untyped-def]
 
     def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, float]]]:
         chats = [Chat([*p, *said(text)], len(p)) for p, both in zip(prompts, pairs, strict=True) for text in both]
-        scores, found = model.scores(chats), []
+        scores, found = model.score(chats), []
         for both in zip(scores[::2], scores[1::2], strict=True):
             facts = {"score_chosen": max(both), "score_rejected": min(both)}
             found.append((None if both[0] == both[1] else int(both[1] > both[0]), facts))

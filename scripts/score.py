@@ -20,7 +20,7 @@ from trainer.config import ConfigError
 from trainer.data.chat_data import ChatData
 from trainer.data.sources import DataError, Source
 from trainer.data.templates import TemplateError
-from trainer.generation.inference import RewardModel
+from trainer.generation.pretrained import RewardModel
 from trainer.models.hf_format import FormatError
 
 TOGETHER = 16
@@ -46,7 +46,7 @@ def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     chats = ChatData(train=[str(a.answers)]).chats(Source(str(a.answers)))
     rows = zip(Source(str(a.answers)).rows(), chats, strict=True)
     while group := list(islice(rows, TOGETHER)):
-        scores = model.scores([chat for _, (_, chat) in group], raw=a.raw)
+        scores = model.score([chat for _, (_, chat) in group], raw=a.raw)
         yield from ((dict(row), score) for ((_, row), _), score in zip(group, scores, strict=True))
 
 

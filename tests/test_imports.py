@@ -76,6 +76,19 @@ def test_no_import_points_up():
     assert upward == []
 
 
+def test_pretraining_imports_no_reward_and_no_http_client():
+    files = {module_name(file): file for file in FILES}
+    reached, waiting = set(), ["trainer.pipelines.pretrain"]
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        waiting += imported(files[name]) if name in files else []
+    assert "torch" in reached
+    assert sorted(name for name in reached if name == "httpx" or name.startswith("trainer.rl")) == []
+
+
 def test_only_the_parallel_package_communicates():
     guilty = [
         f"{module_name(file)} imports {name}"

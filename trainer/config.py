@@ -13,7 +13,7 @@ import difflib
 import enum
 import functools
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -50,14 +50,18 @@ def setting(
     least: float | None = None,
     below: float | None = None,
     most: float | None = None,
+    choices: Mapping[str, Any] | None = None,
 ) -> Any:
     """Declare a field of a schema with its meaning and its range.
 
+    ``choices``: a registry of which the value is a name. It may grow later: a user's module adds an entry of its own.
     ``above`` and ``below`` are exclusive limits, ``least`` and ``most`` inclusive ones; ``None`` values pass all of them.
     Lists, dicts and dataclasses are given as factories (``list``, ``Batch``).
     """
     limits = {"above": above, "least": least, "below": below, "most": most}
     metadata = {"doc": doc, "limits": {key: limit for key, limit in limits.items() if limit is not None}}
+    if choices is not None:
+        metadata["choices"] = choices
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -104,6 +108,13 @@ def schema_of(node: Any) -> type | None:
     """The dataclass behind a composed node, or None where the node is plain YAML."""
     kind = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
     return getattr(kind, "shadow_of", None)
+
+
+def describe_field(field: dataclasses.Field[Any], hint: Any) -> str:
+    """What a field may hold in words: one of its choices, else its type."""
+    if "choices" not in field.metadata:
+        return describe(hint)
+    return f"one of {', '.join(field.metadata['choices'])}" + (" or null" if _is_optional(hint) else "")
 
 
 def describe(hint: Any) -> str:
@@ -181,6 +192,7 @@ def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -
         else:
             values[name] = _convert(value, hints[name], where, problems)
             problems.extend(_out_of_range(values[name], field, where))
+            problems.extend(_not_a_choice(values[name], field, where))
     if len(problems) > before:
         return None
     built = cls(**values)
@@ -231,6 +243,14 @@ def _out_of_range(value: Any, field: dataclasses.Field[Any], where: str) -> Iter
         ]
         if broken:
             yield f"{where}={number} must be {' and '.join(broken)}"
+
+
+def _not_a_choice(value: Any, field: dataclasses.Field[Any], where: str) -> Iterator[str]:
+    choices = field.metadata.get("choices")
+    if choices is not None and value is not None and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        yield f"{where}={value} is not one of {', '.join(choices)}{hint}"
 
 
 def _unknown(cls: type, path: str, key: str, root: DictConfig) -> str:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from trainer.config import Node, schema, setting
 from trainer.data.corpus import Corpus, Prepared, Prompt
-from trainer.generation.generate import Sampling, generate
+from trainer.generation.completion import Response
+from trainer.generation.generate import generate
+from trainer.generation.sampling import Sampling
 from trainer.metrics import Metrics
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
-from trainer.rl.rewards import Answer
 
 TOGETHER = 32
 """Prompts that are answered at once."""
@@ -34,7 +35,7 @@ class Measured:
 class Answered(NamedTuple):
     """A held-out prompt's completion, whether it came to an end by itself, and its scores by name."""
 
-    answer: Answer
+    answer: Response
     ended: bool
     scores: dict[str, float | None]
 
@@ -138,7 +139,7 @@ class Evaluation(Node):
                     keys=[(seed, n) for n in mine], together=TOGETHER,
                 )  # fmt: skip
             answers = [
-                Answer(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)
+                Response(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)
             ]
             scores = pipeline.judge(models, answers)
         own = [

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.parity.test_transformers import SHAPES, built, perturbed, theirs_of, write
-from trainer.generation.generate import Sampling, generate
+from trainer.generation.generate import generate
+from trainer.generation.sampling import Sampling
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
 

@@ -9,7 +9,8 @@ import torch
 
 from trainer.batch import Documents
 from trainer.functional import logits, logprobs
-from trainer.generation.generate import Sampling, generate
+from trainer.generation.generate import generate
+from trainer.generation.sampling import Sampling
 from trainer.models.architecture import Architecture, Family
 from trainer.models.hf_format import read_architecture, write_model
 from trainer.models.load import Model, ModelLoader

@@ -15,7 +15,7 @@ from tests.command import TINY, Command, metrics
 from trainer.__main__ import composed
 from trainer.checkpoint.folder import FragmentFiles, read_manifest
 from trainer.config import ConfigError
-from trainer.generation.inference import RewardModel
+from trainer.generation.pretrained import RewardModel
 from trainer.generation.scoring import score
 from trainer.rl.experience import Experience
 
@@ -274,7 +274,7 @@ def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["pipeline.advantage=gea"], "pipeline.advantage=gea is not known; use gae, grpo"),
+        (["pipeline.advantage=gea"], "pipeline.advantage=gea is not one of gae, grpo"),
         (["pipeline.rollout.size=20"], "pipeline.rollout.size=20 is not a multiple of batch.size=8; use 16"),
         (["pipeline.advantage=grpo", "pipeline.samples=1"], "pipeline.advantage=grpo needs 2 or more"),
         (["pipeline.critic=reward"], "pipeline.critic=reward needs a reward model in pipeline.reward"),

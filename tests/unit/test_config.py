@@ -1,5 +1,6 @@
 """`parse` sees everything that is wrong at once, and says it in one sentence each."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum, auto
@@ -7,12 +8,15 @@ from enum import StrEnum, auto
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.config import ConfigError, Node, _open, _shadow, parse, setting
+from trainer.config import ConfigError, Node, _open, _shadow, describe_field, parse, setting
 
 
 class Colour(StrEnum):
     red = auto()
     blue = auto()
+
+
+ESTIMATORS = {"mean": 1, "median": 2}
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Outer(Node):
     flag: bool = setting(False, "a flag")
     needed: str = setting(doc="what must be given")
     inner: Inner = setting(Inner)
+    estimator: str | None = setting(None, "an estimator", choices=ESTIMATORS)
 
 
 def composed(**values):
@@ -71,6 +76,17 @@ def test_all_problems_are_shown_together():
 
 def test_a_setting_at_the_wrong_depth_is_found_by_its_name():
     assert problems_of(needed="a", rate=2.0) == ["Outer has no setting 'rate'; did you mean 'inner.rate'?"]
+
+
+def test_a_choice_is_a_name_of_its_registry_even_one_added_later(monkeypatch):
+    assert problems_of(needed="a", estimator="meen") == [
+        "estimator=meen is not one of mean, median; did you mean mean?"
+    ]
+    assert parse(composed(needed="a", estimator="median")).estimator == "median"
+    monkeypatch.setitem(ESTIMATORS, "mine", 3)
+    assert parse(composed(needed="a", estimator="mine")).estimator == "mine"
+    [field] = [f for f in dataclasses.fields(Outer) if f.name == "estimator"]
+    assert describe_field(field, str | None) == "one of mean, median, mine or null"
 
 
 def test_limits_are_inclusive_where_they_say_so():

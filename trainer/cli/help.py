@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config import describe, schema_of
+from trainer.config import describe_field, schema_of
 
 HEADER = """\
 Onecurve: one loop, one checkpoint and one loss curve on any number of ranks.
@@ -55,7 +55,7 @@ def _settings(node: DictConfig, path: str = "") -> Iterator[str]:
         value = raw[field.name] if isinstance(raw, dict) else None
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         limits = " and ".join(f"{_WORDS[kind]} {limit:g}" for kind, limit in field.metadata.get("limits", {}).items())
-        kind = describe(hints[field.name]) + (f" {limits}" if limits else "")
+        kind = describe_field(field, hints[field.name]) + (f" {limits}" if limits else "")
         lead = f"  {path}{field.name}={shown}"
         text = textwrap.wrap(f"{field.metadata.get('doc', '')} [{kind}]", 76)
         yield f"{lead:<42} {text[0]}" if len(lead) < 42 else f"{lead}\n{'':<42} {text[0]}"

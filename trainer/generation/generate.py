@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
+from trainer.generation.completion import Completion
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling
-
-__all__ = ["Completion", "Sampling", "generate", "stream"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What followed a prompt.
-
-    ``ids``: the tokens, a stop token included. ``logprobs``: of each under ``softmax(logits / temperature)`` before any
-    filter, float32; at temperature 0 under the plain softmax. ``ended``: by a stop token rather than by the limit.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    ended: bool
 
 
 def generate(

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.generation.generate import Completion, Sampling
+from trainer.generation.completion import Completion
+from trainer.generation.sampling import Sampling
 
 
 class VLLMSampler:

@@ -14,13 +14,13 @@ from trainer.config import Node
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.diagnostics.first_step import Expectation, finite, something_learnt
+from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.rl.rewards import Answer
 from trainer.tracking.throughput import Stopwatch
 
 
@@ -122,7 +122,7 @@ class Pipeline(Node):
         """Whether a tensor of the trained module belongs to the model that is exported."""
         return True
 
-    def judge(self, models: Models, answers: Sequence[Answer]) -> dict[str, list[float | None]]:
+    def judge(self, models: Models, answers: Sequence[Response]) -> dict[str, list[float | None]]:
         """Scores by name of answers to held-out prompts, of this rank; collective."""
         return {}
 

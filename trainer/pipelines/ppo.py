@@ -18,6 +18,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
 from trainer.diagnostics.first_step import Expectation, finite, same_policy, something_learnt
 from trainer.functional import logprobs_at
+from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
 from trainer.models.architecture import Architecture
@@ -33,7 +34,7 @@ from trainer.rl.advantages import AGGREGATES, KL, Discount
 from trainer.rl.experience import RolloutBatch
 from trainer.rl.learning import Learning
 from trainer.rl.losses import approx_kl, policy_loss, ratios, value_loss
-from trainer.rl.rewards import Answer, Sum
+from trainer.rl.rewards import Sum
 from trainer.rl.rollouts import Judged, Learnable, Rollouts, Sampler
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ class PPO(PolicyGradient):
         metrics.mean("value/clip_fraction", (w * clipped).sum(), w.sum())
         metrics.mean("value/mean", (w * values).sum(), w.sum())
 
-    def judge(self, models: Models, answers: Sequence[Answer]) -> dict[str, list[float | None]]:
+    def judge(self, models: Models, answers: Sequence[Response]) -> dict[str, list[float | None]]:
         assert isinstance(models, Players)
         return models.rewards(answers)
 

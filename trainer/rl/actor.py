@@ -18,7 +18,9 @@ from trainer.data.corpus import Prompt
 from trainer.data.pairs import lay
 from trainer.data.rows import Encoded
 from trainer.functional import logprobs_at
-from trainer.generation.generate import Completion, Sampling, generate
+from trainer.generation.completion import Completion
+from trainer.generation.generate import generate
+from trainer.generation.sampling import Sampling
 from trainer.generation.scoring import in_forwards
 from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.lora import adapters_off

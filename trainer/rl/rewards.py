@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from trainer.config import Node, schema, setting
 from trainer.data.chat import Chat
-from trainer.data.corpus import Prompt, answer_in
+from trainer.data.corpus import answer_in
 from trainer.data.preference_data import encode
 from trainer.data.templates import Template, TemplateError, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.generation.completion import Response
 from trainer.generation.scoring import score
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.load import HEAD, Model, ModelLoader
@@ -33,19 +34,10 @@ class RewardError(RuntimeError):
     """A reward that cannot be had; the message names the row."""
 
 
-class Answer(NamedTuple):
-    """A completion to score: its ids as they were sampled, its text without special tokens, and the number of its row."""
-
-    prompt: Prompt
-    ids: list[int]
-    text: str
-    number: int = -1
-
-
 class Scorer(Protocol):
     """Scores answers of this rank, None for one that has no score; collective."""
 
-    def __call__(self, answers: Sequence[Answer]) -> list[float | None]: ...
+    def __call__(self, answers: Sequence[Response]) -> list[float | None]: ...
 
 
 @dataclass
@@ -107,13 +99,13 @@ class _ModelScorer:
     mean: float
     std: float
 
-    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+    def __call__(self, answers: Sequence[Response]) -> list[float | None]:
         ids = [self._ids(answer) for answer in answers]
         device = distributed.world().device
         with self.computing():
             return [(value - self.mean) / self.std for value in score(self.model, ids, device)]
 
-    def _ids(self, answer: Answer) -> list[int]:
+    def _ids(self, answer: Response) -> list[int]:
         if self.template is None:
             return answer.prompt.ids + answer.ids
         before = answer.prompt.messages or [{"role": "user", "content": answer.prompt.text}]
@@ -151,12 +143,12 @@ class FunctionReward(Reward):
         module, _, name = self.function.rpartition(".")
         function: Callable[..., Any] = getattr(importlib.import_module(module or "builtins"), name)
 
-        def scorer(answers: Sequence[Answer]) -> list[float | None]:
+        def scorer(answers: Sequence[Response]) -> list[float | None]:
             return self._called(function, answers) if answers else []
 
         return scorer
 
-    def _called(self, function: Callable[..., Any], answers: Sequence[Answer]) -> list[float | None]:
+    def _called(self, function: Callable[..., Any], answers: Sequence[Response]) -> list[float | None]:
         try:
             found = self._call(function, answers)
         except Exception as error:
@@ -174,7 +166,7 @@ class FunctionReward(Reward):
             raise RewardError(f"{self.function} gave {count} for {len(answers)} answers from {named(answers[0])} on")
         return [self._number(value, answer) for value, answer in zip(found, answers, strict=True)]
 
-    def _call(self, function: Callable[..., Any], answers: Sequence[Answer]) -> Any:
+    def _call(self, function: Callable[..., Any], answers: Sequence[Response]) -> Any:
         found = function(
             [a.prompt.text for a in answers],
             [a.text for a in answers],
@@ -183,7 +175,7 @@ class FunctionReward(Reward):
         )
         return found.tolist() if hasattr(found, "tolist") else found
 
-    def _number(self, value: Any, answer: Answer) -> float | None:
+    def _number(self, value: Any, answer: Response) -> float | None:
         if value is None:
             return None
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -238,7 +230,7 @@ Say why in a sentence, then end with a grade from 0 to {most} in double brackets
             self.tokens,
         )
 
-        def scorer(answers: Sequence[Answer]) -> list[float | None]:
+        def scorer(answers: Sequence[Response]) -> list[float | None]:
             if not answers:
                 return []
             verdicts = [self.grade(text) for text in endpoint.ask([self._asked(answer) for answer in answers])]
@@ -258,7 +250,7 @@ Say why in a sentence, then end with a grade from 0 to {most} in double brackets
         value = float(found[-1]) / self.most if found else None
         return value if value is not None and value <= 1 else None
 
-    def _asked(self, answer: Answer) -> list[dict[str, Any]]:
+    def _asked(self, answer: Response) -> list[dict[str, Any]]:
         messages = answer.prompt.messages or [{"role": "user", "content": answer.prompt.text}]
         said = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages)
         parts = {"{conversation}": said, "{answer}": answer.text, "{most}": f"{self.most:g}"}
@@ -274,7 +266,7 @@ class Sum:
     parts: Mapping[str, Scorer]
     weights: Mapping[str, float]
 
-    def __call__(self, answers: Sequence[Answer]) -> dict[str, list[float | None]]:
+    def __call__(self, answers: Sequence[Response]) -> dict[str, list[float | None]]:
         """Scores by name, and ``score``: the sum, None where a part of it is missing; collective."""
         found = {name: scorer(answers) for name, scorer in self.parts.items()}
         counted = {name: weight for name, weight in self.weights.items() if weight}
@@ -307,7 +299,7 @@ def exact_match(
     return [value(row, completion) for row, completion in zip(rows, completions, strict=True)]
 
 
-def named(answer: Answer) -> str:
+def named(answer: Response) -> str:
     """Which answer it is, for a message."""
     prompt = answer.prompt.text if len(answer.prompt.text) <= 80 else f"{answer.prompt.text[:77]}..."
     return f"row {answer.number} ({prompt!r})"

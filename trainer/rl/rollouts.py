@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from trainer.data.loader import Prefetched, permuted
-from trainer.generation.generate import Completion
+from trainer.generation.completion import Completion, Response
 from trainer.parallel import distributed
 from trainer.rl.actor import Actor, Group, Reading
 from trainer.rl.experience import Experience, RolloutBatch
-from trainer.rl.rewards import Answer
 from trainer.tracking.throughput import Stopwatch
 
 
@@ -67,7 +66,7 @@ class Rollouts:
         actor: Actor,
         sampler: Sampler,
         prompts: Prefetched,
-        judge: Callable[[Sequence[Answer]], Mapping[str, list[float | None]]],
+        judge: Callable[[Sequence[Response]], Mapping[str, list[float | None]]],
         learn: Callable[[Judged, float], Learnable],
         adapt: Callable[[float, float], float],
         decode: Callable[[Sequence[int]], str],
@@ -185,7 +184,7 @@ class Rollouts:
 
     def _judged(self, groups: list[Group]) -> Judged:
         """Groups of all ranks in their order, judged where they were sampled."""
-        answers = [Answer(g.prompt, c.ids, self.decode(c.ids), g.row) for g in groups for c in g.completions]
+        answers = [Response(g.prompt, c.ids, self.decode(c.ids), g.row) for g in groups for c in g.completions]
         with self.watch.lap("score"):
             scores = self.judge(answers)
             readings = self.actor.read(groups)

@@ -9,8 +9,10 @@ from tests.unit.models.test_transformer import SMALL
 from trainer.batch import Documents
 from trainer.functional import logprobs
 from trainer.generation import decoding
+from trainer.generation.completion import Completion
 from trainer.generation.decoding import Decoding
-from trainer.generation.generate import Completion, Sampling, generate, stream
+from trainer.generation.generate import generate, stream
+from trainer.generation.sampling import Sampling
 from trainer.models.architecture import Family
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP

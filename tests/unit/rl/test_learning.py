@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.data.corpus import Prompt
-from trainer.generation.generate import Completion
+from trainer.generation.completion import Completion
 from trainer.rl.actor import Group, Reading
 from trainer.rl.advantages import AGGREGATES, ESTIMATORS, KL, Discount
 from trainer.rl.learning import Learning, explained_variance

@@ -9,10 +9,11 @@ import pytest
 
 from tests.endpoint import serving
 from trainer.data.corpus import Prompt
-from trainer.rl.rewards import Answer, FunctionReward, JudgeReward, RewardError, Sum, exact_match
+from trainer.generation.completion import Response
+from trainer.rl.rewards import FunctionReward, JudgeReward, RewardError, Sum, exact_match
 
 ANSWERS = [
-    Answer(Prompt([1], f"question {n}", row={"ideal": [str(n)]}), [2, 3], str(n) if n != 1 else "no", n)
+    Response(Prompt([1], f"question {n}", row={"ideal": [str(n)]}), [2, 3], str(n) if n != 1 else "no", n)
     for n in range(3)
 ]
 
@@ -101,7 +102,7 @@ def test_a_grade_is_the_last_one_in_brackets_and_anything_else_is_missing():
 
 
 def test_a_judge_sees_conversation_and_answer_and_nothing_is_filled_in_twice():
-    answer = Answer(Prompt([1], "x", messages=[{"role": "user", "content": "say {answer}"}]), [2], "so {most}", 0)
+    answer = Response(Prompt([1], "x", messages=[{"role": "user", "content": "say {answer}"}]), [2], "so {most}", 0)
     with serving(lambda question, before: (200, "[[5]]")) as (url, seen):
         assert graded(judge(url), [answer]) == [0.5]
     question = seen[0][1]["messages"][0]["content"]

@@ -8,7 +8,7 @@ import torch
 from tests.small_world import WORDS, overrides, write_world
 from trainer.__main__ import composed
 from trainer.diagnostics.guard import Guard
-from trainer.generation.generate import Completion
+from trainer.generation.completion import Completion
 from trainer.loop import train
 from trainer.parallel import distributed
 from trainer.pipelines.base import Plan

@@ -60,10 +60,10 @@ class ChatModel:
                 yield whole[len(shown) :]
                 shown = whole
 
-    def answers(
+    def complete(
         self, conversations: Sequence[Messages], sampling: Sampling, keys: Sequence[tuple[int, ...]]
     ) -> list[str]:
-        """An answer to each conversation; what is drawn depends on its key, not on what is answered together."""
+        """An answer to each conversation; what is drawn depends on its key, not on what is decoded with it."""
         prompts = [self.template.prompt(messages) for messages in conversations]
         found = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
         return [self.tokenizer.decode(completion.ids) for completion in found]
@@ -95,7 +95,7 @@ class RewardModel:
         template = open_template(None, tokenizer)
         return cls(_on_device(model), tokenizer, template, usual.get("mean", 0.0), usual.get("std", 0.0) or 1.0)
 
-    def scores(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
+    def score(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
         """The score of each conversation's last answer, in deviations from the mean unless ``raw``.
 
         Raises:
