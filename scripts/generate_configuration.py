@@ -7,6 +7,7 @@ python scripts/generate_configuration.py --check  only say whether it is up to d
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -113,8 +114,9 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def first_sentence(cls: type) -> str:
-    """The summary line of a docstring."""
-    return (cls.__doc__ or "").strip().splitlines()[0]
+    """The summary line of a docstring; a reference to a page of docs/ becomes a link from this one."""
+    line = (cls.__doc__ or "").strip().splitlines()[0]
+    return re.sub(r"docs/((\w+)\.md#([\w-]+))", r"[\2: \3](\1)", line)
 
 
 def cell(text: str) -> str:

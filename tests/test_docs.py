@@ -55,6 +55,55 @@ def test_links_between_pages_lead_somewhere(page):
     assert [link for link in linked if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_is_listed(page):
+    assert page.name == "README.md" or f"({page.name})" in (DOCS / "README.md").read_text(encoding="utf-8")
+
+
+def sources() -> list[Path]:
+    """Every text file of the repository that a reader may start from."""
+    folders = ("trainer", "tests", "docs", "configs", "scripts", "launch")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".md", ".yaml", ".sh")]
+    return [*files, *ROOT.glob("*.md")]
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_reference_to_a_section_leads_to_its_heading():
+    references = [
+        (file, page, anchor)
+        for file in sources()
+        for page, anchor in re.findall(r"\b([\w/-]+\.md)#([\w-]+)", file.read_text(encoding="utf-8"))
+    ]
+    folder = {file: file.parent if file.suffix == ".md" else ROOT for file, _, _ in references}
+    broken = [
+        f"{file.relative_to(ROOT)}: {page}#{anchor}"
+        for file, page, anchor in references
+        if not (folder[file] / page).is_file() or anchor not in headings(folder[file] / page)
+    ]
+    assert broken == []
+    assert len(references) > 20, "the docstrings of losses and pipelines point to docs/algorithms.md"
+
+
+def test_links_inside_a_page_lead_to_its_headings():
+    own = [
+        (page, anchor) for page in PAGES for anchor in re.findall(r"\]\(#([\w-]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert [(page.name, anchor) for page, anchor in own if anchor not in headings(page)] == []
+
+
+def test_no_reference_leads_out_of_the_repository():
+    """Codes such as G5 in brackets belonged to a list of invariants that was never published."""
+    unpublished = re.compile(r"ALGORITHMS[,.]|\([PDSGR][1-9]\)")
+    assert [
+        f"{file.relative_to(ROOT)}" for file in sources() if unpublished.search(file.read_text(encoding="utf-8"))
+    ] == []
+
+
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
 def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch):
     """Scripts are there, and every override of a run is a setting that exists, with a value that it takes."""

@@ -75,7 +75,7 @@ def optimizer_step(
     key: tuple[int, ...] = (),
     own: OwnTime | None = None,
 ) -> dict[str, Tensor]:
-    """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (ALGORITHMS, section 0).
+    """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (docs/algorithms.md#weighting).
 
     ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
     ``own``: measures this rank's own time, which is compared with that of the others.

@@ -258,7 +258,7 @@ def test_a_reward_model_scores_what_was_sampled_and_the_critic_begins_from_it(
         ids = [[*prompt.tolist(), *ids.tolist()] for prompt, ids in zip(prompts, completions, strict=True)]
         alone = score(reward.model, ids, torch.device("cpu"))
     given = [row["score"] for row in samples(tmp_path) if row["step"] == 1]
-    # The ids that were sampled, not their text encoded again (P3).
+    # The ids that were sampled, not their text encoded again (docs/algorithms.md#ppo).
     assert given == pytest.approx([(value - reward.mean) / reward.std for value in alone], rel=1e-4, abs=1e-4)
     assert found[0]["objective/score"] == pytest.approx(np.mean(given), rel=1e-5)
     assert found[0]["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)

@@ -113,7 +113,7 @@ def ends_learnt(batches: Sequence[Any], stops: Sequence[int]) -> Expectation:
 
 
 def same_policy(compute: Compute) -> Iterator[Expectation]:
-    """PPO's first mini-batch, where the policy that learns is the one that sampled: ratio 1, nothing clipped, no KL (P1)."""
+    """PPO's first mini-batch, where the policy that learns is the one that sampled: ratio 1, nothing clipped, no KL."""
     tolerance = TOLERANCE[compute]
     remedy = (
         "old and new log-probabilities must come from the same ids, the same temperature and a model without dropout; "

@@ -78,7 +78,7 @@ def parameters_of(a: Architecture) -> int:
 
 
 def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer state on a rank (ALGORITHMS, section 5).
+    """Bytes of parameters, gradients and optimizer state on a rank (docs/algorithms.md#memory).
 
     bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second

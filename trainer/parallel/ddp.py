@@ -55,7 +55,7 @@ class ReplicatedEngine(Engine):
         metrics = Metrics()
         self.model.train()
         self._weighed = weight > 0
-        # DDP averages over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0 (G5).
+        # DDP averages over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0.
         factor = self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
         if self.ranks > 2 and not self._warm:
             self._warm_up(loss_of, micro_batches[0])

@@ -53,8 +53,8 @@ class Engine(ABC):
     def accumulate(self, loss_of: LossOf, micro_batches: Sequence[Batch], weight: Tensor) -> Metrics:
         """Add up the gradient of ``sum(loss) / weight`` over micro-batches and ranks.
 
-        ``loss_of`` returns a sum over its micro-batch; ``weight`` is the global weight (ALGORITHMS, section 0). Gradients
-        are exchanged with the last micro-batch only.
+        ``loss_of`` returns a sum over its micro-batch; ``weight`` is the global weight (docs/algorithms.md#weighting).
+        Gradients are exchanged with the last micro-batch only.
         """
 
     @abstractmethod

@@ -129,7 +129,7 @@ class LabelledAnswers:
 
     @classmethod
     def known(cls, policy: Reads, reference: Reads, batches: Iterable[Any]) -> dict[str, Tensor]:
-        """The mean log-ratio of mismatched answers over all micro-batches and ranks (ALGORITHMS, section 3)."""
+        """The mean log-ratio of mismatched answers over all micro-batches and ranks (docs/algorithms.md#kto)."""
         total: Tensor | None = None
         for batch in batches:
             other = batch.mismatched

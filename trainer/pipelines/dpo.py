@@ -45,7 +45,7 @@ class Reference(StrEnum):
 @schema("pipeline/dpo")
 @dataclass
 class DPO(Pipeline):
-    """A loss of log-probabilities of answers, in pairs or single (ALGORITHMS, section 3)."""
+    """A loss of log-probabilities of answers, in pairs or single (docs/algorithms.md#preferences)."""
 
     learning_rate: ClassVar[float] = 1e-6
 
@@ -136,7 +136,7 @@ class DPO(Pipeline):
     def expected(
         self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
     ) -> Iterator[Expectation]:
-        """A policy that is its own reference prefers nothing yet: the loss of a margin of 0, ln 2 for sigmoid (D1)."""
+        """A policy that is its own reference prefers nothing yet: the loss of a margin of 0, ln 2 for sigmoid."""
         yield from super().expected(load, models, engine, micro_batches)
         moved = getattr(load.adapter, "path", None) is not None and self.reference is not Reference.precomputed
         dropped = getattr(load.adapter, "dropout", 0.0) > 0

@@ -51,7 +51,7 @@ class Players(Models):
 @schema("pipeline/ppo")
 @dataclass
 class PPO(PolicyGradient):
-    """Clipped policy gradients on rollouts (ALGORITHMS, section 4; Schulman et al. 2017, arXiv:1707.06347)."""
+    """Clipped policy gradients on rollouts (docs/algorithms.md#ppo; Schulman et al. 2017, arXiv:1707.06347)."""
 
     def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.reference is Reference.model and (self.kl_price or self.kl_loss):
@@ -134,7 +134,7 @@ class PPO(PolicyGradient):
     def expected(
         self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
     ) -> Iterator[Expectation]:
-        """The policy that learns from its first mini-batch is still the one that sampled it (P1)."""
+        """The policy that learns from its first mini-batch is still the one that sampled it."""
         yield finite()
         learnt = something_learnt(micro_batches)
         if learnt.measured:

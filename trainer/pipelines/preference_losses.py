@@ -1,4 +1,4 @@
-"""Losses over pairs of answers or single ones: pure functions of log-probabilities, by name (ALGORITHMS, section 3)."""
+"""Losses of pairs of answers or single ones: functions of log-probabilities, by name (docs/algorithms.md#preferences)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from trainer.pipelines.base import Models, Pipeline
 @schema("pipeline/pretrain")
 @dataclass
 class Pretrain(Pipeline):
-    """Next-token prediction (ALGORITHMS, section 1)."""
+    """Next-token prediction (docs/algorithms.md#language-modelling)."""
 
     learning_rate: ClassVar[float] = 3e-4
 
@@ -53,7 +53,7 @@ class Pretrain(Pipeline):
             yield plausible(load.architecture.vocab_size)
 
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
-        """``loss`` in nats per token without regularisers, and ``bits_per_byte``: nll / (ln 2 * bytes) (S5)."""
+        """``loss`` in nats per token without regularisers, and ``bits_per_byte``: nll / (ln 2 * bytes)."""
         read = partial(cross_entropy, targets=batch.targets, mask=batch.mask)
         loss, _, _ = models.trained(batch.tokens, batch.documents, read)
         sizes = models.tokenizer.token_bytes().to(batch.targets.device)[batch.targets]

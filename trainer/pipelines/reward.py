@@ -22,7 +22,7 @@ from trainer.pipelines.base import Models, Pipeline
 @schema("pipeline/reward")
 @dataclass
 class Reward(Pipeline):
-    """Bradley-Terry on the scores of last tokens (ALGORITHMS, section 2; Ouyang et al. 2022, arXiv:2203.02155)."""
+    """Bradley-Terry on the scores of last tokens (docs/algorithms.md#reward-model; Ouyang et al. 2022, arXiv:2203.02155)."""
 
     learning_rate: ClassVar[float] = 1e-5
     scores: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class Reward(Pipeline):
         return (losses * batch.kept).sum(), report(scores.detach(), batch)
 
     def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
-        """Mean and standard deviation of every training score; collective (R3)."""
+        """Mean and standard deviation of every training score; collective."""
         if not self.normalize:
             return {}
         world, metrics = distributed.world(), Metrics()

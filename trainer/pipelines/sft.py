@@ -22,14 +22,14 @@ from trainer.pipelines.pretrain import Pretrain
 @schema("pipeline/sft")
 @dataclass
 class SFT(Pretrain):
-    """Next-token prediction on the tokens that the data's mask names (ALGORITHMS, section 1)."""
+    """Next-token prediction on the tokens that the data's mask names (docs/algorithms.md#language-modelling)."""
 
     learning_rate: ClassVar[float] = 2e-5
 
     def expected(
         self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
     ) -> Iterator[Expectation]:
-        """Also that the end of an answer is learnt (S2)."""
+        """Also that the end of an answer is learnt."""
         yield from super().expected(load, models, engine, micro_batches)
         yield ends_learnt(micro_batches, models.tokenizer.stops)
 

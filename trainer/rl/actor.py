@@ -111,7 +111,7 @@ class Actor:
     base_is_reference: bool = False
 
     def sample(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int, ...]]) -> list[Completion]:
-        """Completions of this rank's prompts. Inside, ranks need not keep step; collective at both ends (P6)."""
+        """Completions of this rank's prompts. Inside, ranks need not keep step; collective at both ends."""
         with self.engine.evaluating(), self.engine.gathered(only=of_policy) as module:
             return generate(
                 module, prompts, self.settings.sampling, stops=self.stops, keys=keys, together=self.settings.together

@@ -1,4 +1,4 @@
-"""How much better each token was than expected: pure functions of rewards and values (ALGORITHMS, section 4).
+"""How much better each token was than expected: pure functions of rewards and values (docs/algorithms.md#advantages).
 
 Completions are ragged: tensors over all tokens ``(N,)`` lie end to end, ``lengths`` ``(C,)`` says how many are whose. With
 groups, ``samples`` completions in a row answer the same prompt.
@@ -33,7 +33,7 @@ class Rewards:
 
     @property
     def tokens(self) -> Tensor:
-        """The rewards of tokens ``(N,)``: penalties, and on a completion's last token its score too (P4)."""
+        """The rewards of tokens ``(N,)``: penalties, and on a completion's last token its score too."""
         whole = self.penalties.clone()
         last = self.lengths.cumsum(0) - 1
         whole[last] += torch.nan_to_num(self.scores)

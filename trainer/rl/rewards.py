@@ -61,9 +61,7 @@ class ModelReward(Reward):
     """The score of a reward model at the answer's last token."""
 
     path: str = setting(doc="a folder that pipeline=reward exported, or any with a head of one label")
-    normalize: bool = setting(
-        True, "in deviations from the mean of its training scores, where the folder knows them (R3)"
-    )
+    normalize: bool = setting(True, "in deviations from the mean of its training scores, where the folder knows them")
 
     def problems(self) -> Iterator[str]:
         try:

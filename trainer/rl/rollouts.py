@@ -125,7 +125,7 @@ class Rollouts:
         self.experience = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What of this iteration is still to be learnt from (P7)."""
+        """What of this iteration is still to be learnt from."""
         return {} if self.experience is None else self.experience.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -55,7 +55,7 @@ def test_losses_without_a_reference_are_what_was_worked_out_by_hand():
 
 
 def in_numpy(name: str, c, r, mean_c, mean_r, ratio_c, ratio_r, mean_ratio_c, mean_ratio_r, beta, smoothing, gamma):
-    """The table of ALGORITHMS.md once more, naively."""
+    """The table of docs/algorithms.md#preferences once more, naively."""
 
     def sigma(x):
         return 1 / (1 + np.exp(-x))

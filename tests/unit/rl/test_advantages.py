@@ -1,4 +1,4 @@
-"""Advantages, by hand and against a plain NumPy reference on ragged batches (P5)."""
+"""Advantages, by hand and against a plain NumPy reference on ragged batches (docs/algorithms.md#advantages)."""
 
 import numpy as np
 import pytest
