@@ -94,7 +94,7 @@ class BatchSizes(Node):
 
 
 class Direction(StrEnum):
-    """Which end of the objective is the better one."""
+    """Which end of the metric is the better one."""
 
     minimize = "minimize"
     maximize = "maximize"
@@ -108,7 +108,8 @@ class Sweep(Node):
     ranks: int = setting(
         1, "ranks of a point on this machine; a point that is a job of its own has one a task", least=1
     )
-    direction: Direction = setting(Direction.minimize, "which end of objective is the better one")
+    metric: str = setting("eval/loss", "the metric that points are compared by, at the end of each")
+    direction: Direction = setting(Direction.minimize, "which end of the metric is the better one")
 
 
 @schema("run")
@@ -143,7 +144,6 @@ class Run(Node):
     export: Export = setting(Export)
     tracking: Tracking = setting()
     profile: Profile = setting(Profile)
-    objective: str = setting("eval/loss", "the metric that a sweep compares its points by, at the end of each")
     sweep: Sweep = setting(Sweep)
     preflight: bool = setting(True, "several ranks: check first that software, settings, clocks, sums and room fit")
     estimate: bool = setting(False, "say what memory and time a rank would need, and run nothing")

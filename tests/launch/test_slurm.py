@@ -152,7 +152,7 @@ def test_a_sweep_of_jobs_of_two_ranks_outlives_a_point_that_crashes(cluster, wor
     assert done.returncode == 0, done.stdout + done.stderr
     points = json.loads((work / "sweep" / "sweep.json").read_text())["points"]
     assert [p["status"] for p in points] == ["done", "done", "failed (1)", "failed (1)"]
-    assert points[0]["objective"] < points[1]["objective"]
+    assert points[0]["value"] < points[1]["value"]
     for point in points[:2]:
         record = (work / point["run_dir"] / "config.yaml").read_text()
         assert "ranks: 2" in record

@@ -24,15 +24,15 @@ def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_sweep_of_two_points_compares_what_is_done_and_skips_it_the_next_time(tmp_path):
-    command = [*RUN, "batch.size=8,7", "hydra.sweep.dir=sweep", "objective=loss"]
+    command = [*RUN, "batch.size=8,7", "hydra.sweep.dir=sweep", "sweep.metric=loss"]
     done = multirun(tmp_path, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     good, bad = facts["points"]
-    assert (facts["objective"], facts["direction"]) == ("loss", "minimize")
-    assert (good["status"], bad["status"], bad["objective"]) == ("done", "refused", None)
+    assert (facts["metric"], facts["direction"]) == ("loss", "minimize")
+    assert (good["status"], bad["status"], bad["value"]) == ("done", "refused", None)
     lines = (tmp_path / good["run_dir"] / "metrics.jsonl").read_text().splitlines()
-    assert good["objective"] == [values["loss"] for values in map(json.loads, lines) if "loss" in values][-1]
+    assert good["value"] == [values["loss"] for values in map(json.loads, lines) if "loss" in values][-1]
     assert good["run_dir"] == f"sweep/{sweep.digest(good['overrides'])}"
     assert "group: sweep" in (tmp_path / good["run_dir"] / "config.yaml").read_text()
     log = tmp_path / "sweep" / "logs" / Path(bad["run_dir"]).name / "rank0.log"
@@ -63,7 +63,7 @@ def test_a_search_goes_on_after_trials_that_die_or_have_no_number(tmp_path):
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "odd.yaml").write_text("defaults: [/schema/pipeline/odd@_here_, _self_]\n")
     done = multirun(
-        tmp_path, "--config-dir", "conf", "imports=[odd]", "pipeline=odd", *TINY, "steps=2", "objective=height",
+        tmp_path, "--config-dir", "conf", "imports=[odd]", "pipeline=odd", *TINY, "steps=2", "sweep.metric=height",
         "sweep.direction=maximize", "hydra/sweeper=search", "hydra.sweeper.n_trials=6", "hydra.sweep.dir=sweep",
         "hydra.sweeper.sampler.seed=7",  # two trials of each kind; the default seed draws no NaN
         "pipeline.odd=choice(0,1,2)", "pipeline.height=interval(1.0,2.0)",
@@ -72,7 +72,7 @@ def test_a_search_goes_on_after_trials_that_die_or_have_no_number(tmp_path):
     points = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
     assert len(points) == 6
     assert {p["status"] for p in points} == {"done", "failed (SIGKILL)", "not finite"}
-    heights = [p["objective"] for p in points if p["status"] == "done"]
+    heights = [p["value"] for p in points if p["status"] == "done"]
     assert heights == sorted(heights, reverse=True)
     assert all(1 <= height <= 2 for height in heights)
     assert f"Best value: {heights[0]}" in done.stdout

@@ -29,7 +29,7 @@ BESIDE = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
     "evaluation", "export", "profile", "watchdog", "preflight",
-    "estimate", "objective", "sweep", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step",
+    "estimate", "sweep", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step",
     "model.compile",
     "model.activation_checkpointing",
 )  # fmt: skip

@@ -4,7 +4,7 @@ Hydra composes the points and calls `point` for each: one after the other here, 
 that fails is reported and counts as the worst; it does not end the sweep. The same command again skips what is done.
 
     runs/sweeps/<digest of the command>/
-      sweep.json            a line of facts for every point: overrides, status, objective, run_dir
+      sweep.json            a line of facts for every point: overrides, status, value, run_dir
       <digest>/             the run of a point; the digest is that of its overrides
       logs/<digest>/        rank<n>.log
 """
@@ -39,7 +39,7 @@ from trainer.checkpoint import run_folder
 from trainer.parallel.environment import Place, place, variables
 
 WORST = 1e30
-"""What an optimiser is told of a point without an objective: large, but finite, or the search would end."""
+"""What an optimiser is told of a point without a value: large, but finite, or the search would end."""
 GRACE = 15.0
 """Seconds in which the other ranks of a point that failed may say what they saw."""
 PLUGINS = {
@@ -55,14 +55,14 @@ PLUGINS = {
 class Point:
     """What became of a point.
 
-    ``status``: running, done, stopped, refused, failed, lost, or why it has no objective. ``finished``: the run came to its
+    ``status``: running, done, stopped, refused, failed, lost, or why it has no value. ``finished``: the run came to its
     end, so that the same command again skips it.
     """
 
     number: int
     overrides: list[str]
     status: str
-    objective: float | None
+    value: float | None
     metric: str
     direction: str
     run_dir: str
@@ -97,7 +97,7 @@ def digest(overrides: Sequence[str]) -> str:
 
 
 def point(cfg: DictConfig) -> float:
-    """Carry out one point in processes of its own; gives its objective, or the worst where it has none.
+    """Carry out one point in processes of its own; gives its value of the metric, or the worst where it has none.
 
     Hydra calls it, in a job of several tasks on each of them.
     """
@@ -108,11 +108,11 @@ def point(cfg: DictConfig) -> float:
     worst = WORST if direction == "minimize" else -WORST
     record = sweep / "points" / f"{name}.json"
     if record.is_file() and (held := json.loads(record.read_text()))["finished"]:
-        return worst if held["objective"] is None else float(held["objective"])
+        return worst if held["value"] is None else float(held["value"])
     run_dir, logs = sweep / name, sweep / "logs" / name
     for folder in (record.parent, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    found = Point(int(here.job.num), overrides, "running", None, str(cfg.objective), direction, str(run_dir))
+    found = Point(int(here.job.num), overrides, "running", None, str(cfg.sweep.metric), direction, str(run_dir))
     _note(record, found)
     command = [sys.executable, "-m", "trainer", *_folders(here), *overrides, f"run_dir={run_dir}"]
     if not any(override.startswith("tracking.wandb.group=") for override in overrides):
@@ -126,13 +126,13 @@ def point(cfg: DictConfig) -> float:
         _note(record, found)
         _continue_later(json.loads(marker.read_text())["reason"])
     found.finished = code == 0
-    found.status, found.objective = _outcome(code, run_dir / "metrics.jsonl", str(cfg.objective))
+    found.status, found.value = _outcome(code, run_dir / "metrics.jsonl", found.metric)
     _note(record, found)
-    shown = "" if found.objective is None else f", {cfg.objective} {found.objective:.6g}"
+    shown = "" if found.value is None else f", {found.metric} {found.value:.6g}"
     if place().rank == 0:
         see = "" if found.status == "done" else f"; see {logs}"
         print(f"point {found.number}: {found.status}{shown} ({found.seconds:.0f} s){see}", flush=True)
-    return worst if found.objective is None else found.objective
+    return worst if found.value is None else found.value
 
 
 def summary(folder: Path, command: Sequence[str]) -> int:
@@ -140,22 +140,20 @@ def summary(folder: Path, command: Sequence[str]) -> int:
     points = [Point(**json.loads(file.read_text())) for file in sorted((folder / "points").glob("*.json"))]
     if not points:
         return 0
-    objective, direction = points[0].metric, points[0].direction
+    metric, direction = points[0].metric, points[0].direction
     sign = 1 if direction == "minimize" else -1
-    points.sort(key=lambda p: (p.objective is None, sign * (p.objective or 0.0), p.number))
+    points.sort(key=lambda p: (p.value is None, sign * (p.value or 0.0), p.number))
     for lost in (p for p in points if p.status == "running"):
         lost.status = "lost"  # whoever ran it ended without a word
-    facts = {"sweep": folder.name, "command": shlex.join(command), "objective": objective, "direction": direction}
+    facts = {"sweep": folder.name, "command": shlex.join(command), "metric": metric, "direction": direction}
     unfinished = folder / "sweep.json.partial"
     unfinished.write_text(json.dumps({**facts, "points": [asdict(p) for p in points]}, indent=1) + "\n")
     unfinished.replace(folder / "sweep.json")
     shared = set.intersection(*(set(p.overrides) for p in points)) if len(points) > 1 else set()
-    table = rich.table.Table(
-        "point", "overrides", "status", objective, "run_dir", title=f"{folder}: {direction} {objective}"
-    )
+    table = rich.table.Table("point", "overrides", "status", metric, "run_dir", title=f"{folder}: {direction} {metric}")
     for p in points:
         own = " ".join(override for override in p.overrides if override not in shared)
-        table.add_row(str(p.number), own, p.status, "" if p.objective is None else f"{p.objective:.6g}", p.run_dir)
+        table.add_row(str(p.number), own, p.status, "" if p.value is None else f"{p.value:.6g}", p.run_dir)
     console = rich.console.Console(highlight=False)
     # A log file has no width, and a folder's name that is cut is of no use.
     console = console if console.is_terminal else rich.console.Console(highlight=False, width=200)
@@ -229,16 +227,16 @@ def _continue_later(reason: str) -> None:
     time.sleep(3600)  # until the job is ended: a task that returned would count as finished
 
 
-def _outcome(code: int, metrics: Path, objective: str) -> tuple[str, float | None]:
-    """Status and objective of a point whose processes ended with ``code``."""
+def _outcome(code: int, metrics: Path, metric: str) -> tuple[str, float | None]:
+    """Status and value of a point whose processes ended with ``code``."""
     if code:
         return "refused" if code == 2 else f"failed ({signal.Signals(-code).name if code < 0 else code})", None
     for line in reversed(metrics.read_text().splitlines()):
         values = json.loads(line)
-        if objective in values:
-            value = float(values[objective])
+        if metric in values:
+            value = float(values[metric])
             return ("done", value) if math.isfinite(value) else ("not finite", None)
-    return f"no metric {objective}", None
+    return f"no metric {metric}", None
 
 
 def _direction(here: Any, cfg: DictConfig) -> str:
