@@ -52,7 +52,7 @@ from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
 from trainer.tinyworld.data import TinyWorldData
 from trainer.tracking.profiling import Profile
-from trainer.tracking.progress import Logged, Seen
+from trainer.tracking.progress import PendingStep, TokenCounter
 from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
 
@@ -249,7 +249,11 @@ def run(cfg: Run) -> dict[str, float]:
         models.trained = engine.model
         watchdog.started()
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
-        guard, seen, watch = Guard(cfg.guard, world.device), Seen(world.device), Stopwatch(world.device, watchdog)
+        guard, seen, watch = (
+            Guard(cfg.guard, world.device),
+            TokenCounter(world.device),
+            Stopwatch(world.device, watchdog),
+        )
         plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, cfg.seed, watch)
         batches = cfg.pipeline.batches(models, engine, corpus, plan)
         work.callback(batches.close)
@@ -263,7 +267,7 @@ def run(cfg: Run) -> dict[str, float]:
             seed=cfg.seed, first=done + 1, last=last, accumulate=cfg.batch.size // (cfg.batch.micro * world.size),
         )  # fmt: skip
         speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
-        readback: Readback[Logged] = Readback()
+        readback: Readback[PendingStep] = Readback()
         stop = stopping.Agreement(cfg.checkpoint.before_deadline)
         straggler = Straggler(hosts)
         with (
@@ -275,7 +279,7 @@ def run(cfg: Run) -> dict[str, float]:
 
             expected: list[Expectation] = []
 
-            def log(arrived: list[tuple[dict[str, float], Logged]]) -> None:
+            def log(arrived: list[tuple[dict[str, float], PendingStep]]) -> None:
                 for values, step in arrived:
                     stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
@@ -291,14 +295,14 @@ def run(cfg: Run) -> dict[str, float]:
                     found = cfg.evaluation.measure(cfg.pipeline, models, engine, corpus.heldout, cfg.batch.micro)
                     judged, samples = cfg.evaluation.answer(cfg.pipeline, models, engine, corpus, number, cfg.seed)
                 tracker.log(number, {**{name: float(value) for name, value in found.values.items()}, **judged})
-                tracker.units(number, found.units)
-                tracker.texts(number, "errors", found.errors)
-                tracker.texts(number, "samples", samples)
+                tracker.histograms(number, found.units)
+                tracker.table(number, "errors", found.errors)
+                tracker.table(number, "samples", samples)
                 tracker.report()
 
             def save(number: int) -> None:
                 log(readback.flush())
-                tracker.settle()
+                tracker.sync()
                 with watch.lap("checkpoint"):
                     checkpoints.save(number)
 
@@ -308,13 +312,14 @@ def run(cfg: Run) -> dict[str, float]:
                 watchdog.done(step.number, engine)
                 profiler.done(step.number)
                 checkpoints.advance()
-                tracker.texts(step.number, "samples", step.shown)
+                tracker.table(step.number, "samples", step.shown)
                 if step.number == 1:
                     expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
                 log(
                     readback.push(
-                        values, Logged.of(step.number, step.micro_batches, cfg.base_lr * schedule(step.number), speed)
+                        values,
+                        PendingStep.of(step.number, step.micro_batches, cfg.base_lr * schedule(step.number), speed),
                     )
                 )
                 stopped = stop.reached and step.number < last

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""The console: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 5.0
 
 
 class Console:
-    """Shows rate, loss and the time that is left; evaluations and samples as lines of their own."""
+    """A sink that shows speed, loss and remaining time; evaluations and samples get lines of their own."""
 
     def __init__(self, name: str, done: int, last: int) -> None:
         self.last, self.done = last, done
@@ -33,30 +33,32 @@ class Console:
         if done:
             self.say(f"{name}: continuing after step {done} of {last}")
         if self._console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-                       TimeElapsedColumn(), TimeRemainingColumn()]  # fmt: skip
+            figures = TextColumn("{task.fields[figures]}")
+            times = (TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, *times)
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task(name, total=last, completed=done, said="")
+            self._task = self._bar.add_task(name, total=last, completed=done, figures="")
             self._bar.start()
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
-            self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
+            if values:  # an evaluation may have none, as of a pipeline without a held-out loss
+                self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
             return
-        said = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, said=said)
+            self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()
         if now - self._shown >= SECONDS or step in (self.done + 1, self.last):
             self._shown = now
             left = (now - self._started) / max(1, step - self.done) * (self.last - step)
-            print(f"step {step}/{self.last}  {said}  mfu {values['mfu']:.1%}  {_clock(left)} left", flush=True)
+            print(f"step {step}/{self.last}  {figures}  mfu {values['mfu']:.1%}  {_clock(left)} left", flush=True)
 
-    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         pass  # a line of numbers has no room for them
 
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.say(f"{name} after step {step}: {_sample(rows[0])[:200]!r}")
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from trainer.batch import Batch
 from trainer.tracking.throughput import Speed, Timing
 
 
-class Seen:
+class TokenCounter:
     """Tokens learnt from since the beginning of the run, counted on the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -32,8 +32,15 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Logged:
-    """What the host knows of a step whose metrics are still on the device."""
+class PendingStep:
+    """What the host knows of a step whose metrics are still on the device.
+
+    Attributes:
+        number: the step.
+        lr: its learning rate.
+        rows: positions in the data of this rank's rows.
+        timing: the clock since the step before.
+    """
 
     number: int
     lr: float
@@ -41,7 +48,7 @@ class Logged:
     timing: Timing
 
     @classmethod
-    def of(cls, number: int, micro_batches: Sequence[Batch], lr: float, speed: Speed) -> Logged:
+    def of(cls, number: int, micro_batches: Sequence[Batch], lr: float, speed: Speed) -> PendingStep:
         """The rows of this rank's micro-batches, and the clock since the step before."""
         speed.count(sum(batch.pairs for batch in micro_batches))
         rows = [row for batch in micro_batches for row in batch.rows.tolist()]

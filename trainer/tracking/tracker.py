@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, the console, W&B and TensorBoard; the first rank alone writes."""
+"""Where the metrics of a run go: metrics.jsonl, the console, W&B and TensorBoard; the first rank alone writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from trainer.tracking.console import Console
 from trainer.tracking.wandb import BINS, WandB, WandBSink, wandb_mode
 
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
+PROGRESS = "progress.json"
+"""Steps ``done`` when an attempt begins, and its ``last`` one: with metrics.jsonl it tells how far a run is."""
 
 
 @schema("tracking")
 @dataclass
 class Tracking(Node):
-    """Where numbers go besides the console and metrics.jsonl, which are always on."""
+    """Where metrics go besides the console and metrics.jsonl, which are always on."""
 
     every: int = setting(1, "steps between logged ones", least=1)
     wandb: WandB = setting(WandB)
@@ -31,11 +33,11 @@ class Tracking(Node):
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step, the values of many units, and tables of texts by name."""
+    """Takes the scalars of a step, the histogram of a metric over examples, and tables of texts by name."""
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-    def units(self, step: int, name: str, values: Sequence[float]) -> None: ...
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None: ...
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -54,22 +56,22 @@ class JsonLines:
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._folder = folder
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        whole = {name: int(values[name]) for name in COUNTS if name in values}
-        self._metrics.write(json.dumps({"step": step, **values, **whole}) + "\n")
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        counts = {name: int(values[name]) for name in COUNTS if name in values}
+        self._metrics.write(json.dumps({"step": step, **values, **counts}) + "\n")
         self._metrics.flush()
 
-    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         counts, edges = np.histogram(values, bins=BINS)
         line = {"step": step, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
         with (self._folder / "histograms.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with (self._folder / f"{name}.jsonl").open("a") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Wait until what was written is on the disk itself."""
         os.fsync(self._metrics.fileno())
 
@@ -85,14 +87,14 @@ class TensorBoardSink:
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         self._writer.add_histogram(name, np.asarray(values), step, bins=BINS)
 
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         for number, row in enumerate(rows):
             text = f"**{row['prompt']}**{row['completion']}"
             self._writer.add_text(f"{name}/{number}", text, step)
@@ -102,7 +104,16 @@ class TensorBoardSink:
 
 
 class Tracker:
-    """Hands numbers to every sink; on other ranks than the first there is none."""
+    """Hands metrics to every sink; on other ranks than the first there is none.
+
+    Args:
+        config: what is on.
+        folder: the run's.
+        rank: of this process.
+        done: steps that the run has already taken.
+        last: its last step.
+        facts: the record of the run, for W&B.
+    """
 
     def __init__(
         self,
@@ -123,6 +134,7 @@ class Tracker:
             return
         self._lines = JsonLines(folder, done)
         self._sinks = [self._lines]
+        (folder / PROGRESS).write_text(json.dumps({"done": done, "last": last}) + "\n")
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(folder, done))
         mode = wandb_mode(config.wandb.mode)
@@ -135,7 +147,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.settle()
+        self.sync()
         for sink in reversed(self._sinks):
             sink.close()
         if self._report is not None:
@@ -152,16 +164,16 @@ class Tracker:
         self.latest.update(values)
         self._write(number, values)
 
-    def units(self, number: int, found: Mapping[str, Sequence[float]]) -> None:
-        """Log how the values of many units are spread, by metric."""
-        for name, values in found.items():
+    def histograms(self, number: int, by_metric: Mapping[str, Sequence[float]]) -> None:
+        """Log how a metric's values are distributed over examples."""
+        for name, values in by_metric.items():
             for sink in self._sinks:
-                sink.units(number, name, values)
+                sink.histogram(number, name, values)
 
-    def texts(self, number: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, number: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log a table of texts."""
         for sink in self._sinks if rows else ():
-            sink.texts(number, name, rows)
+            sink.table(number, name, rows)
 
     def report(self) -> None:
         """Write ``report.html`` anew, as far as the run has come."""
@@ -174,14 +186,14 @@ class Tracker:
             for line in lines:
                 self._console.say(line)
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Wait until what was logged is on the disk itself: a checkpoint is going to count on it."""
         if self._lines is not None:
-            self._lines.settle()
+            self._lines.sync()
 
     def _write(self, number: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            sink.numbers(number, values)
+            sink.scalars(number, values)
 
 
 def _rewind(file: Path, aside: Path, done: int) -> None:

@@ -28,7 +28,7 @@ LATER = "this attempt is recorded offline and uploaded when the run ends or cont
 
 
 class Mode(StrEnum):
-    """What W&B does with a run."""
+    """Where W&B records a run."""
 
     auto = "auto"
     online = "online"
@@ -45,7 +45,7 @@ class WandB(Node):
     entity: str | None = setting(None, "user or team; null = the key's default")
     group: str | None = setting(None, "what belongs together, such as the runs of a sweep")
     tags: list[str] = setting(list, "labels")
-    patience: float = setting(
+    timeout: float = setting(
         30.0, "seconds to wait for the server, before the run and after it; then go on, and upload later", above=0
     )
 
@@ -53,15 +53,15 @@ class WandB(Node):
 class WandBSink:
     """The same W&B run through all attempts: its id is recorded when the run folder is begun.
 
-    A server that does not answer never stops a run: it is recorded offline then, and uploaded when the run ends or continues.
+    A W&B outage does not interrupt training: the run is recorded offline then, and uploaded when it ends or continues.
     """
 
     def __init__(self, config: WandB, mode: str, folder: Path, facts: Mapping[str, Any]) -> None:
         import wandb
 
-        self._wandb, self._folder, self.patience = wandb, folder, config.patience
+        self._wandb, self._folder, self.timeout = wandb, folder, config.timeout
         self.mode = mode
-        if mode == "online" and not answers(wandb.Settings().base_url, config.patience):
+        if mode == "online" and not is_reachable(wandb.Settings().base_url, config.timeout):
             log.warning("W&B does not answer; %s", LATER)
             self.mode = "offline"
         if self.mode == "online":
@@ -71,16 +71,16 @@ class WandBSink:
         except wandb.errors.CommError as error:
             log.warning("W&B does not answer (%s); %s", str(error).splitlines()[0], LATER)
             # What could not begin still holds the run's id.
-            within(self.patience, wandb.teardown)
+            run_with_timeout(self.timeout, wandb.teardown)
             self.mode = "offline"
             self._run = self._begin(config, folder, facts)
         # A resumed run logs some steps again; on an axis of their own they land where they belong.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self._wanted = mode
+        self._configured_mode = mode
 
     def _begin(self, config: WandB, folder: Path, facts: Mapping[str, Any]) -> Any:
-        settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.patience)
+        settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.timeout)
         return self._wandb.init(
             project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
             name=folder.name, dir=str(folder), mode=cast(Any, self.mode), resume="allow", config=dict(facts),
@@ -89,34 +89,34 @@ class WandBSink:
 
     def catch_up(self) -> None:
         """Upload what attempts have recorded offline, in their order, as far as there is time."""
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + self.timeout
         left = sorted(d for d in (self._folder / "wandb").glob("offline-run-*") if not any(d.glob("*.synced")))
-        reached = bool(left) and answers(self._wandb.Settings().base_url, self.patience)
+        reachable = bool(left) and is_reachable(self._wandb.Settings().base_url, self.timeout)
         for folder in left:
-            if not (reached and uploaded(folder, end - time.monotonic())):
+            if not (reachable and upload(folder, end - time.monotonic())):
                 log.warning("W&B does not answer; %s is uploaded later, or by: wandb sync %s", folder.name, folder)
                 return
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def units(self, step: int, name: str, values: Sequence[float]) -> None:
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         self._run.log({"step": step, f"{name}/histogram": self._wandb.Histogram(list(values), num_bins=BINS)})
 
-    def texts(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(rows[0])
         table = self._wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
         self._run.log({"step": step, name: table})
 
     def close(self) -> None:
-        if not within(self.patience, self._run.finish):
+        if not run_with_timeout(self.timeout, self._run.finish):
             log.warning("W&B does not answer; upload the rest by: wandb sync %s", Path(self._run.dir).parent)
-        elif self._wanted == "online" != self.mode:
+        elif self._configured_mode == "online" != self.mode:
             self.catch_up()
 
 
-def answers(url: str, seconds: float) -> bool:
-    """Whether a server says anything at all."""
+def is_reachable(url: str, seconds: float) -> bool:
+    """Whether a server answers in time, with whatever status."""
     try:
         urllib.request.urlopen(url, timeout=seconds).close()
     except urllib.error.HTTPError:
@@ -126,8 +126,8 @@ def answers(url: str, seconds: float) -> bool:
     return True
 
 
-def uploaded(folder: Path, seconds: float) -> bool:
-    """Whether what was recorded offline could be uploaded in time."""
+def upload(folder: Path, seconds: float) -> bool:
+    """Upload what was recorded offline; False if that failed or took longer than ``seconds``."""
     command = [sys.executable, "-m", "wandb", "sync", str(folder)]
     try:
         return subprocess.run(command, capture_output=True, timeout=max(1.0, seconds)).returncode == 0
@@ -135,8 +135,8 @@ def uploaded(folder: Path, seconds: float) -> bool:
         return False
 
 
-def within(seconds: float, action: Callable[[], object]) -> bool:
-    """Do something that may wait for ever; says whether it was done in time, else it goes on beside the process's end."""
+def run_with_timeout(seconds: float, action: Callable[[], object]) -> bool:
+    """Call ``action`` in a daemon thread and wait ``seconds`` for it; False if it has not returned by then."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -144,11 +144,11 @@ def within(seconds: float, action: Callable[[], object]) -> bool:
 
 
 def wandb_mode(mode: Mode) -> str:
-    """The mode to use: ``WANDB_MODE`` where the configuration says ``auto`` and it is set, else by whether there is a key."""
+    """The mode to use. ``auto`` is ``WANDB_MODE`` where it is set, else online with an API key and offline without one."""
     if mode is not Mode.auto:
         return mode.value
-    if said := os.environ.get("WANDB_MODE"):
-        return said
+    if override := os.environ.get("WANDB_MODE"):
+        return override
     return "online" if os.environ.get("WANDB_API_KEY") or _in_netrc("api.wandb.ai") else "offline"
 
 

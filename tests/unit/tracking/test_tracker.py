@@ -36,7 +36,7 @@ def test_a_line_is_one_step_and_counts_are_whole_numbers(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     with tracker(tmp_path, rank=1) as t:
         t.step(1, STEP)
-        t.texts(1, "samples", [{"prompt": "a", "completion": "b"}])
+        t.table(1, "samples", [{"prompt": "a", "completion": "b"}])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint_and_keeps_
     with tracker(tmp_path) as t:
         for step in (1, 2, 3):
             t.step(step, {**STEP, "loss": float(step)})
-            t.texts(step, "samples", [{"prompt": "a", "completion": str(step)}])
+            t.table(step, "samples", [{"prompt": "a", "completion": str(step)}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     with tracker(tmp_path, done=2) as t:
@@ -79,7 +79,7 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     for done in (0, 1):
         with tracker(tmp_path, done=done, wandb=WandB(mode=Mode.offline)) as t:
             t.step(done + 1, STEP)
-            t.texts(done + 1, "samples", [{"prompt": "a", "completion": "b"}])
+            t.table(done + 1, "samples", [{"prompt": "a", "completion": "b"}])
     kept = sorted(p.name for p in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(kept) == 2
     assert all("-abc123" in name for name in kept)
@@ -93,7 +93,7 @@ def test_a_server_that_does_not_answer_neither_ends_nor_stalls_a_run(tmp_path, m
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        with tracker(tmp_path, wandb=WandB(mode=Mode.online, patience=2)) as t:
+        with tracker(tmp_path, wandb=WandB(mode=Mode.online, timeout=2)) as t:
             t.step(1, STEP)
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
     [kept] = (tmp_path / "wandb").glob("offline-run-*-abc123")
@@ -143,3 +143,18 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path):
         begin(tmp_path / "r", {}, {}, 1),
     ):
         pass
+
+
+def test_a_run_says_its_last_step_as_data(tmp_path):
+    with tracker(tmp_path, done=2):
+        pass
+    assert json.loads((tmp_path / "progress.json").read_text()) == {"done": 2, "last": 9}
+
+
+def test_an_evaluation_without_values_prints_no_empty_line(tmp_path, capsys):
+    with tracker(tmp_path) as t:
+        t.log(0, {})
+        t.log(0, {"eval/loss": 1.5})
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0")] == [
+        "step 0: eval/loss 1.5"
+    ]
