@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit(2)
     except DataError as error:
         sys.exit(f"{error}")
-    print("\n".join(corpus.said))
+    print("\n".join(corpus.summary))
 
 
 if __name__ == "__main__":

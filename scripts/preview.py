@@ -37,7 +37,7 @@ def main() -> None:
     except DataError as error:
         sys.exit(f"{error}")
     console = Console(highlight=False, soft_wrap=True)
-    for line in corpus.said:
+    for line in corpus.summary:
         console.print(line, style="dim", markup=False)
     part = getattr(corpus.train, "parts", [None])[0]
     if part is None:

@@ -129,23 +129,17 @@ class Batch:
 
 
 @dataclass
-class PackedRows(Batch):
-    """Documents packed into rows of equal length; every position is an (input, next token) pair.
+class TokenBatch(Batch):
+    """Rows of tokens that a model reads.
 
-    ``tokens`` ``(B, T)`` int64, ``targets`` ``(B, T)`` int64: the token that follows, ``mask`` ``(B, T)`` float32: 1 where
-    the target counts, 0 for context and padding. ``real``: positions that are not padding, a float64 scalar.
+    ``tokens`` ``(B, T)``: int64 ids.
+    ``documents``: which of them attend to which.
+    ``real``: tokens that are not padding, a float64 scalar.
     """
 
     tokens: Tensor
-    targets: Tensor
-    mask: Tensor
-    documents: Documents
+    documents: Documents | Branches
     real: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """Loss tokens, a float64 scalar (float32 would miscount above 2**24)."""
-        return self.mask.sum(dtype=torch.float64)
 
     @property
     def seen(self) -> Tensor:
@@ -154,3 +148,21 @@ class PackedRows(Batch):
     @property
     def pairs(self) -> int:
         return sum(n * (n + 1) // 2 for n in self.documents.lengths)
+
+
+@dataclass
+class PackedRows(TokenBatch):
+    """Documents packed into rows of equal length; every position is an (input, next token) pair.
+
+    ``targets`` ``(B, T)``: int64, the token that follows each.
+    ``mask`` ``(B, T)``: float32, 1 where the target counts, 0 for context and padding.
+    """
+
+    documents: Documents
+    targets: Tensor
+    mask: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Loss tokens, a float64 scalar (float32 would miscount above 2**24)."""
+        return self.mask.sum(dtype=torch.float64)

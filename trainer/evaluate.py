@@ -82,7 +82,7 @@ class Evaluation(Node):
                 for key, found in _of_units(metrics).items():
                     units.setdefault(f"eval/{key}", []).extend(found.values())
                     for number in sorted(found, key=lambda n: found[n])[: self.errors]:
-                        shown = rows.shown(number, models.tokenizer)
+                        shown = rows.preview(number, models.tokenizer)
                         errors.append({"source": name, "row": number, key: found[number], **shown})
         values.update({f"eval/{key}": v for key, v in distributed.reduce(overall).items()})
         return Measured(values, units, errors)

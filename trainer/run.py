@@ -232,7 +232,7 @@ def run(cfg: Run) -> dict[str, float]:
     loader = cfg.loader(tokenizer)
     corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), cfg.seed)
     made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
-    made_from |= {"statistics": corpus.said, "defaults": run_folder.defaults(cfg)}
+    made_from |= {"statistics": corpus.summary, "defaults": run_folder.defaults(cfg)}
     made_from |= cfg.adapter.made_from(loader.files)
     lineage = ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
@@ -275,7 +275,7 @@ def run(cfg: Run) -> dict[str, float]:
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
             watchdog.phase("step"),  # what lies between the laps of a step: metrics meet there, and asynchronous saves
         ):
-            tracker.say(corpus.said)
+            tracker.say(corpus.summary)
 
             expected: list[Expectation] = []
 

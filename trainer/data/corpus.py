@@ -42,8 +42,8 @@ class Prepared(Protocol):
     def unit(self, number: int, /) -> Any: ...
     def join(self, units: Sequence[Any], numbers: Sequence[int]) -> Batch: ...
     def collate(self, numbers: Sequence[int]) -> Batch: ...
-    def said(self, name: str) -> list[str]: ...
-    def shown(self, number: int, tokenizer: Tokenizer, /) -> dict[str, str]: ...
+    def summary(self, name: str) -> list[str]: ...
+    def preview(self, number: int, tokenizer: Tokenizer, /) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def answer_in(text: str, pattern: str | None) -> str:
 
 @dataclass
 class Corpus:
-    """``train``; ``heldout`` rows by source; ``said``: what preparing them found, a line each, for the log.
+    """``train``; ``heldout`` rows by source; ``summary``: what preparing them found, a line each, for the log.
 
     ``floors``: the lowest value that any model can reach, by metric, where the data's own entropy is known.
     ``prompts``: the first n held-out prompts to answer; none where the data has no such thing. ``fingerprint_of``: of what is
@@ -83,7 +83,7 @@ class Corpus:
 
     train: Train
     heldout: Mapping[str, Prepared]
-    said: list[str]
+    summary: list[str]
     floors: dict[str, float] = field(default_factory=dict)
     prompts: Callable[[int], list[Prompt]] = lambda count: []
     fingerprint_of: str | None = None
@@ -204,7 +204,7 @@ class Files(Data):
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval)}
         parts = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.train)}
         mixture = Mixture(list(parts.values()), [self.weights.get(name, 1.0) for name in parts], seed)
-        return Corpus(mixture, heldout, say(parts) + say(heldout))
+        return Corpus(mixture, heldout, summaries(parts) + summaries(heldout))
 
     def rows(self, source: Source, tokenizer: Tokenizer, length: int) -> Prepared:
         """A source's units, prepared now or before."""
@@ -232,7 +232,7 @@ class TextData(Files):
         if not self.streaming:
             return super().open(tokenizer, length, seed)
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval)}
-        return Corpus(Stream(self.sources(self.train), tokenizer, length, self.window), heldout, say(heldout))
+        return Corpus(Stream(self.sources(self.train), tokenizer, length, self.window), heldout, summaries(heldout))
 
     def rows(self, source: Source, tokenizer: Tokenizer, length: int) -> Rows:
         key = [source.fingerprint(), self.on_bad_row]
@@ -242,6 +242,6 @@ class TextData(Files):
         )  # fmt: skip
 
 
-def say(parts: Mapping[str, Prepared]) -> list[str]:
+def summaries(parts: Mapping[str, Prepared]) -> list[str]:
     """What preparing the sources found, for the log."""
-    return [line for name, part in parts.items() for line in part.said(name)]
+    return [line for name, part in parts.items() for line in part.summary(name)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import schema
-from trainer.data.pairs import AnswerBatch, Pair, Pairs, lay
+from trainer.data.pairs import AnswerBatch, Pair, Pairs, collate_shared_prefix
 from trainer.data.preference import KNOWN_LABELLED, LABELLED
 from trainer.data.preference_data import Answers, encode
 from trainer.data.rows import Encoded, left_out
@@ -41,21 +41,21 @@ class LabelledBatch(AnswerBatch):
 class Labelled(Pairs):
     """Labelled answers on disk: pairs of an answer and the next row's, whose margin is the label."""
 
-    def lay(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> LabelledBatch:
+    def _collate(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> LabelledBatch:
         own, other = (
             AnswerBatch(
-                **lay([(0, (answer,)) for answer in answers], numbers),
+                **collate_shared_prefix([(0, (answer,)) for answer in answers], numbers),
                 reference=torch.tensor([pair.reference[side] for pair in pairs], dtype=torch.float32),
             )
             for side, answers in enumerate(([p.chosen for p in pairs], [p.rejected for p in pairs]))
         )
         return LabelledBatch(**vars(own), labels=torch.tensor([pair.margin for pair in pairs]), mismatched=other)
 
-    def shown(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
+    def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
         label = "desirable" if self.unit(number).margin == DESIRABLE else "undesirable"
-        return {**super().shown(number, tokenizer), "rejected": "", "label": label}
+        return {**super().preview(number, tokenizer), "rejected": "", "label": label}
 
-    def said(self, name: str) -> list[str]:
+    def summary(self, name: str) -> list[str]:
         f, liked = self.facts, int((self._margins == DESIRABLE).sum())
         dropped = f", dropped {', '.join(f'{n:,} {why}' for why, n in f['dropped'].items())}" if f["dropped"] else ""
         line = (

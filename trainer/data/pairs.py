@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.batch import Batch, Branches
+from trainer.batch import Branches, TokenBatch
 from trainer.data.rows import Encoded, left_out, prepared, save, save_json
 from trainer.data.sources import DataError, Source
 from trainer.data.tokenizer import Tokenizer
@@ -38,36 +38,29 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class AnswerBatch(Batch):
-    """Answers with their prompts, in one ragged row ``(1, T)``.
+class AnswerBatch(TokenBatch):
+    """Answers with their prompts, in one ragged row ``(1, T)``: B units, A answers, N ids that are predicted.
 
-    ``places``, ``targets``, ``owners`` ``(N,)``: from which token of the row which id of which answer is predicted.
-    ``last`` ``(A,)``: the token that ends each answer. ``reference`` ``(A,)`` in nats, nan where unknown. ``kept`` ``(B,)``:
-    0 for a unit that only fills up a forward. ``real``: tokens of the row.
+    ``logit_index`` ``(N,)``: the token of the row whose logits predict each id.
+    ``targets`` ``(N,)``: the ids.
+    ``sequence_id`` ``(N,)``: the answer that each id belongs to.
+    ``final_index`` ``(A,)``: the token that ends each answer.
+    ``reference`` ``(A,)``: log-probability of each answer under the reference, in nats; nan where unknown.
+    ``unit_mask`` ``(B,)``: 0 for a unit that only fills up a forward.
     """
 
-    tokens: Tensor
     documents: Branches
-    places: Tensor
+    logit_index: Tensor
     targets: Tensor
-    owners: Tensor
-    last: Tensor
+    sequence_id: Tensor
+    final_index: Tensor
     reference: Tensor
-    kept: Tensor
-    real: Tensor
+    unit_mask: Tensor
 
     @property
     def weight(self) -> Tensor:
         """Units, a float64 scalar."""
-        return self.kept.sum(dtype=torch.float64)
-
-    @property
-    def seen(self) -> Tensor:
-        return self.real
-
-    @property
-    def pairs(self) -> int:
-        return sum(n * (n + 1) // 2 for n in self.documents.lengths)
+        return self.unit_mask.sum(dtype=torch.float64)
 
     @property
     def parts(self) -> tuple[AnswerBatch, ...]:
@@ -118,9 +111,9 @@ class Pairs:
     def join(self, units: Sequence[Pair | None], numbers: Sequence[int]) -> AnswerBatch:
         """A micro-batch of these units."""
         filler = Encoded([self.pad, self.pad], [False, False])
-        return self.lay([Pair(filler, filler, 0, 0.0, (0.0, 0.0)) if u is None else u for u in units], numbers)
+        return self._collate([Pair(filler, filler, 0, 0.0, (0.0, 0.0)) if u is None else u for u in units], numbers)
 
-    def lay(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> AnswerBatch:
+    def _collate(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> AnswerBatch:
         """A micro-batch of as many units as numbers."""
         return collate(pairs, numbers)
 
@@ -142,13 +135,13 @@ class Pairs:
         for first in range(0, len(groups), ranks):
             yield groups[first + rank] if first + rank < len(groups) else [-1]
 
-    def shown(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
+    def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
         """A unit as texts."""
         pair = self.unit(number)
         prompt, chosen, rejected = _texts(pair, tokenizer)
         return {"prompt": prompt, "completion": chosen, "rejected": rejected}
 
-    def said(self, name: str) -> list[str]:
+    def summary(self, name: str) -> list[str]:
         """What preparing them found, for the log."""
         f = self.facts
         dropped = f", dropped {', '.join(f'{n:,} {why}' for why, n in f['dropped'].items())}" if f["dropped"] else ""
@@ -177,19 +170,19 @@ def _texts(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> PairBatch:
     """Lay prompt, chosen and rejected end to end, pair after pair."""
-    laid = lay([(p.shared, (p.chosen, p.rejected)) for p in pairs], numbers)
+    laid = collate_shared_prefix([(p.shared, (p.chosen, p.rejected)) for p in pairs], numbers)
     margins = torch.tensor([p.margin for p in pairs])
     reference = torch.tensor([p.reference for p in pairs], dtype=torch.float32).view(-1)
     return PairBatch(**laid, reference=reference, margins=margins)
 
 
-def lay(units: Sequence[tuple[int, Sequence[Encoded]]], numbers: Sequence[int]) -> dict[str, Any]:
+def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], numbers: Sequence[int]) -> dict[str, Any]:
     """Fields of an `AnswerBatch`: for each unit what its answers share (a number of ids), then the rest of each answer."""
     tokens: list[int] = []
     sequences: list[list[int]] = []
-    places: list[int] = []
+    logit_index: list[int] = []
     targets: list[int] = []
-    owners: list[int] = []
+    sequence_id: list[int] = []
     for shared, sides in units:
         start = len(tokens)
         tokens += list(sides[0].ids[:shared])
@@ -200,19 +193,19 @@ def lay(units: Sequence[tuple[int, Sequence[Encoded]]], numbers: Sequence[int]) 
             assert side.trained is not None
             for at, learnt in enumerate(side.trained[1:]):
                 if learnt:
-                    places.append(sequence[at])
+                    logit_index.append(sequence[at])
                     targets.append(side.ids[at + 1])
-                    owners.append(len(sequences))
+                    sequence_id.append(len(sequences))
             sequences.append(sequence)
     return {
         "rows": torch.tensor(list(numbers)),
         "tokens": torch.tensor(tokens)[None],
         "documents": Branches.of(sequences, len(tokens)),
-        "places": torch.tensor(places, dtype=torch.int64),
+        "logit_index": torch.tensor(logit_index, dtype=torch.int64),
         "targets": torch.tensor(targets, dtype=torch.int64),
-        "owners": torch.tensor(owners, dtype=torch.int64),
-        "last": torch.tensor([sequence[-1] for sequence in sequences]),
-        "kept": torch.tensor([float(n >= 0) for n in numbers]),
+        "sequence_id": torch.tensor(sequence_id, dtype=torch.int64),
+        "final_index": torch.tensor([sequence[-1] for sequence in sequences]),
+        "unit_mask": torch.tensor([float(n >= 0) for n in numbers]),
         "real": torch.tensor(len(tokens), dtype=torch.float64),
     }
 

@@ -71,11 +71,11 @@ class Prompts:
         """The prompts with these numbers."""
         return self.join([self.unit(n) for n in numbers], numbers)
 
-    def shown(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
+    def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
         """A prompt as text."""
         return {"prompt": self.unit(number).text, "completion": ""}
 
-    def said(self, name: str) -> list[str]:
+    def summary(self, name: str) -> list[str]:
         """What preparing them found, for the log."""
         f = self.facts
         long = f", {f['too_long']:,} left out as longer than {f['length']:,} tokens" if f["too_long"] else ""
@@ -111,7 +111,7 @@ class PromptData(Conversations):
             return [part.unit(n) for (part, n), _ in zip(numbered, range(count), strict=False)]
 
         # Held-out prompts are answered; there is nothing in them to compute a loss of.
-        return Corpus(corpus.train, {}, corpus.said, prompts=first, fingerprint_of=corpus.fingerprint)
+        return Corpus(corpus.train, {}, corpus.summary, prompts=first, fingerprint_of=corpus.fingerprint)
 
     def rows(self, source: Source, tokenizer: Tokenizer, length: int) -> Prompts:
         template = self.open_template(tokenizer)

@@ -89,12 +89,12 @@ class Rows:
         """A micro-batch of the rows with these numbers; -1 stands for a row of padding, without weight."""
         return self.join([[] if n < 0 else self.pieces(n) for n in numbers], numbers)
 
-    def shown(self, row: int, tokenizer: Tokenizer) -> dict[str, str]:
+    def preview(self, row: int, tokenizer: Tokenizer) -> dict[str, str]:
         """A row as text."""
         ids = [int(n) for piece in self.unit(row) for n in piece.ids]
         return {"prompt": "", "completion": tokenizer.decode(ids)}
 
-    def said(self, name: str) -> list[str]:
+    def summary(self, name: str) -> list[str]:
         """What preparing them found, for the log."""
         f = self.facts
         learnt = f", {f['trained']:,} of them learnt" if f["masked"] else ""
@@ -126,7 +126,7 @@ def collate(rows: Sequence[Sequence[Piece]], numbers: Sequence[int], length: int
             lengths.append(length - at)
     documents = Documents.from_lengths(lengths, len(rows))
     count = torch.tensor(real, dtype=torch.float64)
-    return PackedRows(torch.tensor(list(numbers)), tokens, targets, mask, documents, count)
+    return PackedRows(torch.tensor(list(numbers)), tokens, documents, count, targets, mask)
 
 
 def left_out(name: str, skipped: Sequence[str]) -> list[str]:

@@ -133,7 +133,7 @@ class LabelledAnswers:
         total: Tensor | None = None
         for batch in batches:
             other = batch.mismatched
-            ratio = (policy(other) - reference(other)).double() * other.kept
+            ratio = (policy(other) - reference(other)).double() * other.unit_mask
             part = torch.stack([ratio.sum(), other.weight])
             total = part if total is None else total + part
         assert total is not None
@@ -167,7 +167,7 @@ class LabelledAnswers:
 
 def read_answers(model: Any, batch: AnswerBatch) -> Read:
     """Log-probabilities of a micro-batch's answers under a model."""
-    values, entropy = model(batch.tokens, batch.documents, logprobs_at(batch.places, batch.targets))
-    sums = values.new_zeros(len(batch.last)).index_add(0, batch.owners, values)
-    counts = torch.zeros_like(sums).index_add(0, batch.owners, torch.ones_like(values))
+    values, entropy = model(batch.tokens, batch.documents, logprobs_at(batch.logit_index, batch.targets))
+    sums = values.new_zeros(len(batch.final_index)).index_add(0, batch.sequence_id, values)
+    counts = torch.zeros_like(sums).index_add(0, batch.sequence_id, torch.ones_like(values))
     return Read(sums, counts.detach(), entropy)

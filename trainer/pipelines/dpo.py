@@ -131,7 +131,7 @@ class DPO(Pipeline):
         policy = read_answers(models.trained, batch)
         answers = self.chosen.reads.of(batch, policy, self._reference(models, batch), models.known)
         losses = self.chosen.loss(answers, self.strength) - self.rpo_alpha * answers.liked
-        return (losses * batch.kept).sum(), self.report(answers, policy.entropy, batch)
+        return (losses * batch.unit_mask).sum(), self.report(answers, policy.entropy, batch)
 
     def expected(
         self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
@@ -154,7 +154,7 @@ class DPO(Pipeline):
         settings: dict[str, Any] = {"beta": self.strength.beta, "referenced": self.chosen.referenced}
         metrics = Metrics()
         for name, (values, weights) in answers.figures(**settings).items():
-            metrics.mean(name, (values * weights * batch.kept).sum(), (weights * batch.kept).sum())
+            metrics.mean(name, (values * weights * batch.unit_mask).sum(), (weights * batch.unit_mask).sum())
         metrics.mean("entropy", entropy.detach().sum(), entropy.new_tensor(float(entropy.numel())))
         metrics.each("rewards/margin", answers.margins(**settings), batch.rows)
         return metrics

@@ -40,7 +40,7 @@ class Reward(Pipeline):
         chosen, rejected = scores.view(-1, 2).unbind(1)
         wanted = batch.margins if self.margin else 0.0
         losses = -logsigmoid(chosen - rejected - wanted) + self.centering * (chosen + rejected).square()
-        return (losses * batch.kept).sum(), report(scores.detach(), batch)
+        return (losses * batch.unit_mask).sum(), report(scores.detach(), batch)
 
     def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
         """Mean and standard deviation of every training score; collective."""
@@ -51,7 +51,7 @@ class Reward(Pipeline):
             for pairs in getattr(corpus.train, "parts", []):
                 for numbers in pairs.forwards(world.rank, world.size):
                     batch = pairs.collate(numbers).to(engine.device)
-                    kept = batch.kept.repeat_interleave(2).bool()
+                    kept = batch.unit_mask.repeat_interleave(2).bool()
                     values = read_scores(models.trained, batch)[kept]
                     metrics.mean("mean", values.double().sum(), float(len(values)))
                     metrics.std("std", values)
@@ -60,13 +60,13 @@ class Reward(Pipeline):
 
 def read_scores(model: Any, batch: AnswerBatch) -> Tensor:
     """A float32 score of every answer ``(A,)``, off its last token."""
-    scores: Tensor = model(batch.tokens, batch.documents, values_at(batch.last))
+    scores: Tensor = model(batch.tokens, batch.documents, values_at(batch.final_index))
     return scores
 
 
 def report(scores: Tensor, batch: PairBatch) -> Metrics:
     """How often the chosen answer scores higher (an equal score counts as wrong), by how much, and the scores' spread."""
-    metrics, kept = Metrics(), batch.kept
+    metrics, kept = Metrics(), batch.unit_mask
     chosen, rejected = scores.view(-1, 2).unbind(1)
     metrics.mean("accuracy", ((chosen > rejected).float() * kept).sum(), batch.weight)
     metrics.mean("margin", ((chosen - rejected) * kept).sum(), batch.weight)

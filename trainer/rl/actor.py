@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.batch import Branches, Documents
 from trainer.config import Node, schema, setting
 from trainer.data.corpus import Prompt
-from trainer.data.pairs import lay
+from trainer.data.pairs import collate_shared_prefix
 from trainer.data.rows import Encoded
 from trainer.functional import logprobs_at
 from trainer.generation.completion import Completion
@@ -129,12 +129,12 @@ class Actor:
 
     def _forward(self, groups: Sequence[Group]) -> list[Reading]:
         filler = Group(-1, -1, Prompt([0], ""), [Completion([0], [0.0], True)])
-        laid = lay(
+        laid = collate_shared_prefix(
             [(len(g.prompt.ids), [_side(g.prompt.ids, c.ids) for c in g.completions]) for g in groups or [filler]], [0]
         )
         device = self.engine.device
         tokens, documents = laid["tokens"].to(device), unshared(laid["documents"]).to(device)
-        places, last = laid["places"].to(device), laid["last"].to(device)
+        places, last = laid["logit_index"].to(device), laid["final_index"].to(device)
         read = logprobs_at(places, laid["targets"].to(device), self.settings.temperature)
         values_read = values_at(torch.cat([places, last])) if self.critic else None
         said, values = self._trained(tokens, documents, read, values_read)

@@ -9,23 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch, Branches, Documents
-from trainer.data.pairs import lay
+from trainer.batch import Branches, Documents, TokenBatch
+from trainer.data.pairs import collate_shared_prefix
 from trainer.data.rows import Encoded
 
 
 @dataclass
-class RolloutBatch(Batch):
+class RolloutBatch(TokenBatch):
     """Completions with their prompts, in one ragged row ``(1, T)``; completions of one prompt share it.
 
     ``places``, ``targets`` ``(N,)``: from which token of the row which sampled id is predicted. The six behind them ``(N,)``:
     as in `Experience`. ``weights`` ``(N,)``, ``units``: what a token counts in the loss, and all completions together.
-    ``real``: tokens of the row. ``made``, ``samples``: metrics of the rollout and some of its completions, with the first
+    ``made``, ``samples``: metrics of the rollout and some of its completions, with the first
     micro-batch of an iteration.
     """
 
-    tokens: Tensor
-    documents: Branches | Documents
     places: Tensor
     targets: Tensor
     logprobs: Tensor
@@ -36,21 +34,12 @@ class RolloutBatch(Batch):
     returns: Tensor
     weights: Tensor
     units: Tensor
-    real: Tensor
     made: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def weight(self) -> Tensor:
         return self.units
-
-    @property
-    def seen(self) -> Tensor:
-        return self.real
-
-    @property
-    def pairs(self) -> int:
-        return sum(n * (n + 1) // 2 for n in self.documents.lengths)
 
     @property
     def shown(self) -> list[dict[str, Any]]:
@@ -112,11 +101,11 @@ class Experience:
                 held = group
             units[-1][1].append(side)
             spans.append(torch.arange(span.start, span.stop))
-        laid = lay(units, [int(self.rows[n // self.samples]) for n in numbers])
+        laid = collate_shared_prefix(units, [int(self.rows[n // self.samples]) for n in numbers])
         tokens = torch.cat(spans)
         names = ("logprobs", "reference", "sampled", "values", "advantages", "returns", "weights")
         return RolloutBatch(
-            rows=laid["rows"], tokens=laid["tokens"], documents=unshared(laid["documents"]), places=laid["places"],
+            rows=laid["rows"], tokens=laid["tokens"], documents=unshared(laid["documents"]), places=laid["logit_index"],
             targets=laid["targets"], real=laid["real"], units=self.units[list(numbers)].sum(dtype=torch.float64),
             **{name: getattr(self, name)[tokens] for name in names},
         )  # fmt: skip

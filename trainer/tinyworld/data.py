@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from trainer.config import schema, setting
-from trainer.data.corpus import Corpus, Data, Mixture, say
+from trainer.data.corpus import Corpus, Data, Mixture, summaries
 from trainer.data.rows import Rows, prepare, tokenised
 from trainer.data.sentencepiece_format import train
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
@@ -37,10 +37,10 @@ class TinyWorldData(Data):
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         train_rows = self._rows(tokenizer, length, 0, self.documents)
         heldout = self._rows(tokenizer, length, HELDOUT, self.heldout)
-        said = say({"tinyworld": train_rows, "tinyworld/heldout": heldout})
+        summary = summaries({"tinyworld": train_rows, "tinyworld/heldout": heldout})
         floors = {"eval/loss": self.floor(heldout), "eval/bits_per_byte": self.floor_bits_per_byte()}
-        said.append(f"tinyworld: no model gets below {floors['eval/loss']:.4f} nats a token on the held-out stories")
-        return Corpus(Mixture([train_rows], [1.0], seed), {"tinyworld": heldout}, said, floors)
+        summary.append(f"tinyworld: no model gets below {floors['eval/loss']:.4f} nats a token on the held-out stories")
+        return Corpus(Mixture([train_rows], [1.0], seed), {"tinyworld": heldout}, summary, floors)
 
     def default_tokenizer(self) -> Tokenizer:
         """SentencePiece BPE of 512 pieces, trained once and kept in the cache."""

@@ -64,7 +64,7 @@ def test_parquet_and_json_arrays_are_read_like_json_lines(tmp_path):
 
 
 def test_the_form_that_was_recognised_is_in_the_log(tmp_path):
-    said = data(tmp_path, [FORMS["ShareGPT"]]).open(TOKENIZER, 64, 0).said
+    said = data(tmp_path, [FORMS["ShareGPT"]]).open(TOKENIZER, 64, 0).summary
     assert "1 conversations (ShareGPT), 25 tokens, 2 of them learnt in 1 rows of 64" in said[0]
 
 
@@ -116,7 +116,7 @@ def test_keep_end_cuts_the_beginning_of_a_prompt(tmp_path):
 def test_a_conversation_with_nothing_left_to_learn_is_left_out_and_counted(truncation, length, tmp_path):
     rows = data(tmp_path, [GOOD, LONG], truncation=truncation).open(TOKENIZER, length, 0)
     assert rows.train.parts[0].facts["documents"] == 1
-    assert any("left out 1 of its rows, first:" in line and f"in a row of {length}" in line for line in rows.said)
+    assert any("left out 1 of its rows, first:" in line and f"in a row of {length}" in line for line in rows.summary)
 
 
 def test_a_cut_conversation_is_counted_as_cut(tmp_path):
@@ -175,7 +175,7 @@ def test_bad_input_is_one_sentence_with_file_and_row_and_leaves_nothing_half_pre
 def test_bad_rows_are_skipped_on_request_and_counted(tmp_path):
     corpus = data(tmp_path, [{"messages": [ASKED]}, GOOD], on_bad_row=OnBadRow.skip).open(TOKENIZER, 64, 0)
     assert corpus.train.parts[0].facts["documents"] == 1
-    assert any("line 1: no turn is the assistant's" in line for line in corpus.said)
+    assert any("line 1: no turn is the assistant's" in line for line in corpus.summary)
 
 
 def test_prompts_come_with_the_answers_that_are_right(tmp_path):

@@ -18,7 +18,7 @@ def opened(tmp_path, rows, length=200, **settings):
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     data = LabelledData(train=[str(file)], template="chatml", cache=str(tmp_path / "cache"), **settings)
     corpus = data.open(TOKENIZER, length, 0)
-    return corpus.train.parts[0], corpus.said
+    return corpus.train.parts[0], corpus.summary
 
 
 def written(question: str, answer: str) -> str:
@@ -46,7 +46,7 @@ def test_a_batch_holds_own_answers_and_apart_from_them_the_mismatched(tmp_path):
     assert batch.mismatched.tokens[0, : len(unit.rejected.ids)].tolist() == list(unit.rejected.ids)
     assert batch.labels[0] == -1
     assert float(batch.weight) == float(batch.mismatched.weight) == 1
-    assert len(batch.last) == 2
+    assert len(batch.final_index) == 2
     assert batch.parts == (batch, batch.mismatched)
 
 

@@ -28,7 +28,7 @@ def opened(tmp_path, rows, length=200, **settings):
     file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     data = PreferenceData(train=[str(file)], template="chatml", cache=str(tmp_path / "cache"), **settings)
     corpus = data.open(TOKENIZER, length, 0)
-    return corpus.train.parts[0], corpus.said
+    return corpus.train.parts[0], corpus.summary
 
 
 def shown(side) -> str:

@@ -199,7 +199,7 @@ def text_data(file: Path, cache: Path, **settings) -> TextData:
 def test_skipped_rows_are_logged_and_all_bad_is_an_error(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "good"}\n{}\n')
-    said = text_data(file, tmp_path / "c", on_bad_row=OnBadRow.skip).open(TOKENIZER, 16, 0).said
+    said = text_data(file, tmp_path / "c", on_bad_row=OnBadRow.skip).open(TOKENIZER, 16, 0).summary
     assert any("left out 1 of its rows" in line for line in said)
     file.write_text("{}\n")
     with pytest.raises(DataError, match="has no document left to learn from"):

@@ -31,7 +31,7 @@ def rows(targets: list[int], mask: list[int]) -> PackedRows:
     ids = torch.tensor([targets])
     documents = Documents.from_lengths([len(targets)], 1)
     return PackedRows(
-        torch.zeros(1, dtype=torch.int64), ids, ids, torch.tensor([mask]).float(), documents, torch.tensor(1.0)
+        torch.zeros(1, dtype=torch.int64), ids, documents, torch.tensor(1.0), ids, torch.tensor([mask]).float()
     )
 
 

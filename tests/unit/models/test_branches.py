@@ -1,7 +1,5 @@
 """Prompts that are computed once for several answers: the numbers are those of whole sequences."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from trainer.batch import Branches, Documents
 from trainer.data.pairs import Pair, collate
 from trainer.data.rows import Encoded
 from trainer.functional import logits, logprobs
+from trainer.models.attention import attend
 
 
 def encoded(ids, prompt: int) -> Encoded:
@@ -28,10 +27,10 @@ def two_rows(pairs):
 
 def scored(model, batch):
     def read(hidden, weight):
-        return logprobs(hidden[:, batch.places], weight, targets=batch.targets[None])[0][0]
+        return logprobs(hidden[:, batch.logit_index], weight, targets=batch.targets[None])[0][0]
 
     values = model(batch.tokens, batch.documents, read)
-    return values.new_zeros(2 * len(batch.rows)).index_add(0, batch.owners, values)
+    return values.new_zeros(2 * len(batch.rows)).index_add(0, batch.sequence_id, values)
 
 
 def test_a_shared_prompt_is_laid_down_once_and_positions_restart_behind_it():
@@ -40,10 +39,10 @@ def test_a_shared_prompt_is_laid_down_once_and_positions_restart_behind_it():
     assert batch.documents.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
     assert batch.documents.lengths == (6, 5)
     # 4 and 9 are both predicted from the prompt's last token.
-    assert batch.places.tolist() == [2, 3, 4, 2, 6]
+    assert batch.logit_index.tolist() == [2, 3, 4, 2, 6]
     assert batch.targets.tolist() == [4, 5, 6, 9, 8]
-    assert batch.owners.tolist() == [0, 0, 0, 1, 1]
-    assert batch.last.tolist() == [5, 7]
+    assert batch.sequence_id.tolist() == [0, 0, 0, 1, 1]
+    assert batch.final_index.tolist() == [5, 7]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -83,13 +82,11 @@ def test_a_filler_pair_has_no_targets_and_no_weight():
     filler = Pair(Encoded([0, 0], [False, False]), Encoded([0, 0], [False, False]), 0)
     batch = collate([PAIRS[0], filler], [5, -1])
     assert float(batch.weight) == 1
-    assert set(batch.owners.tolist()) == {0, 1}
+    assert set(batch.sequence_id.tolist()) == {0, 1}
 
 
 def test_branches_of_a_single_sequence_are_documents():
     branches = Branches.of([range(4)], 4)
     q = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0))
-    out = partial(branches.attend, 0, q, q, q)(None, 0.35)
-    from trainer.models.attention import attend
-
+    out = attend(q, q, q, branches, window=None, scale=0.35)
     assert torch.equal(out, attend(q, q, q, Documents.from_lengths([4], 1), window=None, scale=0.35))
