@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from trainer import stopping
 from trainer.batch import Batch
 from trainer.diagnostics.guard import Guard
-from trainer.diagnostics.stragglers import OWN, OwnTime, spread
 from trainer.metrics import Metrics
 from trainer.models.dropout import draw_for
 from trainer.parallel import distributed
@@ -55,17 +53,16 @@ def train(
     accumulate: int,
 ) -> Iterator[Step]:
     """Take optimizer steps ``first`` .. ``last``, yielding after each."""
-    own = OwnTime(engine.device)
     for number in range(first, last + 1):
         engine.set_lr(schedule(number))
-        with watch.lap("data"), own.host():
+        with watch.lap("data"):
             micro_batches = list(islice(batches, accumulate))
-        metrics = optimizer_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number), own)
+        metrics = train_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number))
         batches.observe(metrics)
         yield Step(number, metrics, micro_batches)
 
 
-def optimizer_step(
+def train_step(
     pipeline: Pipeline,
     models: Models,
     engine: Engine,
@@ -73,18 +70,15 @@ def optimizer_step(
     watch: Stopwatch,
     micro_batches: Sequence[Batch],
     key: tuple[int, ...] = (),
-    own: OwnTime | None = None,
 ) -> dict[str, Tensor]:
     """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (docs/algorithms.md#weighting).
 
     ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
-    ``own``: measures this rank's own time, which is compared with that of the others.
     """
 
     def loss_of(batch: Any) -> tuple[Tensor, Metrics]:
         draw_for(key, batch.rows.tolist())
-        with nullcontext() if own is None else own.forward():
-            loss, metrics = pipeline.loss(models, batch)
+        loss, metrics = pipeline.loss(models, batch)
         metrics.mean("loss", loss, batch.weight)
         metrics.total("tokens", batch.seen)
         return loss, metrics
@@ -94,13 +88,8 @@ def optimizer_step(
         weights = [batch.weight for batch in micro_batches]
         weight = distributed.all_sum(sum(weights[1:], start=weights[0]))
         metrics = engine.accumulate(loss_of, micro_batches, weight)
-        if own is not None:
-            metrics.apart(OWN, torch.full((), own.take(engine.waited()), device=weight.device))
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.wish()))
-    values = distributed.reduce(metrics)
-    if OWN in values:
-        values |= spread(values.pop(OWN))
-    return {**values, "grad_norm": outcome.grad_norm, **guard.metrics()}
+    return {**distributed.reduce(metrics), "grad_norm": outcome.grad_norm, **guard.metrics()}

@@ -20,7 +20,6 @@ class Kind(Enum):
     std = "std"
     minimum = "min"
     maximum = "max"
-    apart = "apart"
 
 
 class Metrics:
@@ -52,10 +51,6 @@ class Metrics:
     def maximum(self, name: str, value: Tensor) -> None:
         self._add(name, Kind.maximum, value, value.new_zeros(()), value.new_zeros(()))
 
-    def apart(self, name: str, value: Tensor) -> None:
-        """Report the ranks' values side by side ``(W,)``; summed over micro-batches."""
-        self._add(name, Kind.apart, value, value.new_zeros(()), value.new_zeros(()))
-
     def each(self, name: str, values: Tensor, rows: Tensor) -> None:
         """Keep the value ``(B,)`` of every unit with its number ``(B,)``: what an evaluation looks into."""
         self.units.setdefault(name, []).append((rows, values.detach()))
@@ -76,15 +71,13 @@ class Metrics:
         )
 
     def reduced(self, ranks: Tensor) -> dict[str, Tensor]:
-        """Values by name, from the ranks' packed numbers ``(W, K, 3)``; float64 on the device; vectors if apart."""
+        """Values by name, from the ranks' packed numbers ``(W, K, 3)``, float64 scalars on the device."""
         values = {}
         for (name, (kind, _)), column in zip(self._entries.items(), ranks.unbind(1), strict=True):
             total, squares, count = column.sum(0).unbind(0)
             mean = total / count.clamp(min=1e-300)
             if kind is Kind.total:
                 values[name] = total
-            elif kind is Kind.apart:
-                values[name] = column[:, 0]
             elif kind is Kind.mean:
                 values[name] = torch.where(count > 0, mean, torch.zeros_like(mean))
             elif kind is Kind.std:

@@ -26,7 +26,7 @@ from trainer.diagnostics import preflight
 from trainer.diagnostics.first_step import Expectation, check
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.diagnostics.memory import Layout, memory, parameters_of
-from trainer.diagnostics.stragglers import Straggler
+from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
 from trainer.export.lineage import ancestry
@@ -269,7 +269,7 @@ def run(cfg: Run) -> dict[str, float]:
         speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
         readback: Readback[PendingStep] = Readback()
         stop = stopping.Agreement(cfg.checkpoint.before_deadline)
-        straggler = Straggler(hosts)
+        stragglers = Stragglers(engine.model, world.device, hosts)
         with (
             Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
@@ -283,9 +283,8 @@ def run(cfg: Run) -> dict[str, float]:
                 for values, step in arrived:
                     stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
-                    if world.rank == 0:
-                        straggler.observe(step.number, values)
-                    tracker.step(step.number, {**values, "lr": step.lr, **speed.figures(values["tokens"], step.timing)})
+                    rates = speed.figures(values["tokens"], step.timing)
+                    tracker.step(step.number, {**values, "lr": step.lr, **rates, **step.compared})
                     if step.number == 1:
                         check(expected, values, cfg.guard.first_step)
 
@@ -316,12 +315,12 @@ def run(cfg: Run) -> dict[str, float]:
                 if step.number == 1:
                     expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
-                log(
-                    readback.push(
-                        values,
-                        PendingStep.of(step.number, step.micro_batches, cfg.base_lr * schedule(step.number), speed),
-                    )
-                )
+                speed.count(sum(batch.pairs for batch in step.micro_batches))
+                rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
+                timing = speed.lap()
+                compared = stragglers.observe(step.number, timing.laps.get("data", 0.0))
+                lr = cfg.base_lr * schedule(step.number)
+                log(readback.push(values, PendingStep(step.number, lr, rows, timing, compared)))
                 stopped = stop.reached and step.number < last
                 if stopped:  # there may be no time for an evaluation
                     save(step.number)

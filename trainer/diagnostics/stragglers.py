@@ -1,122 +1,109 @@
-"""Which rank the others wait for: every rank's own time before it meets the others, compared where metrics meet anyway."""
+"""Which rank the others wait for: every rank times its own work, and every `WINDOW` steps they compare."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import nn
+
+from trainer.parallel import distributed
 
 log = logging.getLogger(__name__)
 
-OWN = "own_seconds"
-"""The metric that carries a rank's own time of a step."""
 WINDOW = 20
-"""Steps that are looked at together: one slow step is no slow rank."""
-OFTEN = 0.8
-"""Part of them in which the same rank must have been the slowest."""
+"""Steps of a comparison. A rank's median counts: one slow step makes no slow rank."""
 SLOWER = 1.25
-"""Its own time over the median of all ranks, from which on it is named."""
+"""The slowest rank's time over the median rank's from which on it is named."""
 
 
-class OwnTime:
-    """Seconds of this rank's work since they were last taken: loading data, and forwards.
+class ComputeTimer:
+    """Seconds that this rank itself works in the forwards of training.
 
-    Backwards are left out, where gradients meet. On CUDA a forward's time is between two events on the device, read when they
-    have passed: it comes a step late, and nobody waits for it.
+    Backwards are left out, where gradients meet. On CPU it is the processor time of the thread, which passes while it
+    works, not while it waits for another rank. On CUDA it is the time between two events on the device; they are read when
+    they have passed, so nobody waits for them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = 0.0
+        self._seconds, self._started = 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        model.register_forward_pre_hook(self._enter)
+        model.register_forward_hook(self._leave)
 
-    @contextmanager
-    def host(self) -> Iterator[None]:
-        """What happens inside is this rank's own work, done by the CPU."""
-        began = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - began
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """What happens inside is this rank's own work, done by its device."""
-        if not self._cuda:
-            with self.host():
-                yield
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        yield
-        last.record()
-        self._events.append((first, last))
-
-    def take(self, waited: float = 0.0) -> float:
-        """Seconds since the last call, less those ``waited`` for others inside of them."""
-        later = []
+    def take(self) -> float:
+        """Seconds since the last call; forwards that the device has not finished come with the next one."""
+        pending = []
         for first, last in self._events:
             if last.query():  # type: ignore[no-untyped-call]
                 self._seconds += first.elapsed_time(last) / 1000
             else:
-                later.append((first, last))
-        taken, self._seconds, self._events = self._seconds, 0.0, later
-        return max(0.0, taken - waited)
+                pending.append((first, last))
+        seconds, self._seconds, self._events = self._seconds, 0.0, pending
+        return seconds
+
+    def _enter(self, model: nn.Module, _: object) -> None:
+        if model.training and self._cuda:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            first.record()
+            self._events.append((first, last))
+        self._started = time.thread_time()
+
+    def _leave(self, model: nn.Module, *_: object) -> None:
+        if model.training and self._cuda:
+            self._events[-1][1].record()
+        elif model.training:
+            self._seconds += time.thread_time() - self._started
 
 
-def spread(own: Tensor) -> dict[str, Tensor]:
-    """What the ranks' own seconds ``(W,)`` of a step say, on their device; nothing for a single rank.
+class Stragglers:
+    """Compares the ranks' own times, and logs which rank is slow when that begins and when it is over."""
 
-    ``straggler/waiting``: seconds that a rank in the middle waits for the slowest; ``straggler/rank``: which one that is;
-    ``straggler/slowness``: its time over the median.
-    """
-    if len(own) == 1:
-        return {}
-    slowest, rank = own.max(0)
-    median = own.quantile(0.5) if len(own) > 2 else own.min()
-    return {
-        "straggler/waiting": slowest - median,
-        "straggler/rank": rank.double(),
-        "straggler/slowness": slowest / median.clamp(min=1e-9),
-    }
-
-
-class Straggler:
-    """Names the rank that the others have been waiting for."""
-
-    def __init__(self, hosts: Mapping[int, str]) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, hosts: Mapping[int, str]) -> None:
+        """``hosts``: where each rank runs, for the warning, as far as it is known."""
+        self.timer = ComputeTimer(model, device)
         self.hosts = hosts
-        self._slowest: deque[int] = deque(maxlen=WINDOW)
-        self._slowness: deque[float] = deque(maxlen=WINDOW)
-        self._waiting: deque[float] = deque(maxlen=WINDOW)
-        self._named: int | None = None
+        self._window: list[float] = []
+        self._slow_rank: int | None = None
 
-    def observe(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Take note of a step; gives the warning that is logged when a rank begins to be slow, or is so no longer."""
-        if "straggler/rank" not in values:
-            return None
-        self._slowest.append(int(values["straggler/rank"]))
-        self._slowness.append(values["straggler/slowness"])
-        self._waiting.append(values["straggler/waiting"])
-        if len(self._slowest) < WINDOW:
-            return None
-        rank = statistics.mode(self._slowest)
-        slowness = statistics.median(self._slowness)
-        slow = self._slowest.count(rank) >= OFTEN * WINDOW and slowness >= SLOWER
-        if (rank if slow else None) == self._named:
-            return None
-        before, self._named = self._named, rank if slow else None
-        if slow:
+    def observe(self, step: int, loading: float) -> dict[str, float]:
+        """Note a step of this rank and what it took to load its data, seconds. Collective in every `WINDOW`-th step.
+
+        Returns:
+            The metrics of `compare` where the ranks have just been compared, else nothing.
+        """
+        self._window.append(self.timer.take() + loading)
+        if distributed.world().size == 1 or len(self._window) < WINDOW:
+            return {}
+        seconds, self._window = distributed.gather(statistics.median(self._window)), []
+        return self.compare(step, seconds)
+
+    def compare(self, step: int, seconds: Sequence[float]) -> dict[str, float]:
+        """Name a rank that is slow by the ranks' own ``seconds`` in a step.
+
+        Returns:
+            ``straggler/rank`` (the slowest), ``straggler/slowness`` (its time over the median) and ``straggler/waiting``
+            (seconds a step that the median rank waits for it).
+        """
+        rank = max(range(len(seconds)), key=lambda r: seconds[r])
+        median = statistics.median_low(seconds)
+        slowness, waiting = seconds[rank] / max(median, 1e-9), seconds[rank] - median
+        before, self._slow_rank = self._slow_rank, rank if slowness >= SLOWER else None
+        if distributed.world().rank == 0:
+            self._report(step, before, slowness, waiting)
+        return {"straggler/rank": float(rank), "straggler/slowness": slowness, "straggler/waiting": waiting}
+
+    def _report(self, step: int, before: int | None, slowness: float, waiting: float) -> None:
+        rank = self._slow_rank
+        if rank is not None and rank != before:
             where = f"rank {rank}" + (f" on {self.hosts[rank]}" if rank in self.hosts else "")
-            said = (
-                f"step {step}: the others wait for {where}: {slowness:.1f} times the median rank's time before they meet, "
-                f"{statistics.median(self._waiting):.3g} s a step; look at its device and its node (launch/preflight.py)"
-            )
-        else:
-            said = f"step {step}: rank {before} is as fast as the others again"
-        log.warning(said)
-        return said
+            log.warning(
+                "step %d: the others wait for %s: %.1f times the median rank's time, %.3g s a step; look at its device and "
+                "its node (launch/preflight.py)", step, where, slowness, waiting,
+            )  # fmt: skip
+        elif rank is None and before is not None:
+            log.warning("step %d: rank %d is as fast as the others again", step, before)

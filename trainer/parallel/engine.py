@@ -61,10 +61,6 @@ class Engine(ABC):
     def step(self, limit: Tensor | None = None) -> Outcome:
         """Clip and apply the gradient, or skip it where its norm is not finite or above ``limit``; then clear it."""
 
-    def waited(self) -> float:
-        """Seconds spent in exchanges inside forwards since the last call, as far as the host can tell."""
-        return 0.0
-
     @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:
         """The compute format of training, where it is not that of the weights."""

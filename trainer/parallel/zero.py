@@ -214,13 +214,9 @@ class ZeroEngine(Engine):
         self._decision = _Applied(self)
         self.zero.unscale_and_clip_grads = self._decision
         self.state_of = zero_state.reader(module, inner, self.zero, self.stage)
-        # On CUDA the host waits for nobody in a gather.
-        watched = self.stage == 3 and self.device.type == "cpu"
-        self._gathering = zero_state.Gathering(self.zero) if watched else None
 
     def accumulate(self, loss_of: LossOf, micro_batches: Sequence[Batch], weight: Tensor) -> Metrics:
         metrics = Metrics()
-        self.waited()  # what an evaluation has gathered is not this step's
         self.model.train()
         self._weighed = weight > 0
         # DeepSpeed averages over ranks; the objective is a sum over them.
@@ -240,9 +236,6 @@ class ZeroEngine(Engine):
         norm, applied = self._decision.outcome(bool(getattr(self.zero, "overflow", False)))
         self.scale.update(~torch.isfinite(norm))
         return Outcome(norm, applied)
-
-    def waited(self) -> float:
-        return self._gathering.take() if self._gathering else 0.0
 
     def set_lr(self, factor: float) -> None:
         for group in self.inner.param_groups:

@@ -5,7 +5,6 @@ The accessors are DeepSpeed's internals (0.19.8), pinned in setup.py and held by
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -173,26 +172,6 @@ class PartitionedParameters(ZeroState):
             if size > 0:
                 whole[start : start + size] = p.ds_tensor.detach()[:size].float()  # type: ignore[attr-defined]
         return distributed.all_sum(whole).view(p.ds_shape)  # type: ignore[attr-defined]
-
-
-class Gathering:
-    """Seconds that forwards have spent in getting their weights together, which is where ranks wait for each other."""
-
-    def __init__(self, zero: Any) -> None:
-        self._seconds = 0.0
-        self._gather = zero.parameter_offload.pre_sub_module_forward_function
-        zero.parameter_offload.pre_sub_module_forward_function = self._timed
-
-    def take(self) -> float:
-        """Seconds since the last call."""
-        taken, self._seconds = self._seconds, 0.0
-        return taken
-
-    def _timed(self, *arguments: Any) -> Any:
-        began = time.perf_counter()
-        result = self._gather(*arguments)
-        self._seconds += time.perf_counter() - began
-        return result
 
 
 def share(p: Any) -> tuple[int, int]:

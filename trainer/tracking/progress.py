@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.batch import Batch
-from trainer.tracking.throughput import Speed, Timing
+from trainer.tracking.throughput import Timing
 
 
 class TokenCounter:
@@ -40,16 +39,11 @@ class PendingStep:
         lr: its learning rate.
         rows: positions in the data of this rank's rows.
         timing: the clock since the step before.
+        compared: what a comparison of the ranks after it showed, by metric; mostly nothing.
     """
 
     number: int
     lr: float
     rows: list[int]
     timing: Timing
-
-    @classmethod
-    def of(cls, number: int, micro_batches: Sequence[Batch], lr: float, speed: Speed) -> PendingStep:
-        """The rows of this rank's micro-batches, and the clock since the step before."""
-        speed.count(sum(batch.pairs for batch in micro_batches))
-        rows = [row for batch in micro_batches for row in batch.rows.tolist()]
-        return cls(number, lr, rows, speed.lap())
+    compared: Mapping[str, float]

@@ -5,57 +5,84 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
-from trainer.diagnostics.stragglers import WINDOW, OwnTime, Straggler, spread
+from tests.ranks import on_ranks
+from trainer.diagnostics.stragglers import WINDOW, ComputeTimer, Stragglers
 
 
-def step(slowest: int, slowness: float) -> dict[str, float]:
-    return {"straggler/rank": float(slowest), "straggler/slowness": slowness, "straggler/waiting": slowness - 1}
+def stragglers(hosts: dict[int, str] | None = None) -> Stragglers:
+    return Stragglers(nn.Identity(), torch.device("cpu"), hosts or {})
 
 
 def test_what_ranks_wait_for_is_the_slowest_less_the_middle_one():
-    found = spread(torch.tensor([1.0, 1.5, 4.0, 2.0, 1.0], dtype=torch.float64))
-    assert {name: float(value) for name, value in found.items()} == {
+    assert stragglers().compare(1, [1.0, 1.5, 4.0, 2.0, 1.0]) == {
         "straggler/waiting": 2.5, "straggler/rank": 2.0, "straggler/slowness": pytest.approx(4 / 1.5),
     }  # fmt: skip
     # The faster one of two waits for the other.
-    assert float(spread(torch.tensor([3.0, 1.0]))["straggler/waiting"]) == 2.0
-    assert spread(torch.tensor([3.0])) == {}
+    assert stragglers().compare(1, [3.0, 1.0])["straggler/waiting"] == 2.0
 
 
-def test_a_rank_that_stays_slow_is_named_once_with_its_host_and_again_when_it_is_over(caplog):
+def test_a_slow_rank_is_named_once_with_its_host_and_when_it_is_over(caplog):
     caplog.set_level(logging.WARNING)
-    straggler = Straggler({0: "a", 1: "a", 2: "node7", 3: "node7"})
-    said = [straggler.observe(n, step(2, 1.8)) for n in range(1, 3 * WINDOW)]
-    [warning] = filter(None, said)
-    assert said.index(warning) == WINDOW - 1
-    assert "the others wait for rank 2 on node7: 1.8 times" in warning
-    assert warning in caplog.text
-    said = [straggler.observe(n, step(n % 4, 1.05)) for n in range(3 * WINDOW, 6 * WINDOW)]
-    [over] = filter(None, said)
-    assert over.endswith("rank 2 is as fast as the others again")
+    ranks = stragglers({0: "a", 1: "a", 2: "node7", 3: "node7"})
+    for step in (20, 40, 60):
+        ranks.compare(step, [1.0, 1.0, 1.8, 1.0])
+    [warning] = caplog.messages
+    assert "step 20: the others wait for rank 2 on node7: 1.8 times" in warning
+    caplog.clear()
+    for step in (80, 100):
+        ranks.compare(step, [1.0, 1.05, 1.0, 1.0])
+    assert caplog.messages == ["step 80: rank 2 is as fast as the others again"]
 
 
-@pytest.mark.parametrize("steps", [
-    [step(n % 4, 3.0) for n in range(100)],  # somebody is always slow, but never the same
-    [step(1, 1.1) for _ in range(100)],  # always the same, but hardly slower
-    [step(1, 50.0) if n % 5 == 0 else step(n % 4, 1.0) for n in range(100)],  # single slow steps
-])  # fmt: skip
-def test_ranks_that_take_turns_or_are_hardly_slower_are_not_named(steps):
-    straggler = Straggler({})
-    assert [straggler.observe(n, values) for n, values in enumerate(steps)] == [None] * 100
+def test_a_rank_that_is_hardly_slower_is_not_named(caplog):
+    for step in range(20, 200, 20):
+        stragglers().compare(step, [1.0, 1.1, 1.0])
+    assert caplog.messages == []
 
 
-def test_own_time_is_what_happened_inside_less_what_was_waited():
-    own = OwnTime(torch.device("cpu"))
-    with own.host():
-        time.sleep(0.03)
-    time.sleep(0.05)
-    with own.forward():
-        time.sleep(0.03)
-    seconds = own.take()
-    assert seconds >= 0.06
-    with own.forward():
-        time.sleep(0.03)
-    assert own.take(waited=0.03) < seconds
-    assert own.take() == 0.0
+def of_two(slow: str) -> dict[str, float]:
+    """What two ranks find when the second one is slow in loading: in every step, or in every fifth one."""
+    from trainer.parallel import distributed
+
+    ranks, values = stragglers(), []
+    for step in range(WINDOW):
+        late = distributed.world().rank == 1 and (slow == "always" or step % 5 == 0)
+        values.append(ranks.observe(step + 1, 3.0 if late else 1.0))
+    assert values[:-1] == [{}] * (WINDOW - 1)
+    return values[-1]
+
+
+def test_ranks_compare_their_usual_times_so_single_slow_steps_do_not_count():
+    for found in on_ranks(2, of_two, "always"):
+        assert found == {"straggler/rank": 1.0, "straggler/slowness": 3.0, "straggler/waiting": 2.0}
+    for found in on_ranks(2, of_two, "sometimes"):
+        assert found["straggler/waiting"] == 0.0
+
+
+def test_one_rank_waits_for_nobody():
+    alone = stragglers()
+    assert [alone.observe(step, 1.0) for step in range(3 * WINDOW)] == [{}] * 3 * WINDOW
+
+
+class Working(nn.Module):
+    """Works for some processor time, and waits for as long."""
+
+    def forward(self, seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        time.sleep(seconds)
+
+
+def test_the_timer_counts_work_in_forwards_of_training_and_no_waiting():
+    model = Working()
+    timer = ComputeTimer(model, torch.device("cpu"))
+    model(0.05)
+    model(0.05)
+    assert 0.1 <= timer.take() < 0.18
+    assert timer.take() == 0.0
+    model.eval()
+    model(0.05)
+    assert timer.take() == 0.0
