@@ -136,11 +136,11 @@ def estimated(overrides: list[str]) -> tuple[float, float]:
     """Bytes that a rank of the run would take, and of its checkpoint; 0 where no run is described."""
     if not overrides:
         return 0.0, 0.0
-    from trainer.__main__ import composed
+    from trainer.compose import compose
     from trainer.diagnostics.memory import memory, parameters_of
     from trainer.parallel import distributed
 
-    cfg = composed(overrides, "preflight")
+    cfg = compose(overrides, name="preflight")
     _, architecture = cfg.open_tokenizer_and_shape()
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
     return memory(architecture, layout).total, 12.0 * (layout.adapters or parameters_of(architecture))

@@ -31,8 +31,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.__main__ import composed, refusal  # noqa: E402
 from trainer.checkpoint.run_folder import plain  # noqa: E402
+from trainer.cli import refusal  # noqa: E402
+from trainer.compose import compose  # noqa: E402
 from trainer.config import ConfigError, setting  # noqa: E402
 from trainer.parallel.environment import imagined  # noqa: E402
 from trainer.run import Run  # noqa: E402
@@ -219,7 +220,7 @@ def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
         ranks = job.ranks
     try:
         with imagined(ranks):
-            cfg = composed(overrides, later=[path for path in job.later.split(",") if path])
+            cfg = compose(overrides, later=[path for path in job.later.split(",") if path])
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     before = cfg.checkpoint.before_deadline

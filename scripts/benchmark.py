@@ -107,18 +107,11 @@ def architecture(a: argparse.Namespace) -> Any:
 
 def settings(a: argparse.Namespace) -> Any:
     """The composed configuration of our side."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from trainer.compose import compose
 
-    from trainer.__main__ import config_folder, register
-    from trainer.config import parse
-
-    register([])
-    GlobalHydra.instance().clear()
-    overrides = ["name=benchmark", f"model={a.model}", f"precision={a.precision}", f"batch.length={a.length}",
+    overrides = [f"model={a.model}", f"precision={a.precision}", f"batch.length={a.length}",
                  f"batch.size={a.size}", f"batch.micro={a.micro}", f"model.compile={str(a.compile).lower()}"]  # fmt: skip
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return parse(compose("train", overrides=overrides))
+    return compose(overrides, name="benchmark")
 
 
 class Steps:

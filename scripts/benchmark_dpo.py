@@ -78,7 +78,7 @@ def fits(row: dict[str, Any], a: argparse.Namespace) -> bool:
 
 def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
     """The loop's own steps."""
-    from trainer.__main__ import composed
+    from trainer.compose import compose
     from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
@@ -90,14 +90,14 @@ def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
     with distributed.session() as world, tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pairs.jsonl")
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        cfg = composed(
+        cfg = compose(
             [
                 "experiment=dpo", f"model.path={a.model}", f"data.train=[{file}]", "data.eval=[]", f"data.cache={folder}",
                 "data.truncation=keep_start", f"batch.length={a.length}", f"batch.size={a.size}", f"batch.micro={a.micro}",
                 f"model.activation_checkpointing={a.recompute}",
                 f"pipeline.reference={'model' if live else 'precomputed'}", *PARTS.get(a.side, []),
             ],
-            "benchmark",
+            name="benchmark",
         )  # fmt: skip
         tokenizer, _ = cfg.open_tokenizer_and_shape()
         corpus = cfg.data.open(tokenizer, a.length, 0)

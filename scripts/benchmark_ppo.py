@@ -158,7 +158,7 @@ def asked(row: dict[str, Any], tokenizer: Any) -> list[int]:
 
 def ours(a: argparse.Namespace) -> dict[str, Any]:
     """The loop's own steps."""
-    from trainer.__main__ import composed
+    from trainer.compose import compose
     from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
@@ -169,7 +169,7 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
     with distributed.session() as world, tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "prompts.jsonl")
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(a)))
-        cfg = composed(
+        cfg = compose(
             [
                 "pipeline=ppo", "data=prompts", f"precision={s.precision}", f"model.path={a.work / 'policy'}",
                 f"data.train=[{file}]", "data.eval=[]", f"data.cache={folder}", "steps=1",
@@ -180,7 +180,7 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
                 f"pipeline.rollout.reread={not a.no_reread}",
                 *(["data.template=raw"] if a.setting == "update" else []),
             ],
-            "benchmark",
+            name="benchmark",
         )  # fmt: skip
         tokenizer, _ = cfg.open_tokenizer_and_shape()
         corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), 0)

@@ -39,9 +39,9 @@ def main() -> None:
     if a.links:
         links()
         return
-    from trainer.__main__ import composed
+    from trainer.compose import compose
 
-    cfg = composed([*RUN, "batch.size=1", "batch.micro=1", "batch.length=64", *a.overrides], "benchmark")
+    cfg = compose([*RUN, "batch.size=1", "batch.micro=1", "batch.length=64", *a.overrides], name="benchmark")
     alone = {s: statistics.median(step(s, 1, a) for _ in range(a.rounds)) for s in STRATEGIES}
     print("| ranks | strategy | computing | exchanging, foretold | step, foretold | step, measured | of foretold |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")

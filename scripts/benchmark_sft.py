@@ -44,18 +44,18 @@ def main() -> None:
 
 def ours(a: argparse.Namespace) -> dict[str, float]:
     """The loop's own steps on the packed conversations."""
-    from trainer.__main__ import composed
+    from trainer.compose import compose
     from trainer.diagnostics.guard import Guard
     from trainer.loop import train
     from trainer.parallel import distributed
     from trainer.tracking.throughput import Stopwatch
 
-    cfg = composed(
+    cfg = compose(
         [
             "experiment=sft", f"model.path={a.model}", f"data.train=[{a.chats}]", "data.eval=[]", "data.on_bad_row=skip",
             f"batch.length={a.length}", f"batch.size={a.size}", f"batch.micro={a.size}",
         ],
-        "benchmark",
+        name="benchmark",
     )  # fmt: skip
     tokenizer, _ = cfg.open_tokenizer_and_shape()
     with distributed.session() as world, tempfile.TemporaryDirectory() as cache:

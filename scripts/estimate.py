@@ -37,17 +37,13 @@ def main() -> None:
     a, overrides = parser.parse_known_args()
     os.environ.update(RANK="0", WORLD_SIZE=str(a.ranks), MASTER_ADDR="localhost", MASTER_PORT="1")
 
-    from hydra import compose, initialize_config_dir
-
-    from trainer.__main__ import config_folder, refusal, register, spelling_tolerant
-    from trainer.config import ConfigError, parse
+    from trainer.cli import refusal
+    from trainer.config import ConfigError
     from trainer.diagnostics import memory as estimate
     from trainer.tracking.throughput import PEAKS
 
     try:
-        register(overrides)
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            cfg = parse_without_data(compose, parse, ["name=estimate", *map(spelling_tolerant, overrides)])
+        cfg = compose_without_data(overrides)
     except ConfigError as error:
         print(refusal(error), file=sys.stderr)
         sys.exit(2)
@@ -96,17 +92,18 @@ def print_plan(a, cfg, shape, layout):  # type: ignore[no-untyped-def]
     print("\n".join(scaling.table(found, a.gb * 1e9)))
 
 
-def parse_without_data(compose, parse, overrides):  # type: ignore[no-untyped-def]
+def compose_without_data(overrides):  # type: ignore[no-untyped-def]
     """The configuration, with any text in the place of data that is not named: it does not decide memory."""
+    from trainer.compose import compose
     from trainer.config import ConfigError
 
     try:
-        return parse(compose("train", overrides=overrides))
+        return compose(overrides, name="estimate")
     except ConfigError as error:
         if not all(problem.startswith("data.") for problem in error.problems):
             raise
     with tempfile.NamedTemporaryFile(suffix=".txt") as any_text:
-        return parse(compose("train", overrides=[*overrides, f"data.train=[{any_text.name}]", "data.eval=[]"]))
+        return compose([*overrides, f"data.train=[{any_text.name}]", "data.eval=[]"], name="estimate")
 
 
 if __name__ == "__main__":

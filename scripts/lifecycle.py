@@ -28,7 +28,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from trainer.__main__ import refusal
+from trainer.cli import refusal
 from trainer.config import ConfigError
 from trainer.jobs.launching import Interrupted, Local, Overview
 from trainer.jobs.lifecycle import Lifecycle

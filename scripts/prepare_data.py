@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from trainer.__main__ import composed, refusal
+from trainer.cli import refusal
+from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.data.sources import DataError
 
@@ -22,7 +23,7 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        cfg = composed(arguments, "prepare")
+        cfg = compose(arguments, name="prepare")
         tokenizer, _ = cfg.open_tokenizer_and_shape()
         corpus = cfg.data.open(tokenizer, cfg.batch.length, cfg.seed)
     except ConfigError as error:

@@ -14,7 +14,8 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from trainer.__main__ import composed, refusal
+from trainer.cli import refusal
+from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.data.rows import Piece
 from trainer.data.sources import DataError
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3, help="rows to show, from the first")
     a = parser.parse_args()
     try:
-        cfg = composed(a.overrides, "preview")
+        cfg = compose(a.overrides, name="preview")
         tokenizer, _ = cfg.open_tokenizer_and_shape()
         corpus = cfg.data.open(tokenizer, cfg.batch.length, cfg.seed)
     except ConfigError as error:

@@ -45,7 +45,7 @@ def on_ranks(
     """
     # Ranks are forked from a process that has imported everything and computed nothing: imports take longer than most tests.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.__main__", "trainer.run", __name__])
+    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.compose", "trainer.run", __name__])
     results = context.Queue()
     port = free_port()
     processes = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT, TINY, Command, metrics
-from trainer.__main__ import composed
+from trainer.compose import compose
 from trainer.config import ConfigError
 
 DOCS = ROOT / "docs"
@@ -128,7 +128,7 @@ def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch
     for name in re.findall(r"[\w-]+\.jsonl", line):
         (tmp_path / name).write_text(json.dumps({"text": "Ada."}) + "\n")
     try:
-        composed([word for word in overrides if not word.startswith("--")], "docs")
+        compose([word for word in overrides if not word.startswith("--")], name="docs")
     except ConfigError as error:
         wrong = [
             p for p in error.problems if not re.search(r"DIR|runs/|does not exist|no such|no folder|multiple of", p)

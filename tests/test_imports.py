@@ -10,6 +10,7 @@ LAYERS = [
     "__main__",
     "cli",
     "jobs",
+    "compose",
     "run",
     "loop",
     "evaluate",

@@ -26,11 +26,13 @@ T = TypeVar("T")
 class ConfigError(ValueError):
     """The configuration names something that does not exist or asks for something impossible.
 
-    ``problems`` holds one sentence each: setting, value, rule and remedy.
+    Attributes:
+        problems: one sentence each: setting, value, rule and remedy.
+        subject: what cannot work, as a message begins.
     """
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
+    def __init__(self, problems: list[str], subject: str = "This configuration") -> None:
+        self.problems, self.subject = problems, subject
         super().__init__("\n".join(problems))
 
 

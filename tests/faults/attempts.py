@@ -66,10 +66,9 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], log: Path,
             enter(namespace)
         os.environ.update(environment)
         sys.argv = ["trainer", *arguments]
-        from trainer.__main__ import main
+        from trainer.cli import main
 
-        main()
-        code = 0
+        code = main(default="train")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:

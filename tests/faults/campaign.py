@@ -60,8 +60,7 @@ def main() -> None:
         return
     import deepspeed  # noqa: F401 - imported once for all ranks, as is everything below
 
-    import trainer.__main__
-    import trainer.run  # noqa: F401
+    import trainer.cli.train  # noqa: F401
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the ranks would rightly ignore it
     for strategy in a.strategies:

@@ -19,7 +19,7 @@ RUN = [*TINY, "steps=40", "checkpoint.every=0", "optimizer.lr=0.003", "evaluatio
 def stop_in_the_middle(folder: Path, ports: list[int]) -> dict:
     """On every rank: a whole run; one that only the last rank is told to stop; and that one continued."""
     from trainer import stopping
-    from trainer.__main__ import composed
+    from trainer.compose import compose
     from trainer.run import run
 
     os.chdir(folder)
@@ -30,7 +30,7 @@ def stop_in_the_middle(folder: Path, ports: list[int]) -> dict:
         os.environ["MASTER_PORT"] = str(
             port
         )  # a store of its own: an attempt must not meet the addresses of the one before
-        run(composed([*RUN, f"run_dir={name}"], name))
+        run(compose([*RUN, f"run_dir={name}"], name=name))
 
     def tell() -> None:
         file = Path("stopped/metrics.jsonl")

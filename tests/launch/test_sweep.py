@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.command import TINY, environment
-from trainer.__main__ import config_folder, register
+from trainer.compose import config_folder
 from trainer.jobs import sweep
 
 RUN = [*TINY, "steps=4", "optimizer.lr=0.003"]
@@ -86,9 +87,8 @@ def test_a_search_goes_on_after_trials_that_die_or_have_no_number(tmp_path):
 def test_every_shipped_launcher_and_sweeper_composes(choice, setting, value):
     if importlib.util.find_spec(sweep.PLUGINS[choice]) is None:
         pytest.skip("needs pip install 'onecurve[sweep]'")
-    register([])
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        cfg = compose("train", overrides=[choice, "sweep.direction=maximize"], return_hydra_config=True)
+        cfg = hydra.compose("train", overrides=[choice, "sweep.direction=maximize"], return_hydra_config=True)
     assert OmegaConf.select(cfg, setting) == value
 
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
-from trainer.__main__ import composed
 from trainer.checkpoint.folder import FragmentFiles, read_manifest
+from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.generation.pretrained import RewardModel
 from trainer.generation.scoring import score
@@ -292,5 +292,5 @@ def test_what_cannot_work_is_refused(overrides, said, base, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError) as refused:
-        composed(arguments(base, tmp_path, *overrides), "run")
+        compose(arguments(base, tmp_path, *overrides), name="run")
     assert said in str(refused.value)

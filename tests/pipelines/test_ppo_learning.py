@@ -3,7 +3,7 @@
 import pytest
 
 from tests.small_world import overrides, write_world
-from trainer.__main__ import composed
+from trainer.compose import compose
 from trainer.run import run
 
 BANDIT = ["steps=100", "pipeline.rollout.size=128", "optimizer.lr=0.003", "pipeline.entropy=0.02"]
@@ -29,5 +29,5 @@ def test_a_task_with_a_known_optimum_is_solved(task, advantage, seed, tmp_path, 
         f"seed={seed}", f"pipeline.advantage={advantage}", "batch.size=64", "batch.micro=64", "pipeline.critic_lr=0.003",
         "schedule=linear", "evaluation.answers=64", "evaluation.samples=0", *SETTINGS[task, advantage],
     ]  # fmt: skip
-    found = run(composed([*overrides(folder, task), *settings, "run_dir=run"], "run"))
+    found = run(compose([*overrides(folder, task), *settings, "run_dir=run"], name="run"))
     assert found["eval/score"] >= 0.98

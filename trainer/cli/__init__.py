@@ -1,1 +1,76 @@
-"""The command line."""
+"""The command line, ``onecurve VERB``: every verb is a module with ``main(arguments) -> exit code``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer import stopping
+
+if TYPE_CHECKING:
+    from trainer.config import ConfigError
+
+VERBS = {
+    "train": "train a model: pretraining, SFT, reward modelling, DPO, KTO, PPO, GRPO",
+}
+"""Every verb with what it does, in the order in which they are listed."""
+REFUSED = "ONECURVE_REFUSED"
+"""Names a file that is made when a command is refused: launchers that replace exit codes hide the 2."""
+
+
+def main(arguments: Sequence[str] | None = None, default: str | None = None) -> int:
+    """Carry out a command line; ``default`` is the verb where the first word is none.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 refused because the input cannot work, 75 stopped early and saved: run it again.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in VERBS:
+        verb = words.pop(0)
+    elif default is not None:
+        verb = default
+    elif not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    else:
+        print(f"error: {unknown(words)}", file=sys.stderr)
+        return 2
+    if verb == "train":
+        stopping.listen()  # before torch is imported, which takes seconds
+    command = importlib.import_module(f"trainer.cli.{verb}")
+    from trainer.config import ConfigError
+
+    try:
+        code: int = command.main(words)
+    except ConfigError as error:
+        print(refusal(error), file=sys.stderr)
+        if marker := os.environ.get(REFUSED):
+            Path(marker).touch()
+        return 2
+    return code
+
+
+def overview() -> str:
+    """The verbs, a line each."""
+    lines = "\n".join(f"  {verb:<11} {meaning}" for verb, meaning in VERBS.items())
+    return f"usage: onecurve VERB ...\n\n{lines}\n\n'onecurve VERB --help' explains a verb and shows an example."
+
+
+def unknown(words: Sequence[str]) -> str:
+    """What is wrong with a command line whose first word is no verb."""
+    if "=" in words[0] or words[0].startswith("-"):
+        return f"{words[0]} comes before a verb; did you mean 'onecurve train {' '.join(words)}'?"
+    near = difflib.get_close_matches(words[0], VERBS, n=1)
+    return f"{words[0]} is not a verb; " + (f"did you mean '{near[0]}'?" if near else f"use {', '.join(VERBS)}")
+
+
+def refusal(error: ConfigError) -> str:
+    """All problems of a configuration, one a line."""
+    count = len(error.problems)
+    head = f"{error.subject} cannot work" + (":" if count == 1 else f", for {count} reasons:")
+    return "\n".join([head, *(f"  - {problem}" for problem in error.problems)])

@@ -8,15 +8,15 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.compose import compose_raw, config_folder
 from trainer.config import describe_field, schema_of
 
 HEADER = """\
 Onecurve: one loop, one checkpoint and one loss curve on any number of ranks.
 
-  python -m trainer [group=choice ...] [setting=value ...]     one process
+  onecurve train [group=choice ...] [setting=value ...]        one process
   torchrun --nproc-per-node N -m trainer ...                   N ranks
   python -m trainer --multirun key=a,b ...                     a sweep: a run for every combination
   python -m trainer --cfg job ...                              show the composed configuration, run nothing
@@ -24,20 +24,21 @@ Onecurve: one loop, one checkpoint and one loss curve on any number of ranks.
 """
 
 
-def help_text(folder: Path, overrides: Sequence[str]) -> str:
+def help_text(overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
     """Header, choices of every group, and all settings of what ``overrides`` choose."""
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides))
-    groups = "\n".join(_groups(folder))
+    cfg = compose_raw(overrides, config_dirs=config_dirs)
+    groups = "\n".join(_groups([config_folder(), *map(Path, config_dirs)]))
     settings = "\n".join(_settings(cfg))
     return f"{HEADER}\nChoices (group=choice)\n{groups}\n\nSettings, as composed now\n{settings}"
 
 
-def _groups(folder: Path) -> Iterator[str]:
-    for group in sorted(p for p in folder.iterdir() if p.is_dir()):
-        names = ", ".join(sorted(p.stem for p in group.glob("*.yaml")))
-        if names:
-            yield textwrap.fill(names, 116, initial_indent=f"  {group.name:<12} ", subsequent_indent=" " * 15)
+def _groups(folders: Sequence[Path]) -> Iterator[str]:
+    choices: dict[str, set[str]] = {}
+    for file in (file for folder in folders for file in folder.glob("*/*.yaml")):
+        choices.setdefault(file.parent.name, set()).add(file.stem)
+    for group, names in sorted(choices.items()):
+        text = ", ".join(sorted(names))
+        yield textwrap.fill(text, 116, initial_indent=f"  {group:<12} ", subsequent_indent=" " * 15)
 
 
 def _settings(node: DictConfig, path: str = "") -> Iterator[str]:

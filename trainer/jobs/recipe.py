@@ -12,15 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from trainer.__main__ import config_folder, register, spelling_tolerant
 from trainer.checkpoint.run_folder import FREE_TO_CHANGE, differences
-from trainer.config import ConfigError, parse
-from trainer.models.load import Model
+from trainer.compose import compose, compose_raw, config_folder
+from trainer.config import ConfigError
 
 REFERENCE = re.compile(r"\{(\w+)\}")
 """``{NAME}`` in an argument: what the stage NAME gives; ``{out}``: this stage's own folder; ``{folder}``: the recipe's."""
@@ -161,7 +158,7 @@ def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> dict[st
     if stage.run is None:
         held: dict[str, Any] = {"script": arguments}
     else:
-        held = _flat(composed(arguments))
+        held = _flat(compose_raw(arguments, name="stage"))
         held = {k: v for k, v in held.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
     # The script itself is no input: another release of it has not changed what is done.
     texts = set(arguments[1:]) if stage.run is None else set(_texts(held))
@@ -191,26 +188,10 @@ def refusals(stage: Stage, places: Mapping[str, str], missing: Sequence[str]) ->
     if stage.run is None:
         return []
     try:
-        parse(composed(stage.filled(places)), missing)
+        compose(stage.filled(places), name="stage", later=missing)
     except ConfigError as error:
         return [f"{stage.name}: {problem}" for problem in error.problems]
     return []
-
-
-def composed(overrides: Sequence[str]) -> Any:
-    """The configuration of a run as Hydra composes it, unchecked.
-
-    Raises:
-        ConfigError: if it cannot be composed.
-    """
-    register(list(overrides))
-    if problems := list(Model.contradictions(overrides)):
-        raise ConfigError(problems)
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        try:
-            return hydra.compose("train", overrides=["name=stage", *map(spelling_tolerant, overrides)])
-        except HydraException as error:
-            raise ConfigError([str(error).splitlines()[0]]) from None
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

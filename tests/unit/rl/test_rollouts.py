@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.small_world import WORDS, overrides, write_world
-from trainer.__main__ import composed
+from trainer.compose import compose
 from trainer.diagnostics.guard import Guard
 from trainer.generation.completion import Completion
 from trainer.loop import train
@@ -19,8 +19,8 @@ EOS, A, B = (WORDS.index(word) for word in ("<eos>", "a", "b"))
 
 def learn(folder, sampler, *settings, steps=3, judge=None) -> tuple[list[dict], list]:
     """Metrics and texts of a few steps on what ``sampler`` gives."""
-    cfg = composed(
-        [*overrides(folder, "bandit"), "batch.size=8", "batch.micro=4", "pipeline.rollout.size=8", *settings], "x"
+    cfg = compose(
+        [*overrides(folder, "bandit"), "batch.size=8", "batch.micro=4", "pipeline.rollout.size=8", *settings], name="x"
     )
     with distributed.session() as world:
         tokenizer, _ = cfg.open_tokenizer_and_shape()

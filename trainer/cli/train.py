@@ -1,0 +1,98 @@
+"""Train a model, from its configuration to an exported Hugging Face folder.
+
+onecurve train experiment=tinyworld
+torchrun --nproc-per-node 2 -m trainer experiment=tinyworld strategy=zero2
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+
+from trainer import stopping
+from trainer.cli.help import help_text
+from trainer.compose import compose, config_folder, register_imports, spelling_tolerant
+from trainer.config import ConfigError
+from trainer.jobs import sweep
+from trainer.parallel import distributed
+from trainer.parallel.environment import place
+from trainer.run import run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line describes."""
+    config_dirs, rest = split_config_dirs(arguments)
+    overrides = [argument for argument in rest if not argument.startswith("-")]
+    if {"-h", "--help"} & set(rest):
+        print(help_text(overrides, config_dirs))
+        return 0
+    if overrides != rest:
+        register_imports(overrides, config_dirs)
+        sys.argv = ["onecurve", *map(spelling_tolerant, arguments)]
+        if {"--multirun", "-m"} & set(rest):
+            return run_sweep(arguments)
+        hydra_app()  # --cfg, --info and the like: Hydra shows what it composes and runs nothing
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    code = 0
+    try:
+        run(compose(overrides, config_dirs=config_dirs))
+    except stopping.Stopped as stop:
+        if place().rank == 0:
+            print(f"onecurve: {stop}", flush=True)
+        code = stopping.EXIT_CODE
+    end_ranks(code)
+    return code
+
+
+def split_config_dirs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The folders after ``--config-dir``, and the other arguments."""
+    folders, rest, words = [], [], iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return folders, rest
+
+
+hydra_app = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")(sweep.point)
+
+
+def run_sweep(arguments: Sequence[str]) -> int:
+    """Run a sweep: Hydra composes its points, which are processes of their own, and the best come first in the summary.
+
+    Returns:
+        The exit code: 0 at least one point is done, 1 none is.
+    """
+    stopping.forget()  # signals are for the points
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's storage greets with fifty lines
+    if problems := list(sweep.problems(arguments)):
+        raise ConfigError(problems)
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith("hydra.sweep.dir=")]
+    folder = given[-1] if given else sweep.folder_of(arguments)
+    sys.argv.append(f"hydra.sweep.dir={folder}")
+    try:
+        hydra_app()
+    finally:
+        done = sweep.summary(Path(folder), arguments)
+    return 0 if done else 1
+
+
+def end_ranks(code: int) -> None:
+    """End a process of several ranks at once; return where there is one rank.
+
+    All files are closed by now. A gloo thread that lets go of a Python object while the interpreter shuts down aborts the
+    process (seen in one of some fifty two-rank ZeRO-3 runs), and a launcher takes that for a failure of the run.
+    """
+    if distributed.ranks() > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
