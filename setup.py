@@ -18,7 +18,11 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["trainer", "trainer.*"]), "trainer.configs"],
     package_dir={"trainer.configs": "configs"},
-    package_data={"trainer": ["py.typed"], "trainer.report": ["page.css", "page.js"], "trainer.configs": configs},
+    package_data={
+        "trainer": ["py.typed"],
+        "trainer.report": ["charts.yaml", "page.css", "page.js"],
+        "trainer.configs": configs,
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",

@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.report.charts import drawn, sections
-from trainer.report.comparison import comparison, named
-from trainer.report.curves import number
+from trainer.report.catalogue import SECTIONS
+from trainer.report.charts import by_section, figures
+from trainer.report.comparison import comparison, title_of
 from trainer.report.histograms import histograms
+from trainer.report.html import duration, markup, number
 from trainer.report.lifecycle import RECORD, lifecycle
 from trainer.report.page import opening, page, plots
 from trainer.report.recording import Recording, read
 from trainer.report.tables import ancestry, changed, errors, made, samples, settings, statistics, time_split
-from trainer.report.verdict import duration, headline, verdict
+from trainer.report.verdict import headline, verdict
 
 FILE = "report.html"
 
@@ -22,12 +23,12 @@ FILE = "report.html"
 def write(folder: Path, ended: str | None = None) -> Path:
     """Write the report of a run or of a lifecycle into its folder, and give its path. ``ended``: why a run failed."""
     text = lifecycle(folder) if (folder / RECORD).is_file() else of_run(read(folder, ended))
-    return _put(folder / FILE, text)
+    return _replace(folder / FILE, text)
 
 
 def write_comparison(file: Path, folders: Sequence[Path]) -> Path:
     """Write a report that compares runs."""
-    return _put(file, comparison([read(folder) for folder in folders], named(folders)))
+    return _replace(file, comparison([read(folder) for folder in folders], title_of(folders)))
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
@@ -43,23 +44,21 @@ def runs_in(folder: Path) -> Iterator[Path]:
 
 def of_run(run: Recording) -> str:
     """The page of one run."""
-    found = drawn(run)
+    drawn, distributions = figures(run), histograms(run)
+    groups = by_section(drawn)
     parts = {}
-    spread = histograms(run)
-    for name, group in sections(found).items():
-        parts[name] = plots(group)
-        if name == "Rewards":
-            parts[name] = parts[name].removesuffix("</div>") + spread + "</div>"
-            spread = ""
-    if spread:
-        parts["Spread"] = f'<div class="plots">{spread}</div>'
-    parts["Time"] = time_split(run)
-    parts["Samples"] = samples(run)
-    parts["Largest errors"] = errors(run)
-    parts["Data"] = statistics(run)
-    parts["Configuration"] = changed(run) + settings(run)
-    parts["Ancestry"] = ancestry(run) + made(run)
-    return page(run.name, opening(run.name, headline(run, found), verdict(run, found), _tiles(run)), parts)
+    for section, group in groups.items():
+        parts[SECTIONS[section]] = plots(group, more=distributions if section == "rewards" else ())
+    parts |= {
+        "Distributions": plots([], more=() if "rewards" in groups else distributions),
+        "Time": time_split(run),
+        "Samples": samples(run),
+        "Largest errors": errors(run),
+        "Data": statistics(run),
+        "Configuration": markup(changed(run), settings(run)),
+        "Ancestry": markup(ancestry(run), made(run)),
+    }
+    return page(run.name, opening(run.name, headline(drawn), verdict(run, drawn), _tiles(run)), parts)
 
 
 def _tiles(run: Recording) -> dict[str, str]:
@@ -73,12 +72,12 @@ def _tiles(run: Recording) -> dict[str, str]:
             break
     if run.seconds:
         tiles["Time"] = duration(sum(run.seconds.values()))
-    if (held := run.latest("memory_gb")) is not None:
-        tiles["Memory"] = f"{held:.2f} GB"
+    if (memory := run.latest("memory_gb")) is not None:
+        tiles["Memory"] = f"{memory:.2f} GB"
     return tiles
 
 
-def _put(file: Path, text: str) -> Path:
+def _replace(file: Path, text: str) -> Path:
     """Replace a file at once: whoever has it open sees the old one or the new one."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")

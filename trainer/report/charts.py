@@ -4,142 +4,121 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from trainer.report.catalogue import (
-    CHARTS,
-    FURTHER,
-    HELD_OUT,
-    HIDDEN,
-    POLICY,
-    SECTIONS,
-    UNDERSTOOD,
-    Better,
-    Chart,
-    Manner,
-)
-from trainer.report.curves import Figure, Level, Trace
-from trainer.report.readings import capital, read_off, way_of
+from trainer.report.catalogue import CHARTS, HIDDEN, SAMPLED, SECTIONS, Better, Chart, Curve, Kind, Level, held_out
+from trainer.report.curves import Figure
+from trainer.report.html import anchor
+from trainer.report.readings import Trace, read_off
 from trainer.report.recording import Recording, Series
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A chart with its figure."""
-
-    chart: Chart
-    figure: Figure
-
-
-def drawn(run: Recording) -> list[Drawn]:
+def figures(run: Recording) -> list[Figure]:
     """Every plot that the run has numbers for; metrics that no chart knows come last, each in a plot of its own."""
-    found = []
-    for chart in [*suited(run), *_further(run)]:
+    drawn = []
+    for chart in [*charts_for(run), *_further(run)]:
         traces = _traces(run, chart)
-        names = {n for n in chart.metrics if n in run.series or held_out(n) in run.series}
-        if not traces or (chart.title == "Gold against proxy" and len(names) < 2):
+        if not traces or (chart.needs_all and not _has_all(run, chart)) or is_hidden(chart, traces):
             continue
-        if chart.title == "Skipped steps" and not traces[0].series.finite.values.any():
-            continue
-        levels = list(_levels(run, chart))
-        steady = chart.manner is Manner.steady
-        said = (
-            way_of(traces) if chart.against else read_off(traces, levels, chart.band, chart.better.value, steady=steady)
-        )
-        label = "KL from the reference" if chart.against else "step"
-        falls = chart.better is Better.lower
-        figure = Figure(
-            chart.key, chart.title, traces, capital(said), chart.hint, levels, chart.band, chart.log, falls, label
-        )
-        found.append(Drawn(chart, figure))
-    return found
+        levels = [*_optima(run, chart), *levels_of(run, chart)]
+        x_label = "KL from the reference" if chart.against else "step"
+        drawn.append(Figure(chart, traces, read_off(traces, chart, levels), levels, x_label))
+    return drawn
 
 
-def suited(run: Recording) -> list[Chart]:
+def charts_for(run: Recording) -> list[Chart]:
     """The charts as they are meant for a run."""
-    if UNDERSTOOD not in run.series:
+    if SAMPLED not in run.series:
         return list(CHARTS)
-    plain: dict[str, Any] = {
-        "section": POLICY,
-        "better": Better.neither,
-        "weight": 0,
-        "hint": "Policy, value and entropy terms together.",
-    }
-    return [dataclasses.replace(chart, **plain) if "loss" in chart.metrics else chart for chart in CHARTS]
+    hint = "Policy, value and entropy terms together."
+    return [
+        dataclasses.replace(chart, section="policy", better=Better.neither, weight=0, hint=hint)
+        if "loss" in chart.metrics
+        else chart
+        for chart in CHARTS
+    ]
 
 
-def held_out(name: str) -> str:
-    """What a metric is called on held-out data."""
-    return HELD_OUT.get(name, f"eval/{name.removeprefix('objective/')}")
+def is_hidden(chart: Chart, traces: Sequence[Trace]) -> bool:
+    """Whether it is a chart of something that did not happen."""
+    return chart.hide_zero and not any(trace.series.finite.values.any() for trace in traces)
+
+
+def _has_all(run: Recording, chart: Chart) -> bool:
+    return all(name in run.series or held_out(name) in run.series for name in chart.metrics)
 
 
 def _traces(run: Recording, chart: Chart) -> list[Trace]:
+    if chart.against:
+        return list(_paths(run, chart))
     traces: list[Trace] = []
     for name, label in chart.metrics.items():
-        style = len({t.style for t in traces})
         # Two metrics of a chart may be called alike on held-out data; it is then that of the one that was logged.
-        names = (name, held_out(name)) if name in run.series or held_out(name) == f"eval/{name}" else ()
-        known = [n for n in names if n in run.series and len(run.series[n].finite)]
-        if chart.against:
-            over = run.series.get(chart.against)
-            if over is not None and name in run.series:
-                traces.append(Trace(label, paired(over, run.series[name]), style, points=True))
+        if name not in run.series and held_out(name) != f"eval/{name}":
             continue
-        for key in known:
-            held = key.startswith("eval/")
-            several = len(chart.metrics) > 1 and label != "training"
-            words = label if not held else f"{label}, held out" if several else "held out"
-            traces.append(
-                Trace(
-                    words,
-                    run.series[key],
-                    style + (0 if several else held),
-                    points=held,
-                    exact=chart.manner is Manner.exact,
-                )
-            )
-    return [t for t in traces if len(t.series.finite)]
+        style = len({t.style for t in traces})
+        several = len(chart.metrics) > 1 and label != "training"
+        for key, evaluated in ((name, False), (held_out(name), True)):
+            if key not in run.series or not len(run.series[key].finite):
+                continue
+            shown = label if not evaluated else f"{label}, held out" if several else "held out"
+            exact, own_style = chart.curve is Curve.exact, style + (evaluated and not several)
+            traces.append(Trace(shown, run.series[key], own_style, evaluated, exact, evaluated))
+    return traces
 
 
-def paired(over: Series, series: Series) -> Series:
-    """A metric over another one: means of up to 60 stretches of steps, in their order, against the noise."""
-    _steps, a, b = np.intersect1d(over.steps, series.steps, return_indices=True)
-    x, y = over.values[a], series.values[b]
-    keep = np.isfinite(x) & np.isfinite(y)
-    x, y = x[keep], y[keep]
-    parts = np.array_split(np.arange(len(x)), min(60, len(x))) if len(x) else []
-    return Series(np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts]))
+def _paths(run: Recording, chart: Chart) -> Iterator[Trace]:
+    """The metrics of a chart over another metric: means of up to 60 stretches of steps, against the noise."""
+    over = run.series.get(chart.against)
+    for style, (name, label) in enumerate(chart.metrics.items()):
+        if over is None or name not in run.series:
+            continue
+        series = run.series[name]
+        _steps, a, b = np.intersect1d(over.steps, series.steps, return_indices=True)
+        x, y = over.values[a], series.values[b]
+        both = np.isfinite(x) & np.isfinite(y)
+        if both.any():
+            yield Trace(label, Series(x[both], y[both]).block_means(60), style, points=True)
 
 
-def _levels(run: Recording, chart: Chart) -> Iterator[Level]:
-    floors = run.facts.get("floors") or {}
+def _optima(run: Recording, chart: Chart) -> Iterator[Level]:
+    """The best possible values that the data knows, such as the entropy of its language."""
     for name in chart.metrics:
-        floor = floors.get(held_out(name), floors.get(name))
-        if isinstance(floor, int | float):
+        floor = run.floors.get(held_out(name), run.floors.get(name))
+        if floor is not None:
             label = "entropy of the language" if name in ("loss", "bits_per_byte") else "known optimum"
-            yield Level(float(floor), f"{label} {floor:.4g}", optimum=True)
-    for levels in chart.levels:
-        yield from levels(run)
+            yield Level(floor, label, Kind.optimum)
+
+
+def levels_of(run: Recording, chart: Chart) -> Iterator[Level]:
+    """The levels of a chart with their values in this run."""
+    for level in chart.levels:
+        if level.kind is Kind.no_preference and not _starts_without_preference(run):
+            continue
+        if level.value is not None:
+            yield level
+        elif isinstance(value := run.get(level.setting), int | float) and value:
+            yield dataclasses.replace(level, value=float(value), label=f"{level.label} {value:g}")
+
+
+def _starts_without_preference(run: Recording) -> bool:
+    """Whether the loss compares two answers and is ln 2 as long as it prefers neither."""
+    compares = "margin" in run.series or "rewards/accuracy" in run.series
+    loss = run.get("pipeline.loss", run.get("pipeline.objective", "sigmoid"))
+    return compares and loss in ("sigmoid", "robust")
 
 
 def _further(run: Recording) -> Iterator[Chart]:
     known = {name for chart in CHARTS for name in chart.metrics} | set(HIDDEN)
     known |= {held_out(name).removeprefix("eval/") for name in known}
-    names: dict[str, None] = {}
-    for name in run.series:
-        plain = name.removeprefix("eval/")
-        if plain not in known and not name.startswith("time/"):
-            names[plain] = None
-    for name in names:
-        yield Chart(FURTHER, name, {name: "training"})
+    plain = dict.fromkeys(name.removeprefix("eval/") for name in run.series if not name.startswith("time/"))
+    for name in plain:
+        if name not in known:
+            yield Chart(f"further-{anchor(name)}", "further", name, {name: "training"})
 
 
-def sections(found: Sequence[Drawn]) -> dict[str, list[Drawn]]:
+def by_section(drawn: Sequence[Figure]) -> dict[str, list[Figure]]:
     """Plots by section, in the order of the sections."""
-    by_name: dict[str, list[Drawn]] = {name: [] for name in SECTIONS}
-    for one in found:
-        by_name[one.chart.section].append(one)
-    return {name: group for name, group in by_name.items() if group}
+    groups = {section: [f for f in drawn if f.chart.section == section] for section in SECTIONS}
+    return {section: group for section, group in groups.items() if group}

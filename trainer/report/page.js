@@ -3,7 +3,7 @@
   const root = document.documentElement;
   root.classList.add("js");
   const NS = "http://www.w3.org/2000/svg";
-  const kept = {
+  const storage = {
     get: (key) => { try { return localStorage.getItem(key); } catch { return null; } },
     set: (key, value) => { try { localStorage.setItem(key, value); } catch { /* a page from a file may have no storage */ } },
   };
@@ -12,9 +12,9 @@
   const button = document.getElementById("theme");
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   const name = () => { button.textContent = dark() ? "Light" : "Dark"; button.setAttribute("aria-label", `Use ${dark() ? "light" : "dark"} colours`); };
-  const before = kept.get("onecurve-theme");
+  const before = storage.get("onecurve-theme");
   if (before === "dark" || before === "light") root.dataset.theme = before;
-  button.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; kept.set("onecurve-theme", root.dataset.theme); name(); });
+  button.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; storage.set("onecurve-theme", root.dataset.theme); name(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
   name();
 
@@ -26,16 +26,16 @@
     return size < 1e-3 ? v.toExponential(2) : v.toPrecision(4);
   };
 
-  // The same two-sided exponential average as in the report's first picture (trainer/report/recording.py).
+  // A two-sided exponential average whose length is `share` of the curve, so that it lags behind nothing; 0 = as it is.
   const smooth = (values, share) => {
     const count = values.length;
     if (count < 3 || share <= 0) return values;
     const keep = Math.exp(-1 / Math.max(0.5, share * count));
     const total = values.map((v) => -v), weight = values.map(() => -1);
-    let sum = 0, held = 0;
-    for (let n = 0; n < count; n++) { sum = sum * keep + values[n]; held = held * keep + 1; total[n] += sum; weight[n] += held; }
-    sum = 0; held = 0;
-    for (let n = count - 1; n >= 0; n--) { sum = sum * keep + values[n]; held = held * keep + 1; total[n] += sum; weight[n] += held; }
+    let sum = 0, norm = 0;
+    for (let n = 0; n < count; n++) { sum = sum * keep + values[n]; norm = norm * keep + 1; total[n] += sum; weight[n] += norm; }
+    sum = 0; norm = 0;
+    for (let n = count - 1; n >= 0; n--) { sum = sum * keep + values[n]; norm = norm * keep + 1; total[n] += sum; weight[n] += norm; }
     return total.map((v, n) => v / weight[n]);
   };
 
@@ -44,7 +44,7 @@
       this.data = JSON.parse(figure.querySelector("script").textContent);
       this.svg = figure.querySelector(".plot svg");
       this.cursor = this.svg.querySelector(".cursor");
-      this.said = figure.querySelector(".values");
+      this.readout = figure.querySelector(".values");
       this.traces = this.data.traces.map((trace) => ({ ...trace, shown: trace.y }));
       const lines = [...this.svg.querySelectorAll("path.smooth")];
       for (const trace of this.traces) if (!trace.points) trace.line = lines.shift();
@@ -124,9 +124,9 @@
         dot.setAttribute("r", 4);
         this.cursor.appendChild(dot);
       }
-      this.said.textContent = this.tell();
+      this.readout.textContent = this.tell();
     }
-    hide() { this.cursor.textContent = ""; this.said.textContent = ""; }
+    hide() { this.cursor.textContent = ""; this.readout.textContent = ""; }
     smooth(share) {
       for (const trace of this.traces) {
         if (!trace.line) continue;

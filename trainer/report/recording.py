@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +28,26 @@ class Series:
     @property
     def finite(self) -> Series:
         """Without values that cannot be drawn."""
-        keep = np.isfinite(self.values)
-        return self if keep.all() else Series(self.steps[keep], self.values[keep])
+        finite = np.isfinite(self.values)
+        return self if finite.all() else Series(self.steps[finite], self.values[finite])
+
+    def block_means(self, count: int) -> Series:
+        """Means over ``count`` stretches of neighbouring steps; NaN where nothing in a stretch is finite."""
+        parts = np.array_split(np.arange(len(self)), min(count, len(self)))
+        finite = [values[np.isfinite(values)] for values in (self.values[part] for part in parts)]
+        means = [values.mean() if len(values) else np.nan for values in finite]
+        return Series(np.array([self.steps[part].mean() for part in parts]), np.array(means))
 
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A model that this one came from: its ``folder``, what its ``onecurve.json`` says, and its configuration."""
+    """A model that this one came from.
+
+    Attributes:
+        folder: of the model.
+        facts: its ``onecurve.json``.
+        config: the configuration of the run that made it.
+    """
 
     folder: Path
     facts: dict[str, Any]
@@ -44,7 +56,21 @@ class Ancestor:
 
 @dataclass(frozen=True)
 class Recording:
-    """A run as its files tell it. Whatever is missing is empty; ``unreadable`` counts lines that are no JSON objects."""
+    """A run as its files tell it; whatever is missing is empty.
+
+    Attributes:
+        folder: of the run.
+        config: its settings.
+        facts: how it was made (versions, fingerprints, command).
+        export: the record of its exported model.
+        series: values over the steps, by metric.
+        samples: generations.
+        errors: held-out examples that the model got most wrong.
+        histograms: distributions of metrics over held-out examples.
+        ancestors: the models that it started from, the nearest first.
+        unreadable: lines that are no JSON objects.
+        ended: why it failed, where the caller knows.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -91,8 +117,15 @@ class Recording:
 
     def latest(self, name: str) -> float | None:
         """The last finite value of a metric."""
-        found = self.series[name].finite if name in self.series else None
-        return float(found.values[-1]) if found is not None and len(found) else None
+        if name not in self.series or not len(series := self.series[name].finite):
+            return None
+        return float(series.values[-1])
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """The best possible value of metrics, where the data knows it."""
+        floors = self.facts.get("floors") or {}
+        return {name: float(value) for name, value in floors.items() if isinstance(value, int | float)}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -100,23 +133,30 @@ class Recording:
         times = {n.removeprefix("time/"): s.finite for n, s in self.series.items() if n.startswith("time/")}
         scale = max(1, int(self.get("tracking.every", 1) or 1))
         rare = ("evaluation", "checkpoint")
-        found = {n: float(s.values.sum()) * (1 if n in rare else scale) for n, s in times.items() if len(s)}
-        if "forward_backward" in found:
-            found.pop("update", None)  # holds it and the optimizer's
-        return found
+        seconds = {n: float(s.values.sum()) * (1 if n in rare else scale) for n, s in times.items() if len(s)}
+        if "forward_backward" in seconds:
+            seconds.pop("update", None)  # the sum of it and the optimizer's
+        return seconds
 
 
 def read(folder: Path, ended: str | None = None) -> Recording:
     """Read a run's folder. ``ended``: why the run came to an end, where it failed and the caller knows."""
     record = _yaml(folder / "config.yaml")
-    lines = Lines(folder)
-    series = _series(lines.of("metrics"))
-    tables = {name: list(lines.of(name)) for name in ("samples", "errors", "histograms")}
     config = record.get("config") or {}
+    lines = Lines(folder)
     return Recording(
-        folder, config, record.get("facts") or {}, _json(folder / "export" / "onecurve.json"), series,
-        tables["samples"], tables["errors"], tables["histograms"], list(_ancestors(folder, config)), lines.unreadable, ended,
-    )  # fmt: skip
+        folder,
+        config,
+        facts=record.get("facts") or {},
+        export=read_json(folder / "export" / "onecurve.json"),
+        series=_series(lines.of("metrics")),
+        samples=list(lines.of("samples")),
+        errors=list(lines.of("errors")),
+        histograms=list(lines.of("histograms")),
+        ancestors=list(_ancestors(folder, config)),
+        unreadable=lines.unreadable,
+        ended=ended,
+    )
 
 
 class Lines:
@@ -133,12 +173,11 @@ class Lines:
         with file.open(encoding="utf-8", errors="replace") as opened:
             for line in opened:
                 try:
-                    found = json.loads(line)
+                    row = json.loads(line)
                 except ValueError:
-                    self.unreadable += 1
-                    continue
-                if isinstance(found, dict):
-                    yield found
+                    row = None
+                if isinstance(row, dict):
+                    yield row
                 else:
                     self.unreadable += 1
 
@@ -153,12 +192,12 @@ def _series(lines: Iterator[dict[str, Any]]) -> dict[str, Series]:
         for name, value in line.items():
             if _number(value):
                 by_name.setdefault(name, {})[step] = float(value)
-    found = {}
+    series = {}
     for name, values in by_name.items():
         steps = np.fromiter(values.keys(), np.float64, len(values))
         order = np.argsort(steps, kind="stable")
-        found[name] = Series(steps[order], np.fromiter(values.values(), np.float64, len(values))[order])
-    return found
+        series[name] = Series(steps[order], np.fromiter(values.values(), np.float64, len(values))[order])
+    return series
 
 
 def _number(value: Any) -> bool:
@@ -176,24 +215,25 @@ def _ancestors(folder: Path, config: Mapping[str, Any]) -> Iterator[Ancestor]:
             return
         seen.add(here.resolve())
         config = _yaml(here.parent / "config.yaml").get("config") or {}
-        yield Ancestor(here, _json(here / "onecurve.json"), config)
+        yield Ancestor(here, read_json(here / "onecurve.json"), config)
         folder = here.parent
 
 
 def _yaml(file: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,26 +244,3 @@ def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{name}.")
         else:
             yield name, value
-
-
-def smoothed(values: Floats, share: float) -> Floats:
-    """Two-sided exponential average whose length is ``share`` of the curve, so that it lags behind nothing; 0 = as it is."""
-    count = len(values)
-    if count < 3 or share <= 0:
-        return values
-    keep = math.exp(-1 / max(0.5, share * count))
-    known = np.isfinite(values)
-    clean = np.where(known, values, 0.0)
-    total, weight = -clean, -known.astype(np.float64)
-    for order in (slice(None), slice(None, None, -1)):
-        sums, weights = _decayed(clean[order], keep), _decayed(known[order].astype(np.float64), keep)
-        total, weight = total + sums[order], weight + weights[order]
-    return np.where(weight > 1e-12, total / np.maximum(weight, 1e-12), np.nan)
-
-
-def _decayed(values: Floats, keep: float) -> Floats:
-    out, held = np.empty_like(values), 0.0
-    for n, value in enumerate(values.tolist()):
-        held = held * keep + value
-        out[n] = held
-    return out

@@ -1,13 +1,12 @@
-"""Tables of a report: texts side by side, settings, where a model comes from. Everything from data is escaped here."""
+"""Tables of a report: texts side by side, settings, where a model comes from."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
-from trainer.report.curves import number
+from trainer.report.html import Html, details, joined, markup, number, tag
 from trainer.report.recording import Recording, flat
 
 LONGEST = 1500
@@ -17,212 +16,199 @@ PROMPTS = 12
 MOMENTS = 3
 """Columns of samples of one run: the first evaluation, one in the middle, the last."""
 ROW_FIELDS = ("step", "prompt", "completion")
+EMPTY_PROMPT = tag("em", "from nothing")
+BREAK = Html("<br>")
 
 
-def said(value: Any) -> str:
-    """A value as escaped text."""
-    if isinstance(value, bool) or value is None:
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, int | float):
-        return escape(f"{value:g}" if isinstance(value, float) else f"{value}")
-    if isinstance(value, str):
-        return escape(value)
-    return escape(json.dumps(value, ensure_ascii=False, default=str))
+def plain(value: Any) -> str:
+    """A value as text."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def text(value: Any) -> str:
-    """A text of any length and content as escaped text; what is not shown is counted."""
-    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    more = f" … ({len(whole) - LONGEST:,} more characters)" if len(whole) > LONGEST else ""
-    return escape(whole[:LONGEST]) + more
+def shortened(value: Any) -> str:
+    """A text of any length; what is not shown is counted."""
+    full = plain(value)
+    more = f" … ({len(full) - LONGEST:,} more characters)" if len(full) > LONGEST else ""
+    return full[:LONGEST] + more
+
+
+def code(value: Any) -> Html:
+    """A value in the letters of code."""
+    return tag("code", plain(value))
 
 
 def table(
     caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "", numbers: Sequence[int] = ()
-) -> str:
-    """A table of cells that are escaped already; the first cell of a row is its header."""
+) -> Html:
+    """A table whose rows begin with a header; empty where there are none.
 
-    def cell(n: int, value: str, tag: str) -> str:
-        scope = ' scope="row"' if tag == "th" else ""
-        style = ' class="n"' if n in numbers else ' class="text"' if kind == "texts" else ""
-        return f"<{tag}{scope}{style}>{value}</{tag}>"
+    Args:
+        caption: says what it shows.
+        columns: headings.
+        rows: cells, text or markup.
+        kind: ``texts`` for cells of long text.
+        numbers: columns that are aligned to the right.
+    """
+    rows = list(rows)
+    if not rows:
+        return Html()
 
-    head = "".join(
-        f'<th scope="col"{" class=n" if n in numbers else ""}>{escape(c)}</th>' for n, c in enumerate(columns)
-    )
-    body = "".join(
-        "<tr>" + "".join(cell(n, value, "td" if n else "th") for n, value in enumerate(row)) + "</tr>" for row in rows
-    )
+    def style(n: int) -> str | None:
+        return "n" if n in numbers else "text" if kind == "texts" else None
+
+    head = [tag("th", c, scope="col", class_="n" if n in numbers else None) for n, c in enumerate(columns)]
+    body = []
+    for first, *rest in rows:
+        cells = [tag("td", value, class_=style(n)) for n, value in enumerate(rest, start=1)]
+        body.append(tag("tr", tag("th", first, scope="row", class_=style(0)), *cells))
+    content = (tag("caption", caption), tag("thead", tag("tr", *head)), tag("tbody", *body))
     # A region that scrolls must be reachable by keyboard.
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="{kind}">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    inner = tag("table", *content, class_=kind or None)
+    return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
-def samples(run: Recording) -> str:
-    """The answers to each prompt at a few moments of the run, side by side; empty where there are none."""
+def samples(run: Recording) -> Html:
+    """The answers to each prompt at a few moments of the run, side by side."""
     by_step: dict[Any, dict[tuple[str, int], Mapping[str, Any]]] = {}
     for row in run.samples:
-        held = by_step.setdefault(row.get("step"), {})
-        prompt = str(row.get("prompt", ""))
-        held[prompt, sum(1 for p, _ in held if p == prompt)] = row
+        of_step, prompt = by_step.setdefault(row.get("step"), {}), str(row.get("prompt", ""))
+        of_step[prompt, sum(1 for p, _ in of_step if p == prompt)] = row
     if not by_step:
-        return ""
+        return Html()
     steps = sorted(by_step, key=lambda s: s if isinstance(s, int | float) else -1)
     last = by_step[steps[-1]]
     shared = [s for s in steps[:-1] if any(key in by_step[s] for key in last)]
     early = [shared[0], shared[len(shared) // 2]][: MOMENTS - 1] if len(shared) > 1 else shared
     moments = [*dict.fromkeys([*early, steps[-1]])]
-    rows = [
-        [text(key[0]) or "<em>from nothing</em>", *(_completion(by_step[s].get(key)) for s in moments)]
-        for key in sorted(last, key=lambda key: not any(key in by_step[s] for s in early))[:PROMPTS]
-    ]
+    keys = sorted(last, key=lambda key: not any(key in by_step[s] for s in early))[:PROMPTS]
+    rows = [[shortened(key[0]) or EMPTY_PROMPT, *(_answer(by_step[s].get(key)) for s in moments)] for key in keys]
     return table("What the model writes", ["Prompt", *(f"Step {s}" for s in moments)], rows, kind="texts")
 
 
-def _completion(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
+def _answer(row: Any) -> str:
+    """A completion with what is known about it, or a text alone."""
+    if not isinstance(row, Mapping):
+        return "–" if row is None else shortened(row)
     notes = [
-        f"{escape(str(key))} {number(value) if isinstance(value, float) else said(value)}"
+        f"{key} {number(value) if isinstance(value, float) else plain(value)}"
         for key, value in row.items()
         if key not in ROW_FIELDS
     ]
-    return text(row.get("completion", "")) + (f"<small>{' · '.join(notes)}</small>" if notes else "")
+    completion = shortened(row.get("completion", ""))
+    return markup(completion, tag("small", " · ".join(notes))) if notes else completion
 
 
-def errors(run: Recording) -> str:
-    """The units of held-out data that the last evaluation got most wrong."""
-    rows = [row for row in run.errors if row.get("step") == run.errors[-1].get("step")][:PROMPTS] if run.errors else []
-    if not rows:
-        return ""
+def errors(run: Recording) -> Html:
+    """The held-out examples that the last evaluation got most wrong."""
+    rows = [row for row in run.errors if row.get("step") == run.errors[-1].get("step")][:PROMPTS]
     columns = [c for c in dict.fromkeys(key for row in rows for key in row) if c != "step"]
-    texts = [c for c in ("prompt", "completion", "rejected") if c in columns]
-    rest = [c for c in columns if c not in texts]
-    names = {"completion": "Chosen", "rejected": "Rejected", "prompt": "Prompt"}
-    cells = [
-        [text(row.get(c, "")) for c in texts] + ["<br>".join(f"{escape(c)} {said(row.get(c))}" for c in rest)]
-        for row in rows
-    ]
-    return table(
-        f"Most wrong after step {rows[0].get('step')}", [*(names[c] for c in texts), "Where"], cells, kind="texts"
-    )
+    headings = {"prompt": "Prompt", "completion": "Chosen", "rejected": "Rejected"}
+    texts = [c for c in headings if c in columns]
+    cells = []
+    for row in rows:
+        where = joined((f"{c} {plain(row.get(c))}" for c in columns if c not in texts), BREAK)
+        cells.append([*(shortened(row.get(c, "")) for c in texts), where])
+    caption = f"Most wrong after step {rows[0].get('step')}" if rows else ""
+    return table(caption, [*(headings[c] for c in texts), "Where"], cells, kind="texts")
 
 
-def changed(run: Recording) -> str:
+def changed(run: Recording) -> Html:
     """Settings that are not at their defaults."""
     defaults = run.facts.get("defaults") or {}
     now = dict(flat(run.config))
-    rows = [[f"<code>{escape(k)}</code>", said(now[k]), said(d)] for k, d in defaults.items() if now.get(k, d) != d]
-    return table("Settings that differ from their defaults", ["Setting", "Value", "Default"], rows) if rows else ""
+    rows = [[code(k), plain(now[k]), plain(d)] for k, d in defaults.items() if now.get(k, d) != d]
+    return table("Settings that differ from their defaults", ["Setting", "Value", "Default"], rows)
 
 
-def settings(run: Recording) -> str:
+def settings(run: Recording) -> Html:
     """Every setting of the run."""
-    rows = [[f"<code>{escape(k)}</code>", said(v)] for k, v in flat(run.config)]
-    if not rows:
-        return ""
-    every = table("All settings", ["Setting", "Value"], rows)
-    return f"<details><summary>All {len(rows)} settings</summary>{every}</details>"
+    rows = [[code(k), plain(v)] for k, v in flat(run.config)]
+    return details(f"All {len(rows)} settings", table("All settings", ["Setting", "Value"], rows)) if rows else Html()
 
 
-def differing(runs: Sequence[Recording]) -> str:
+def differing(runs: Sequence[Recording]) -> Html:
     """Settings in which runs differ, one column a run."""
-    held = [dict(flat(run.config)) for run in runs]
-    keys = dict.fromkeys(key for one in held for key in one if key not in ("run_dir", "name"))
+    configs = [dict(flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in ("run_dir", "name"))
     rows = [
-        [f"<code>{escape(key)}</code>", *(said(one[key]) if key in one else "–" for one in held)]
+        [code(key), *(plain(config[key]) if key in config else "–" for config in configs)]
         for key in keys
-        if len({json.dumps(one.get(key), default=str, sort_keys=True) for one in held}) > 1
+        if len({json.dumps(config.get(key), default=str, sort_keys=True) for config in configs}) > 1
     ]
-    return table("Settings that differ", ["Setting", *(run.name for run in runs)], rows) if rows else ""
+    return table("Settings that differ", ["Setting", *(run.name for run in runs)], rows)
 
 
-def ancestry(run: Recording) -> str:
-    """The model's forebears, the nearest first, and how each was made."""
+def ancestry(run: Recording) -> Html:
+    """The model's ancestors, the nearest first, and how each was made."""
+    shown = {"step": "step", "data": "data", "tokenizer": "tokenizer", "git": "commit", "command": "command"}
     rows = []
     for ancestor in run.ancestors:
         facts = ancestor.facts
-        told = {"step": "step", "data": "data", "tokenizer": "tokenizer", "git": "commit", "command": "command"}
-        how = [f"{words} <code>{said(facts[key])}</code>" for key, words in told.items() if facts.get(key) is not None]
-        rows.append([f"<code>{escape(str(ancestor.folder))}</code>", "<br>".join(how) or "no record beside it"])
-    found = table("Where the model comes from", ["Started from", "Made by"], rows) if rows else ""
-    for key in ("ancestry", "parents"):
-        if chain := run.export.get(key):
-            found += f"<details><summary>Recorded {key}</summary>{_nested(chain)}</details>"
-    return found
+        how = [markup(f"{words} ", code(facts[key])) for key, words in shown.items() if facts.get(key) is not None]
+        rows.append([code(str(ancestor.folder)), joined(how, BREAK) or "no record beside it"])
+    recorded = [
+        details(f"Recorded {key}", _nested(run.export[key])) for key in ("ancestry", "parents") if run.export.get(key)
+    ]
+    return markup(table("Where the model comes from", ["Started from", "Made by"], rows), *recorded)
 
 
-def _nested(value: Any) -> str:
+def _nested(value: Any) -> Html:
     """Any JSON as nested lists."""
     if isinstance(value, Mapping):
-        return (
-            "<ul>" + "".join(f"<li>{escape(str(k))}: {_nested(v)}</li>" for k, v in list(value.items())[:200]) + "</ul>"
-        )
+        return tag("ul", *(tag("li", f"{key}: ", _nested(v)) for key, v in list(value.items())[:200]))
     if isinstance(value, list):
-        return "<ol>" + "".join(f"<li>{_nested(v)}</li>" for v in value[:200]) + "</ol>"
-    return f"<code>{text(value) if isinstance(value, str) else said(value)}</code>"
+        return tag("ol", *(tag("li", _nested(v)) for v in value[:200]))
+    return tag("code", shortened(value))
 
 
-def made(run: Recording) -> str:
+def made(run: Recording) -> Html:
     """What the run was made from and with."""
-    facts, rows = run.facts, []
-    for key, label in (
-        ("data", "data's fingerprint"), ("tokenizer", "tokenizer's fingerprint"), ("model", "base model's fingerprint"),
-        ("git", "commit"), ("command", "command"), ("ranks", "ranks"), ("device", "device"), ("identity", "identity"),
-    ):  # fmt: skip
-        if facts.get(key) is not None:
-            rows.append([label, f"<code>{said(facts[key])}</code>"])
-    for name, value in (facts.get("floors") or {}).items():
-        rows.append([f"best possible {escape(str(name))}", said(value)])
-    versions = facts.get("versions")
+    fingerprints = {"data": "data's", "tokenizer": "tokenizer's", "model": "base model's"}
+    labels = {key: f"{owner} fingerprint" for key, owner in fingerprints.items()}
+    labels |= {"git": "commit", **{key: key for key in ("command", "ranks", "device", "identity")}}
+    rows = [[label, code(run.facts[key])] for key, label in labels.items() if run.facts.get(key) is not None]
+    rows += [[f"best possible {name}", plain(value)] for name, value in run.floors.items()]
+    versions = run.facts.get("versions")
     if isinstance(versions, Mapping):
-        rows.append(["versions", escape(", ".join(f"{k} {v}" for k, v in versions.items()))])
-    return table("Made from and with", ["What", "Value"], rows) if rows else ""
+        rows.append(["versions", ", ".join(f"{k} {v}" for k, v in versions.items())])
+    return table("Made from and with", ["What", "Value"], rows)
 
 
-def statistics(run: Recording) -> str:
-    """What preparing the data found."""
+def statistics(run: Recording) -> Html:
+    """What preparing the data counted."""
     lines = run.facts.get("statistics")
     if not isinstance(lines, list) or not lines:
-        return ""
-    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines) + "</ul>"
+        return Html()
+    return tag("ul", *(tag("li", shortened(line)) for line in lines))
 
 
-def time_split(run: Recording) -> str:
+def time_split(run: Recording) -> Html:
     """Where the time went: a bar and its table."""
-    seconds = {n: s for n, s in sorted(run.seconds.items(), key=lambda item: -item[1]) if s > 0}
-    whole = sum(seconds.values())
-    if not whole:
-        return ""
-    shares = [s / whole for s in seconds.values()]
-    bar = "".join(f'<span class="f{n % 6}" style="flex-grow:{share:.4f}"></span>' for n, share in enumerate(shares))
-    names = [
-        f'<span class="swatch f{n % 6}" aria-hidden="true"></span>{escape(name.replace("_", " and "))}'
-        for n, name in enumerate(seconds)
-    ]
-    rows = [[name, f"{s:,.1f}", f"{s / whole:.1%}"] for name, s in zip(names, seconds.values(), strict=True)]
-    first, most = next(iter(seconds.items()))
-    reading = f"{most / whole:.0%} of the time is {first.replace('_', ' and ')}."
-    return f'<p class="reading">{escape(reading)}</p><div class="split" aria-hidden="true">{bar}</div>' + table(
-        "Time of the first rank", ["Work", "Seconds", "Share"], rows, numbers=(1, 2)
+    laps = sorted(((n.replace("_", " and "), s) for n, s in run.seconds.items() if s > 0), key=lambda lap: -lap[1])
+    total = sum(s for _, s in laps)
+    if not total:
+        return Html()
+    bar, rows = [], []
+    for n, (name, s) in enumerate(laps):
+        bar.append(tag("span", class_=f"f{n % 6}", style=f"flex-grow:{s / total:.4f}"))
+        swatch = tag("span", class_=f"swatch f{n % 6}", aria_hidden="true")
+        rows.append([markup(swatch, name), f"{s:,.1f}", f"{s / total:.1%}"])
+    return markup(
+        tag("p", f"{laps[0][1] / total:.0%} of the time is {laps[0][0]}.", class_="reading"),
+        tag("div", *bar, class_="split", aria_hidden="true"),
+        table("Time of the first rank", ["Work", "Seconds", "Share"], rows, numbers=(1, 2)),
     )
 
 
-def side_by_side(rows: Iterable[tuple[str, Mapping[str, Any]]], stages: Sequence[str], caption: str) -> str:
-    """The same prompt answered by several models; ``rows``: a prompt and the answers by stage."""
+def side_by_side(rows: Iterable[tuple[str, Mapping[str, Any]]], models: Sequence[str], caption: str) -> Html:
+    """The same prompts answered by several models; ``rows``: a prompt and its answers by model."""
     cells = [
-        [text(prompt) or "<em>from nothing</em>", *(_answer(answers.get(stage)) for stage in stages)]
+        [shortened(prompt) or EMPTY_PROMPT, *(_answer(answers.get(model)) for model in models)]
         for prompt, answers in rows
     ]
-    return table(caption, ["Prompt", *stages], cells, kind="texts") if cells else ""
-
-
-def _answer(value: Any) -> str:
-    if value is None:
-        return "–"
-    return _completion(value) if isinstance(value, Mapping) else text(value)
+    return table(caption, ["Prompt", *models], cells, kind="texts")
 
 
 def last_answers(runs: Sequence[Recording]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,13 +13,15 @@ import yaml
 
 from tests.browser import CHROMIUM, Browser
 from trainer.report import runs_in, write, write_comparison
-from trainer.report.charts import drawn
-from trainer.report.curves import WIDTH, Axes, Series, Trace, log_ticks, path, thinned, ticks
+from trainer.report.catalogue import CHARTS, Better, Chart
+from trainer.report.charts import figures
+from trainer.report.curves import WIDTH, Axes, axes_of, log_ticks, path, thinned, ticks
 from trainer.report.histograms import above_zero
+from trainer.report.html import Html, tag
 from trainer.report.lifecycle import met
 from trainer.report.live import LiveReport
-from trainer.report.readings import read_off
-from trainer.report.recording import read, smoothed
+from trainer.report.readings import Trace, read_off
+from trainer.report.recording import Series, read
 from trainer.report.verdict import State, headline, verdict
 
 FLOOR = 0.75
@@ -46,56 +48,59 @@ def pretraining(folder: Path, *, steps: int = 200, shift: float = 0.0, **more) -
     return run(folder, lines, config={"steps": steps, "optimizer": {"clip": 1.0}}, facts=facts, **more)
 
 
+LOSS = Chart("loss", "learning", "Loss", {"loss": "training"}, Better.lower)
+
+
 def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
 def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(tmp_path):
     recording = read(pretraining(tmp_path / "r"))
-    found = drawn(recording)
-    assert headline(recording, found).startswith("Held-out loss 0.7800, 4.0% above the entropy of the language;")
-    states = {line.text.split(":")[0].split(" ")[0]: line.state for line in verdict(recording, found)}
+    drawn = figures(recording)
+    assert headline(drawn).startswith("Held-out loss 0.7800, 4.0% above the entropy of the language;")
+    states = {line.text.split(":")[0].split(" ")[0]: line.state for line in verdict(recording, drawn)}
     assert states["Finished"] is State.good
-    assert "0.7500" not in headline(recording, found)
+    assert "0.7500" not in headline(drawn)
 
 
 def test_the_time_of_a_run_is_that_of_its_laps(tmp_path):
     waited = {"straggler/waiting": 2.0, "straggler/rank": 1.0, "straggler/slowness": 3.0}
     lines = [{"step": s, "loss": 1.0, "time/forward_backward": 0.2, "time/data": 0.1, **waited} for s in range(1, 101)]
     recording = read(run(tmp_path / "r", lines, config={"steps": 100}))
-    assert "Finished: 100 steps, about 30 s of work." in [line.text for line in verdict(recording, drawn(recording))]
+    assert "Finished: 100 steps, about 30 s of work." in [line.text for line in verdict(recording, figures(recording))]
 
 
 def test_the_direction_of_a_curve_is_its_slope_over_its_last_part():
     steps = np.arange(0.0, 1000.0)
     falling = Trace("training", Series(steps, 2.0 - 0.001 * steps))
     # 0.1 less every 100 steps, of a value that ends at 1.001.
-    assert read_off([falling], [], None, -1) == "training 1.01; still falling by 10.0% per 100 steps"
+    assert read_off([falling], LOSS).line() == "Training 1.01; still falling by 10.0% per 100 steps"
     level = Trace("training", Series(steps, np.where(steps % 2 == 0, 1.0, 1.1)))
-    assert read_off([level], [], None, -1) == "training 1.05; level by now"
+    assert read_off([level], LOSS).line() == "Training 1.05; level by now"
 
 
 def test_evaluations_that_got_worse_are_said_and_marked(tmp_path):
     lines = [{"step": s, "loss": 1.0 - s / 1000} for s in range(1, 101)]
     lines += [{"step": 10 * n, "eval/loss": v} for n, v in enumerate([2.0, 1.5, 1.0, 1.2, 1.4], start=1)]
     recording = read(run(tmp_path / "r", lines))
-    assert "best 1 at step 30, worse since then" in headline(recording, drawn(recording))
-    assert [line.state for line in verdict(recording, drawn(recording))].count(State.watch) == 1
+    assert "best 1 at step 30, worse since then" in headline(figures(recording))
+    assert [line.state for line in verdict(recording, figures(recording))].count(State.watch) == 1
 
 
 def test_accuracy_is_read_against_all_and_is_worth_a_look_near_chance(tmp_path):
     for value, looked_at in ((0.98, 0), (0.8, 0), (0.51, 1)):
         recording = read(run(tmp_path / str(value), [{"step": s, "eval/accuracy": value} for s in (1, 2)]))
-        assert headline(recording, drawn(recording)) == f"Held-out preference accuracy {value} of 1.0."
-        assert [x.state for x in verdict(recording, drawn(recording))].count(State.watch) == looked_at
+        assert headline(figures(recording)) == f"Held-out preference accuracy {value} of 1.0."
+        assert [x.state for x in verdict(recording, figures(recording))].count(State.watch) == looked_at
 
 
 def test_dpo_has_ln_2_and_reward_margins_drawn_in(tmp_path):
     lines = [{"step": s, "loss": 0.6, "rewards/accuracy": 0.7, "rewards/margin": 0.1} for s in range(1, 30)]
-    levels = {d.chart.title: [v.value for v in d.figure.levels] for d in drawn(read(run(tmp_path / "a", lines)))}
-    assert math.log(2) in levels["Loss"]
+    levels = {f.chart.id: [v.value for v in f.levels] for f in figures(read(run(tmp_path / "a", lines)))}
+    assert levels["loss"] == pytest.approx([math.log(2)])
     simpo = read(run(tmp_path / "b", lines, config={"pipeline": {"objective": "simpo"}}))
-    assert next(d for d in drawn(simpo) if d.chart.title == "Loss").figure.levels == []
+    assert next(f for f in figures(simpo) if f.chart.id == "loss").levels == []
 
 
 def test_ppo_is_read_by_its_gold_reward_and_not_by_its_loss(tmp_path):
@@ -105,19 +110,19 @@ def test_ppo_is_read_by_its_gold_reward_and_not_by_its_loss(tmp_path):
         for s in range(1, 101)
     ]  # fmt: skip
     recording = read(run(tmp_path / "r", lines, config={"pipeline": {"kl_target": 6.0}}))
-    found = drawn(recording)
-    titles = {d.chart.title: d for d in found}
-    assert headline(recording, found).startswith("Gold reward 0.0")
-    assert "worse since then" in headline(recording, found)
-    assert {"Reward against KL", "Gold against proxy"} <= titles.keys()
-    assert (titles["Loss"].chart.section, titles["Loss"].chart.weight) == ("Policy", 0)
-    assert [v.value for v in titles["KL from the reference"].figure.levels] == [6.0]
-    assert any(line.state is State.watch and "Clip fraction" in line.text for line in verdict(recording, found))
+    drawn = figures(recording)
+    by_id = {figure.chart.id: figure for figure in drawn}
+    assert headline(drawn).startswith("Gold reward 0.0")
+    assert "worse since then" in headline(drawn)
+    assert {"reward-against-kl", "gold-against-proxy"} <= by_id.keys()
+    assert (by_id["loss"].chart.section, by_id["loss"].chart.weight) == ("policy", 0)
+    assert [v.value for v in by_id["kl-from-the-reference"].levels] == [6.0]
+    assert any(line.state is State.watch and "Clip fraction" in line.text for line in verdict(recording, drawn))
 
 
 def test_an_unknown_metric_has_a_plot_of_its_own(tmp_path):
     recording = read(run(tmp_path / "r", [{"step": s, "mine/special": s} for s in (1, 2, 3)]))
-    assert [d.chart.title for d in drawn(recording)] == ["mine/special"]
+    assert [figure.chart.title for figure in figures(recording)] == ["mine/special"]
 
 
 def test_a_step_that_was_logged_twice_counts_as_it_was_logged_last(tmp_path):
@@ -241,14 +246,16 @@ def test_a_long_run_stays_small_and_keeps_its_spikes(tmp_path):
     assert "1 gradient spike," in text_of(file)
 
 
-def test_smoothing_is_the_two_sided_exponential_average_of_what_is_known():
-    values = np.array([1.0, 5.0, np.nan, 2.0, 8.0, 3.0])
-    keep = math.exp(-1 / (0.5 * len(values)))
-    known = [n for n in range(len(values)) if not math.isnan(values[n])]
-    weights = [[keep ** abs(n - m) for m in known] for n in range(len(values))]
-    expected = [sum(w * values[m] for w, m in zip(row, known)) / sum(row) for row in weights]
-    assert smoothed(values, 0.5) == pytest.approx(expected, rel=1e-12)
-    assert smoothed(values, 0).tolist()[:2] == [1.0, 5.0]
+def test_every_chart_has_an_id_of_its_own_and_known_words():
+    assert len({chart.id for chart in CHARTS}) == len(CHARTS)
+    with pytest.raises(TypeError, match="hinnt"):
+        Chart.from_yaml("learning", {"id": "x", "title": "X", "metrics": {"x": "x"}, "hinnt": "y"})
+
+
+def test_text_is_escaped_once_wherever_it_enters_markup():
+    inner = tag("b", "<&>", title='"')
+    assert inner == '<b title="&quot;">&lt;&amp;&gt;</b>'
+    assert tag("p", inner, Html("<br>")) == f"<p>{inner}<br></p>"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.7613, 0.9002), (-3e-5, 2e-4), (1, 100_000), (-2e9, 4e9)])
@@ -258,6 +265,11 @@ def test_ticks_are_round_and_inside(low, high):
     assert all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)
     step = found[1] - found[0]
     assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 2.5, 5, 10)
+
+
+def test_ticks_between_whole_numbers_keep_their_decimal(tmp_path):
+    lines = [{"step": s, "objective/reward": float(s)} for s in range(11)]
+    assert '">2.5</text>' in text_of(write(run(tmp_path / "r", lines)))
 
 
 def test_ticks_of_decades_are_powers_of_ten():
@@ -281,13 +293,13 @@ def test_evaluations_are_said_to_move_as_the_last_two_do():
         "held out", Series(np.array([100.0, 200.0, 300.0, 400.0]), np.array([1.0, 0.3, 0.12, 0.1])), points=True
     )
     # 0.02 of 0.1 in the last hundred steps, though 0.18 in the hundred before.
-    assert read_off([bent], [], None, -1) == "held out 0.1; still falling by 20.0% per 100 steps"
+    assert read_off([bent], LOSS).line() == "Held out 0.1; still falling by 20.0% per 100 steps"
 
 
 def test_an_evaluation_is_drawn_once_where_two_metrics_share_its_name(tmp_path):
     lines = [{"step": s, "entropy": 1.0, "eval/entropy": 0.9} for s in (1, 2, 3)]
-    found = next(d for d in drawn(read(run(tmp_path / "r", lines))) if d.chart.title == "Entropy")
-    assert [t.label for t in found.figure.traces] == ["training", "held out"]
+    entropy = next(f for f in figures(read(run(tmp_path / "r", lines))) if f.chart.id == "entropy")
+    assert [t.label for t in entropy.traces] == ["training", "held out"]
 
 
 def test_a_model_s_forebears_are_followed_to_the_first(tmp_path):
@@ -437,11 +449,16 @@ def test_the_switch_changes_the_theme_and_the_slider_the_curve(browser, tmp_path
     assert browser.said == []
 
 
-def test_the_first_picture_and_the_script_smooth_alike(browser, tmp_path):
+def test_the_script_smooths_by_a_two_sided_exponential_average(browser, tmp_path):
     file = write(pretraining(tmp_path / "r"))
-    drawn_by_us = re.search(r'id="loss".*?class="raw.*?class="smooth[^"]*" d="([^"]+)"', text_of(file), re.S)[1]
+    recording = read(tmp_path / "r")
+    figure = next(f for f in figures(recording) if f.chart.id == "loss")
+    values = recording.series["loss"].values
+    decay = math.exp(-1 / (0.02 * len(values)))  # the slider stands at 2% of the curve
+    weights = decay ** np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values))))
+    expected = axes_of(figure).up(weights @ values / weights.sum(1))
     browser.open(file)
-    drawn_there = browser.run("document.querySelector('#loss .plot path.smooth').getAttribute('d')")
-    ours, theirs = (np.array(re.findall(r"-?[\d.]+", d), dtype=float) for d in (drawn_by_us, drawn_there))
+    drawn = browser.run("document.querySelector('#loss .plot path.smooth').getAttribute('d')")
+    heights = np.array(re.findall(r"-?[\d.]+", drawn), dtype=float)[1::2]
     # Values reach the page with five digits, and coordinates are rounded to a tenth of a pixel.
-    assert ours == pytest.approx(theirs, abs=0.25)
+    assert heights == pytest.approx(expected, abs=0.25)
