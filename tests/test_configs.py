@@ -21,7 +21,8 @@ CLOUDS = ("data.train", "model.path", "tokenizer.path", "data.eval", "pipeline.r
 """Settings that a shipped example leaves to the user: paths."""
 PPO = ["pipeline=ppo", "data=prompts"]
 BESIDE = {
-    "pipeline/dpo": ["data=preference"], "pipeline/reward": ["data=preference"], "pipeline/ppo": ["data=prompts"],
+    "pipeline/dpo": ["data=preference"], "pipeline/kto": ["data=labelled"],
+    "pipeline/reward": ["data=preference"], "pipeline/ppo": ["data=prompts"],
     **{f"reward/{kind}": PPO for kind in ("model", "function", "judge")},
 }  # fmt: skip
 """What a choice only works with."""

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from trainer.config import ConfigError, parse
+from trainer.config import ConfigError, offer_schemas, parse
 from trainer.models.load import Model
 from trainer.run import Run
 
@@ -111,6 +111,7 @@ def register_imports(overrides: Sequence[str], config_dirs: Sequence[str] = ()) 
             problems.append(f"imports={module} cannot be imported ({error}); is its folder on PYTHONPATH?")
     if problems:
         raise ConfigError(problems)
+    offer_schemas([config_folder(), *map(Path, config_dirs)])
 
 
 def _imports(overrides: Sequence[str], config_dirs: Sequence[str]) -> Iterator[str]:

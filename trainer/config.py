@@ -14,6 +14,7 @@ import enum
 import functools
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -70,14 +71,31 @@ def setting(
 
 
 def schema(path: str) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass the schema of a YAML file that opens with ``defaults: [/schema/<path>@_here_, _self_]``."""
+    """Make a dataclass the schema of a YAML file that opens with ``defaults: [/schema/<path>@_here_, _self_]``.
+
+    Without a YAML file of that path, see `offer_schemas`, the schema's defaults are the choice.
+    """
     group, _, name = f"schema/{path}".rpartition("/")
 
     def register(cls: type[T]) -> type[T]:
         ConfigStore.instance().store(group=group, name=name, node=_open(OmegaConf.structured(_shadow(cls))))
+        if "/" in path:
+            _SCHEMAS[path] = cls
         return cls
 
     return register
+
+
+_SCHEMAS: dict[str, type] = {}
+"""Schemas of a choice by their path: group/name."""
+
+
+def offer_schemas(folders: Sequence[Path]) -> None:
+    """Make every schema a choice of its group whose YAML file none of ``folders`` has: a user's module then needs none."""
+    for path, cls in _SCHEMAS.items():
+        if not any((folder / f"{path}.yaml").is_file() for folder in folders):
+            group, _, name = path.rpartition("/")
+            ConfigStore.instance().store(group=group, name=name, node=_open(OmegaConf.structured(_shadow(cls))))
 
 
 def parse(cfg: DictConfig, later: Sequence[str] = ()) -> Any:

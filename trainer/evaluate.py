@@ -73,8 +73,7 @@ class Evaluation(Node):
         with engine.evaluating():
             for name, rows in heldout.items():
                 metrics = Metrics()
-                pipeline.begin(models, engine, self._batches(rows, self.micro or micro))
-                for batch in self._batches(rows, self.micro or micro):
+                for batch in pipeline.prepare_step(models, engine, self._batches(rows, self.micro or micro)):
                     metrics.merge(pipeline.evaluate(models, batch.to(engine.device)))
                 overall.merge(metrics)
                 if len(heldout) > 1:

@@ -84,10 +84,9 @@ def train_step(
         return loss, metrics
 
     with watch.lap("forward_backward"):
-        pipeline.begin(models, engine, micro_batches)
-        weights = [batch.weight for batch in micro_batches]
-        weight = distributed.all_sum(sum(weights[1:], start=weights[0]))
-        metrics = engine.accumulate(loss_of, micro_batches, weight)
+        prepared = list(pipeline.prepare_step(models, engine, micro_batches))
+        weight = distributed.all_sum(torch.stack([batch.weight for batch in prepared]).sum())
+        metrics = engine.accumulate(loss_of, prepared, weight)
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)

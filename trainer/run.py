@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ from trainer.parallel.watchdog import Watchdog, WatchdogSettings
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.base import Pipeline, Plan
 from trainer.pipelines.dpo import DPO
+from trainer.pipelines.kto import KTO
 from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
@@ -57,7 +59,7 @@ from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
 
 SHIPPED = (
-    Pretrain, SFT, Reward, DPO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData,
+    Pretrain, SFT, Reward, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData,
     LabelledData, PromptData,
 )  # fmt: skip
 """Choices that come with the framework: naming them here registers them."""
@@ -231,8 +233,13 @@ def run(cfg: Run) -> dict[str, float]:
         return say_estimate(cfg, architecture)
     loader = cfg.loader(tokenizer)
     corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), cfg.seed)
-    made_from = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "floors": corpus.floors}
+    made_from: dict[str, Any] = {
+        "data": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "floors": corpus.floors,
+    }
     made_from |= {"statistics": corpus.summary, "defaults": run_folder.defaults(cfg)}
+    made_from["initial_loss"] = cfg.pipeline.initial_loss
     made_from |= cfg.adapter.made_from(loader.files)
     lineage = ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)

@@ -19,7 +19,7 @@ PAIRS = [
 ]
 SMALL = ["batch.size=8", "batch.micro=2", "batch.length=48", "steps=8", "checkpoint.every=4", "schedule=constant",
          "optimizer.lr=0.001", "evaluation.first=true", "evaluation.samples=0"]  # fmt: skip
-KTO = "pipeline.objective=kto"
+KTO = "pipeline=kto"
 KINDS = {
     "precomputed": ["pipeline.reference=precomputed"],
     "adapters_off": ["pipeline.reference=adapters_off", "adapter=lora", "adapter.rank=4"],
@@ -40,9 +40,9 @@ def base(tmp_path_factory):
 
 
 def run(base, folder, *overrides, ranks=1) -> list[dict]:
-    data = "labelled" if KTO in overrides else "preference"
+    data, pipeline = ("labelled", []) if KTO in overrides else ("preference", ["pipeline=dpo"])
     Command(
-        folder, "pipeline=dpo", "run_dir=run", f"model.path={base / 'run' / 'export'}", f"data={data}",
+        folder, *pipeline, "run_dir=run", f"model.path={base / 'run' / 'export'}", f"data={data}",
         f"data.train=[{base}/{data}_train.jsonl]", f"data.eval=[{base}/{data}_held.jsonl]",
         f"data.cache={folder / 'cache'}", *QUIET, *SMALL, *overrides, ranks=ranks,
     ).finish()  # fmt: skip
@@ -144,12 +144,13 @@ def test_separate_prompts_give_the_run_of_shared_ones(base, reference, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "objective",
+    "loss_type",
     ["kto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orpo", "robust", "hinge", "ipo", "simpo"))],
 )
-def test_every_objective_raises_the_margin_of_what_was_chosen(objective, base, tmp_path):
-    smoothing = ["pipeline.label_smoothing=0.1"] if objective == "robust" else []
-    found = run(base, tmp_path, f"pipeline.objective={objective}", *smoothing, "steps=30", "checkpoint.every=0")
+def test_every_loss_raises_the_margin_of_what_was_chosen(loss_type, base, tmp_path):
+    smoothing = ["pipeline.label_smoothing=0.1"] if loss_type == "robust" else []
+    loss = KTO if loss_type == "kto" else f"pipeline.loss_type={loss_type}"
+    found = run(base, tmp_path, loss, *smoothing, "steps=30", "checkpoint.every=0")
     margins = [line["rewards/margin"] for line in found if "rewards/margin" in line]
     assert np.mean(margins[-5:]) > np.mean(margins[:3])
 
@@ -173,8 +174,8 @@ def test_the_reference_is_computed_once(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["pipeline.objective=dpo"], "pipeline.objective=dpo is not known; use sigmoid, robust"),
-        (["pipeline.objective=ipo", "pipeline.label_smoothing=0.1"], "pipeline.label_smoothing is not used by"),
+        (["pipeline.loss_type=dpo"], "pipeline.loss_type=dpo is not one of sigmoid, robust"),
+        (["pipeline.loss_type=ipo", "pipeline.label_smoothing=0.1"], "pipeline.label_smoothing is not used by"),
         (["pipeline.reference=adapters_off"], "pipeline.reference=adapters_off needs adapter=lora"),
     ],
 )

@@ -53,14 +53,13 @@ class Plan:
 class Models:
     """The models of a run: the one that is trained (wrapped by the engine once it exists), and frozen ones by name.
 
-    ``origin``: fingerprint of what the trained one started from. ``known``: what `Pipeline.begin` found out for a step.
+    ``origin``: fingerprint of what the trained one started from.
     """
 
     trained: nn.Module
     tokenizer: Tokenizer
     origin: str = ""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
-    known: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +75,11 @@ class Pipeline(Node):
     def unit(self) -> str:
         """What it learns from, as data calls it."""
         return "packed rows"
+
+    @property
+    def initial_loss(self) -> float | None:
+        """The loss of a model that has learnt nothing yet, where the algorithm knows it."""
+        return None
 
     def refusals(self, adapter: Adapter) -> Iterator[str]:
         """One sentence for everything about what is trained of the model that does not work here."""
@@ -126,8 +130,9 @@ class Pipeline(Node):
         """Scores by name of answers to held-out prompts, of this rank; collective."""
         return {}
 
-    def begin(self, models: Models, engine: Engine, batches: Iterable[Any]) -> None:
-        """Find out, before a step's first loss, what each needs to know of all its micro-batches and ranks. Collective."""
+    def prepare_step(self, models: Models, engine: Engine, micro_batches: Iterable[Any]) -> Iterable[Any]:
+        """What `loss` gets in place of a step's micro-batches: the same, with what all of them decide. Collective."""
+        return micro_batches
 
     def expected(
         self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]

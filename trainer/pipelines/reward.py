@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,10 @@ class Reward(Pipeline):
     @property
     def unit(self) -> str:
         return "preference pairs"
+
+    @property
+    def initial_loss(self) -> float:
+        return math.log(2)
 
     def loss(self, models: Models, batch: PairBatch) -> tuple[Tensor, Metrics]:
         scores = read_scores(models.trained, batch)

@@ -49,7 +49,7 @@ class Kind(StrEnum):
     chance = "chance"
     """What guessing reaches."""
     no_preference = "no_preference"
-    """The loss of a model that prefers neither of two answers; only where the loss compares two."""
+    """The loss of a model that prefers neither of two completions, as the run recorded it (``initial_loss``)."""
 
 
 @dataclass(frozen=True)

@@ -94,19 +94,14 @@ def _optima(run: Recording, chart: Chart) -> Iterator[Level]:
 def levels_of(run: Recording, chart: Chart) -> Iterator[Level]:
     """The levels of a chart with their values in this run."""
     for level in chart.levels:
-        if level.kind is Kind.no_preference and not _starts_without_preference(run):
-            continue
-        if level.value is not None:
+        if level.kind is Kind.no_preference:
+            start = run.facts.get("initial_loss")
+            if start is not None:
+                yield dataclasses.replace(level, value=start, label=f"{start:.3g}: {level.label}")
+        elif level.value is not None:
             yield level
         elif isinstance(value := run.get(level.setting), int | float) and value:
             yield dataclasses.replace(level, value=float(value), label=f"{level.label} {value:g}")
-
-
-def _starts_without_preference(run: Recording) -> bool:
-    """Whether the loss compares two answers and is ln 2 as long as it prefers neither."""
-    compares = "margin" in run.series or "rewards/accuracy" in run.series
-    loss = run.get("pipeline.loss", run.get("pipeline.objective", "sigmoid"))
-    return compares and loss in ("sigmoid", "robust")
 
 
 def _further(run: Recording) -> Iterator[Chart]:

@@ -21,7 +21,8 @@ from trainer.diagnostics.first_step import (
 )
 from trainer.diagnostics.guard import FirstStep, TrainingError
 from trainer.parallel.precision import Compute
-from trainer.pipelines.dpo import DPO, Reference
+from trainer.pipelines.dpo import DPO
+from trainer.pipelines.reference import ReferenceSource
 
 END = 7
 
@@ -49,9 +50,9 @@ def expected_of(
     [
         ({}, math.log(2)),
         ({"label_smoothing": 0.2}, math.log(2)),
-        ({"objective": "robust", "label_smoothing": 0.2}, math.log(2)),
-        ({"objective": "hinge"}, 1.0),
-        ({"objective": "ipo", "beta": 0.5}, 1.0),
+        ({"loss_type": "robust", "label_smoothing": 0.2}, math.log(2)),
+        ({"loss_type": "hinge"}, 1.0),
+        ({"loss_type": "ipo", "beta": 0.5}, 1.0),
     ],
 )
 def test_dpo_starts_at_the_loss_of_no_preference(settings, loss):
@@ -73,9 +74,8 @@ def test_the_tolerance_knows_the_precision():
 @pytest.mark.parametrize(
     "case",
     [
-        {"dpo": DPO(objective="simpo")},
-        {"dpo": DPO(objective="kto")},
-        {"dpo": DPO(reference=Reference.none)},
+        {"dpo": DPO(loss_type="simpo")},
+        {"dpo": DPO(reference=ReferenceSource.none)},
         {"dpo": DPO(rpo_alpha=1.0)},
         {"dpo": DPO(), "path": "adapter"},
         {"dpo": DPO(), "dropout": 0.1},
@@ -86,7 +86,7 @@ def test_dpo_expects_nothing_where_the_policy_need_not_be_its_reference(case):
 
 
 def test_a_precomputed_reference_includes_the_adapter_that_training_starts_from():
-    assert len(expected_of(DPO(reference=Reference.precomputed), path="adapter")) == 2
+    assert len(expected_of(DPO(reference=ReferenceSource.precomputed), path="adapter")) == 2
 
 
 def test_a_policy_that_has_not_changed_has_ratio_1():

@@ -97,9 +97,10 @@ def test_accuracy_is_read_against_all_and_is_worth_a_look_near_chance(tmp_path):
 
 def test_dpo_has_ln_2_and_reward_margins_drawn_in(tmp_path):
     lines = [{"step": s, "loss": 0.6, "rewards/accuracy": 0.7, "rewards/margin": 0.1} for s in range(1, 30)]
-    levels = {f.chart.id: [v.value for v in f.levels] for f in figures(read(run(tmp_path / "a", lines)))}
+    sigmoid = read(run(tmp_path / "a", lines, facts={"initial_loss": math.log(2)}))
+    levels = {f.chart.id: [v.value for v in f.levels] for f in figures(sigmoid)}
     assert levels["loss"] == pytest.approx([math.log(2)])
-    simpo = read(run(tmp_path / "b", lines, config={"pipeline": {"objective": "simpo"}}))
+    simpo = read(run(tmp_path / "b", lines, facts={"initial_loss": None}))
     assert next(f for f in figures(simpo) if f.chart.id == "loss").levels == []
 
 
