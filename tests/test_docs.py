@@ -1,32 +1,33 @@
-"""The documentation is true: its configuration page, its commands, its links and its worked example."""
+"""The documentation is true: its commands are parsed and composed, its code runs, its settings, links and pages exist."""
 
+import argparse
+import importlib
 import importlib.util
 import json
 import re
+import runpy
 import shlex
+import shutil
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, TINY, Command, metrics
+from tests.chats import write_jsonl
+from tests.command import ROOT, TINY
+from tests.doc_blocks import DOCS, PAGES, blocks, commands, inline, named_blocks, text
+from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError
+from trainer.run import run
 
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-EXAMPLE = (DOCS / "algorithm.md").read_text(encoding="utf-8")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-
-
-def commands() -> list[tuple[str, str]]:
-    """Every command line of every page."""
-    return [
-        (page.name, line) for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line
-    ]
+README = ROOT / "README.md"
+ROWS = [
+    {"text": f"{word}.", "prompt": f"Say {word}.", "completion": word, "chosen": word, "rejected": "no", "ideal": word}
+    for word in ("red", "green", "blue", "black")
+]
 
 
 def load(script: str):
@@ -36,28 +37,286 @@ def load(script: str):
     return module
 
 
+# ---- stand-ins: what a reader has, a few thousand weights small
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a language model with a chat template, and of a reward model made from it."""
+    folder = tmp_path_factory.mktemp("models")
+    quiet = ["evaluation.first=false", "evaluation.every=0", *TINY[-3:], f"data.cache={folder}/cache"]
+    run(compose([f"run_dir={folder}/lm", *TINY, *quiet, "steps=1", "schedule.warmup=0"]))
+    settings = folder / "lm" / "export" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    pairs = write_jsonl(folder / "pairs.jsonl", ROWS)
+    run(
+        compose([
+            "pipeline=reward", "data=preference", f"model.path={folder}/lm/export", f"data.train=[{pairs}]", *quiet,
+            f"run_dir={folder}/reward", "batch.size=4", "batch.micro=4", "batch.length=64", "steps=1", "schedule.warmup=0",
+        ])
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def desk(models, tmp_path, monkeypatch):
+    """A working folder in which every file and folder that a command names has a stand-in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for page in PAGES:
+        for name, block in {**named_blocks(page, "python"), **named_blocks(page, "yaml")}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(block)
+            sys.modules.pop(name.removesuffix(".py"), None)
+    importlib.invalidate_caches()
+
+    def place(words: list[str]) -> None:
+        for path in {Path(p) for word in words for p in re.findall(r"[\w.*/-]+", word.rpartition("=")[2])}:
+            target = tmp_path / path
+            if ".jsonl" in path.name and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_jsonl(target, ROWS)
+            elif (path.parts[:1] in (("runs",), ("models",)) or path.name == "DIR") and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(models / ("reward" if "reward" in str(path) else "lm") / "export", target)
+
+    return place
+
+
+# ---- commands
+
+
+class ParsedError(Exception):
+    """Raised in place of what a program would do once its arguments are parsed."""
+
+
+def accepts(program: Callable[[], object], monkeypatch) -> None:
+    """A program's parser takes its arguments; it is stopped there, or where it has printed its help."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        _, rest = original(self, args, namespace)
+        if rest and sys._getframe(1).f_code.co_name == "parse_args":
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    with pytest.raises((ParsedError, SystemExit)) as end:
+        program()
+    assert end.type is ParsedError or not end.value.code, "its arguments are refused"
+
+
+def composes(overrides: list[str]) -> None:
+    """The overrides of a run are settings that exist, with values that they take. Of a sweep, the first point."""
+    words = [word for word in overrides if word != "..."]
+    folders = [words.pop(at + 1) for at, word in enumerate(words) if word == "--config-dir"]
+    sweep = "--multirun" in words
+    words = [word for word in words if not word.startswith("--") and not (sweep and word.startswith("hydra"))]
+    if sweep:
+        # Of a list of values the first one, of an interval its lower end.
+        words = [re.sub(r"^([^=]+=)(?:.*interval\()?([^,()]+).*$", r"\1\2", word) for word in words]
+    unfinished = "..." in overrides
+    try:
+        compose(words, config_dirs=folders, name="docs")
+    except ConfigError as error:
+        # A command with an ellipsis leaves to the reader what its choices require.
+        wrong = [p for p in error.problems if not (unfinished and ("required" in p or "multiple of" in p))]
+        assert wrong == []
+
+
+def runs_program(path: str, words: list[str], monkeypatch) -> None:
+    """A script of the checkout exists, and accepts the arguments."""
+    file = ROOT / path
+    assert file.is_file(), path
+    if file.suffix == ".py" and "ArgumentParser" in file.read_text():
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        monkeypatch.syspath_prepend(file.parent)
+        accepts(lambda: runpy.run_path(str(file), run_name="__main__"), monkeypatch)
+
+
+def verb(name: str, words: list[str], monkeypatch) -> None:
+    """The verb exists, accepts its options, and its overrides compose."""
+    assert name in VERBS, f"onecurve has no verb {name}"
+    if name == "train":
+        composes(words)
+        return
+    if "--" in words:
+        at = words.index("--")
+        words, overrides = words[:at], words[at + 1 :]
+        composes(overrides)
+    module = importlib.import_module(f"trainer.cli.{name}")
+    if re.search("ArgumentParser|parser_of", Path(module.__file__).read_text()):
+        accepts(lambda: module.main([word for word in words if word != "..."]), monkeypatch)
+    if name in ("preview", "prepare", "estimate", "evaluate"):
+        composes([word for word in words if "=" in word and not word.startswith("-")])
+
+
+def check(words: list[str], monkeypatch) -> None:
+    """One command of the documentation: each program that it may start has its own rule."""
+    program, rest = words[0], words[1:]
+    if program in ("torchrun", "srun"):
+        start = next(
+            (n for n, word in enumerate(rest) if word == "-m" or word.endswith(".py") or word == "python"), None
+        )
+        assert start is not None, f"{' '.join(words)} starts nothing"
+        return check(rest[start:] if rest[start] == "python" else ["python", *rest[start:]], monkeypatch)
+    if program.startswith("launch/") and program.endswith(".sh"):
+        assert (ROOT / program).is_file()
+        return composes(rest[rest.index("--") + 1 :])
+    if program == "onecurve":
+        return verb(rest[0], rest[1:], monkeypatch) if rest and rest[0] != "VERB" else None
+    if program == "python" and rest[:2] == ["-m", "trainer"]:
+        name = rest[2] if len(rest) > 2 and rest[2] in VERBS else "train"
+        return verb(name, rest[3:] if name in rest[2:3] else rest[2:], monkeypatch)
+    if program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]) is not None, rest[1]
+        return None
+    if program == "python":
+        return runs_program(rest[0], rest[1:], monkeypatch)
+    if program == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in rest)
+        return None
+    if program == "pip":
+        extras = re.findall(r"\[(\w+)\]", " ".join(rest))
+        assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras)
+        return None
+    assert program in ("hf", "git", "cd", "pytest", "sbatch", "scancel", "wandb"), f"no rule checks {' '.join(words)}"
+    return None
+
+
+COMMANDS = [(page, words) for page in PAGES if page.name != "configuration.md" for words in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=[f"{page.stem}-{' '.join(words)[:60]}" for page, words in COMMANDS]
+)
+def test_a_command_parses_and_composes(page, words, desk, monkeypatch):
+    desk(words)
+    check(words, monkeypatch)
+
+
+FALSE = """
+python -m trainer data.workers=4
+onecurve fly
+python scripts/none.py
+python scripts/tinyworld_tasks.py --fast folder
+launch/local.sh -n 2 -- strategy=fsdp
+torchrun --nproc-per-node 2 -m trainer steps=many
+make coffee
+pip install '.[nothing]'
+unknown thing
+"""
+
+
+@pytest.mark.parametrize("command", FALSE.strip().splitlines())
+def test_a_false_command_is_noticed(command, desk, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit)):
+        check(shlex.split(command), monkeypatch)
+
+
+# ---- settings within sentences
+
+
+def settings() -> dict[str, str]:
+    """Every setting of the configuration page with its range of values."""
+    rows = re.findall(r"^\| `([\w.]+)` \| .*? \| (.*?) \| ", text(DOCS / "configuration.md"), re.M)
+    return {name.replace(".NAME.", ".*."): values for name, values in rows}
+
+
+def choices() -> dict[str, set[str]]:
+    """Groups, and what can be chosen for each."""
+    page = text(DOCS / "configuration.md")
+    found = {
+        folder.name: {file.stem for file in folder.glob("*.yaml")}
+        for folder in (ROOT / "configs").iterdir()
+        if folder.is_dir()
+    }
+    for group, name in re.findall(r"^## `(\w+)=(\w+)`", page, re.M):
+        found.setdefault(group, set()).add(name)
+    return found
+
+
+def wrong_setting(piece: str, known: dict[str, str], groups: dict[str, set[str]]) -> bool:
+    """Whether code within a sentence names a setting that does not exist, or a choice that a group does not have."""
+    name, equals, value = piece.partition("=")
+    if not re.fullmatch(r"[a-z][\w]*(\.[a-z]\w*)*", name):
+        return False
+    root = name.partition(".")[0]
+    if name.endswith((".json", ".jsonl", ".model", ".yaml", ".py", ".md", ".html")):
+        return False
+    if equals and name in groups:
+        return not all(
+            choice in groups[name] or not choice.islower()
+            for choice in re.split(r"[|,]", value)
+            if choice.isidentifier()
+        )
+    if "." not in name or root not in {key.partition(".")[0] for key in known} | set(groups):
+        return False
+    anywhere = re.sub(r"(pipeline\.reward\.)\w+", r"\1*", name)
+    return not any(key in (name, anywhere) or key.startswith(f"{anywhere}.") for key in known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_within_sentences_exist(page):
+    known, groups = settings(), choices()
+    assert [piece for text_ in inline(page) for piece in text_.split() if wrong_setting(piece, known, groups)] == []
+
+
+def test_a_setting_that_does_not_exist_is_noticed():
+    known, groups = settings(), choices()
+    wrong = ["data.workers", "pipeline.betta=0.1", "strategy=fsdp", "pipeline.reward.main.paths=DIR"]
+    right = [
+        "data.columns={text: body}",
+        "pipeline.beta",
+        "strategy=zero1|zero2",
+        "pipeline.reward.main.path=DIR",
+        "model.path",
+    ]
+    assert [piece for piece in wrong + right if wrong_setting(piece, known, groups)] == wrong
+
+
+# ---- code
+
+
+PYTHON = [(page, n) for page in PAGES for n in range(len(blocks(page, "python")))]
+
+
+@pytest.mark.parametrize(("page", "number"), PYTHON, ids=[f"{page.stem}-{number}" for page, number in PYTHON])
+def test_a_python_block_runs_as_it_stands(page, number, desk, monkeypatch):
+    block = blocks(page, "python")[number]
+    desk([block])
+    module = types.ModuleType(f"{page.stem}_{number}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(block, f"{page.name}[{number}]", "exec"), vars(module))
+
+
+# ---- pages
+
+
 def test_the_configuration_page_is_what_the_dataclasses_say():
-    assert (DOCS / "configuration.md").read_text(encoding="utf-8") == load("generate_configuration").text(), (
+    assert text(DOCS / "configuration.md") == load("generate_configuration").text(), (
         "run python scripts/generate_configuration.py"
     )
 
 
 def test_the_configuration_page_has_every_setting_of_a_composed_run():
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    known = settings()
     for setting in ("batch.micro", "pipeline.beta", "pipeline.rollout.tokens", "adapter.rank", "tracking.wandb.mode"):
-        assert f"| `{setting}` |" in page
+        assert setting in known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    linked = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    linked = [
+        link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text(page)) if not link.startswith("http")
+    ]
     assert [link for link in linked if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_every_page_is_listed(page):
-    assert page.name == "README.md" or f"({page.name})" in (DOCS / "README.md").read_text(encoding="utf-8")
+    assert page.name == "README.md" or f"({page.name})" in text(DOCS / "README.md")
 
 
 def sources() -> list[Path]:
@@ -69,7 +328,7 @@ def sources() -> list[Path]:
 
 def headings(page: Path) -> set[str]:
     """Anchors of a page, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    titles = re.findall(r"^#+ (.+)$", text(page), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -77,7 +336,7 @@ def test_every_reference_to_a_section_leads_to_its_heading():
     references = [
         (file, page, anchor)
         for file in sources()
-        for page, anchor in re.findall(r"\b([\w/-]+\.md)#([\w-]+)", file.read_text(encoding="utf-8"))
+        for page, anchor in re.findall(r"\b([\w/-]+\.md)#([\w-]+)", text(file))
     ]
     folder = {file: file.parent if file.suffix == ".md" else ROOT for file, _, _ in references}
     broken = [
@@ -90,67 +349,11 @@ def test_every_reference_to_a_section_leads_to_its_heading():
 
 
 def test_links_inside_a_page_lead_to_its_headings():
-    own = [
-        (page, anchor) for page in PAGES for anchor in re.findall(r"\]\(#([\w-]+)\)", page.read_text(encoding="utf-8"))
-    ]
+    own = [(page, anchor) for page in PAGES for anchor in re.findall(r"\]\(#([\w-]+)\)", text(page))]
     assert [(page.name, anchor) for page, anchor in own if anchor not in headings(page)] == []
 
 
 def test_no_reference_leads_out_of_the_repository():
     """Codes such as G5 in brackets belonged to a list of invariants that was never published."""
     unpublished = re.compile(r"ALGORITHMS[,.]|\([PDSGR][1-9]\)")
-    assert [
-        f"{file.relative_to(ROOT)}" for file in sources() if unpublished.search(file.read_text(encoding="utf-8"))
-    ] == []
-
-
-@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])
-def test_every_command_names_things_that_exist(page, line, tmp_path, monkeypatch):
-    """Scripts are there, and every override of a run is a setting that exists, with a value that it takes."""
-    words = shlex.split(line.replace("$(", "").replace(")", ""), comments=True)
-    for word in words:
-        if word.startswith(("scripts/", "launch/")):
-            assert (ROOT / word).is_file(), word
-    if "trainer" not in words and not words[0].startswith("launch/") and "scripts/preview.py" not in words:
-        return
-    if "trainer" in words:
-        overrides = words[words.index("trainer") + 1 :]
-    else:
-        overrides = words[words.index("--") + 1 :] if "--" in words else words[words.index("scripts/preview.py") + 1 :]
-    if "--config-dir" in overrides:  # the worked example, which is run below
-        return
-    if "--multirun" in overrides or "..." in overrides:  # several points, or what a reader fills in
-        return
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "my_rewards.py").write_text(blocks(DOCS / "ppo.md", "python")[0])
-    sys.modules.pop("my_rewards", None)
-    for name in re.findall(r"[\w-]+\.jsonl", line):
-        (tmp_path / name).write_text(json.dumps({"text": "Ada."}) + "\n")
-    try:
-        compose([word for word in overrides if not word.startswith("--")], name="docs")
-    except ConfigError as error:
-        wrong = [
-            p for p in error.problems if not re.search(r"DIR|runs/|does not exist|no such|no folder|multiple of", p)
-        ]
-        assert wrong == []
-
-
-@pytest.mark.slow
-def test_the_worked_example_runs_as_it_stands(tmp_path):
-    code, yaml = blocks(DOCS / "algorithm.md", "python")[0], blocks(DOCS / "algorithm.md", "yaml")[0]
-    (tmp_path / "repetition.py").write_text(code)
-    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
-    (tmp_path / "conf" / "pipeline" / "unlikelihood.yaml").write_text(yaml)
-    command = shlex.split(blocks(DOCS / "algorithm.md", "bash")[0])
-    Command(tmp_path, *command[3:], *TINY, "run_dir=r", "steps=4", "pipeline.strength=0.5").finish()
-    lines = [line for line in metrics(tmp_path / "r") if "loss" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(line["unlikelihood"] > 0 for line in lines)
-    assert "unlikelihood" in (tmp_path / "r" / "report.html").read_text()
-    assert "strength" in (tmp_path / "r" / "config.yaml").read_text()
-
-
-def test_the_worked_example_is_one_file_and_one_line_of_yaml():
-    assert EXAMPLE.count("```python") == 1
-    assert len(blocks(DOCS / "algorithm.md", "yaml")[0].splitlines()) == 1
+    assert [f"{file.relative_to(ROOT)}" for file in sources() if unpublished.search(text(file))] == []
