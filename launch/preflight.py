@@ -46,7 +46,7 @@ def main() -> int:
         return 2
     with Watchdog(WatchdogSettings(seconds=a.timeout)) as watchdog, distributed.session(a.timeout) as world:
         found, lines = look(a, watchdog, needed, saved)
-    if world.rank == 0:
+    if world.is_main:
         print(
             "\n".join([*lines, *(f"warning: {w}" for w in found.warnings), *(f"PROBLEM: {p}" for p in found.problems)])
         )
@@ -83,14 +83,14 @@ def look(a: argparse.Namespace, watchdog: Watchdog, needed: float, saved: float)
     found.warnings += preflight.slower("writing", "MB/s", nodes, written, "look at its mount")
     free = min(each["memory"] for each in every) / 1e9
     lines = [
-        f"{world.size} rank(s) on {len(nodes)} node(s), {every[0]['device']}, {every[0]['devices'] or 'no'} GPU(s) a node",
+        f"{world.devices} rank(s) on {len(nodes)} node(s), {every[0]['device']}, {every[0]['devices'] or 'no'} GPU(s) a node",
         f"  matrix product   {spread(speeds)} TFLOP/s",
         f"  clocks           within {max(offsets) - min(offsets):.3f} s",
         f"  write and fsync  {spread(written)} MB/s a node, {every[0]['disk'] / 1e9:,.0f} GB free",
         f"  memory           {free:,.1f} GB free"
         + (f", a rank is estimated to take {needed / 1e9:,.1f}" if needed else ""),
     ]
-    if world.size > 1:
+    if world.devices > 1:
         with watchdog.phase("links"):
             bandwidth = exchanges.all_reduce_speed(a.megabytes)
             links = exchanges.links(a.megabytes / 4)
@@ -125,9 +125,9 @@ def unshared(folder: Path, hosts: list[str]) -> list[str]:
         token.touch()
         return str(token)
 
-    token = Path(distributed.on_first_rank(leave))
+    token = Path(distributed.run_on_main(leave))
     seen = distributed.gather(token.is_file())
-    distributed.on_first_rank(token.unlink)
+    distributed.run_on_main(token.unlink)
     blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))
     return [f"{', '.join(blind)} do not see {folder} of {hosts[0]}; use a folder that all nodes share"] if blind else []
 

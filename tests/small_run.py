@@ -76,9 +76,8 @@ class Run:
         )
 
     def steps(self, first: int, last: int) -> None:
-        world = distributed.world()
         for step in range(first, last + 1):
-            ids = torch.tensor([(step + n) % 5 for n in range(4)])[world.rank :: world.size]
+            ids = distributed.world().data.share(torch.tensor([(step + n) % 5 for n in range(4)]))
 
             def loss_of(batch: Any, ids: torch.Tensor = ids) -> Any:
                 return self.engine.model(ids), Metrics()
@@ -89,7 +88,9 @@ class Run:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a restore must give back: whole parameters, buffers and moments, and step counts. Collective."""
-        pieces = [(f.name, f.state, f.shape, f.start, f.tensor.tolist()) for f in self.engine.fragments(owned=True)]
+        pieces = [
+            [f.name, f.state, list(f.shape), f.start, f.tensor.tolist()] for f in self.engine.fragments(owned=True)
+        ]
         whole: dict[str, np.ndarray] = {}
         for name, state, shape, start, values in (p for part in distributed.gather(pieces) for p in part):
             flat = whole.setdefault(f"{name}/{state}", np.full(int(np.prod(shape)), np.nan, dtype=np.float32))

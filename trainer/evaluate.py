@@ -77,13 +77,15 @@ class Evaluation(Node):
                     metrics.merge(pipeline.evaluate(models, batch.to(engine.device)))
                 overall.merge(metrics)
                 if len(heldout) > 1:
-                    values.update({f"eval/{name}/{key}": v for key, v in distributed.reduce(metrics).items()})
+                    values.update(
+                        {f"eval/{name}/{key}": v for key, v in metrics.reduced(distributed.stack_over_data).items()}
+                    )
                 for key, found in _of_units(metrics).items():
                     units.setdefault(f"eval/{key}", []).extend(found.values())
                     for number in sorted(found, key=lambda n: found[n])[: self.errors]:
                         shown = rows.preview(number, models.tokenizer)
                         errors.append({"source": name, "row": number, key: found[number], **shown})
-        values.update({f"eval/{key}": v for key, v in distributed.reduce(overall).items()})
+        values.update({f"eval/{key}": v for key, v in overall.reduced(distributed.stack_over_data).items()})
         return Measured(values, units, errors)
 
     def answer(
@@ -127,9 +129,10 @@ class Evaluation(Node):
         """Each prompt's completion, judged by the pipeline; shared among the ranks."""
         if not prompts:
             return []
-        world, tokenizer = distributed.world(), models.tokenizer
+        tokenizer = models.tokenizer
         # In order of length, so that every rank has short and long ones.
-        mine = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))[world.rank :: world.size]
+        by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
+        mine = distributed.world().data.share(by_length)
         sampling = Sampling(self.sample_tokens, self.temperature)
         with engine.evaluating():
             with engine.gathered() as module:
@@ -141,19 +144,18 @@ class Evaluation(Node):
                 Response(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)
             ]
             scores = pipeline.judge(models, answers)
-        own = [
-            Answered(answer, completion.ended, {name: values[at] for name, values in scores.items()})
-            for at, (answer, completion) in enumerate(zip(answers, completions, strict=True))
+        own: list[list[Any]] = [
+            [a.number, a.ids, a.text, completion.ended, {name: values[at] for name, values in scores.items()}]
+            for at, (a, completion) in enumerate(zip(answers, completions, strict=True))
         ]
-        every = {found.answer.number: found for part in distributed.gather(own) for found in part}
-        return [every[n] for n in range(len(prompts))]
+        every = sorted(item for part in distributed.gather_over_data(own) for item in part)
+        return [Answered(Response(prompts[n], ids, text, n), ended, by) for n, ids, text, ended, by in every]
 
     def _batches(self, rows: Prepared, micro: int) -> Iterator[Any]:
-        world = distributed.world()
+        data = distributed.world().data
         count = min(len(rows), self.rows or len(rows))
-        for first in range(0, count, micro * world.size):
-            mine = range(first + world.rank * micro, first + (world.rank + 1) * micro)
-            yield rows.collate([n if n < count else -1 for n in mine])
+        for first in range(0, count, micro * data.size):
+            yield rows.collate([n if n < count else -1 for n in data.block(first, micro)])
 
 
 def _of_units(metrics: Metrics) -> dict[str, dict[int, float]]:
@@ -162,5 +164,5 @@ def _of_units(metrics: Metrics) -> dict[str, dict[int, float]]:
         name: [(n, v) for rows, values in kept for n, v in zip(rows.tolist(), values.tolist(), strict=True) if n >= 0]
         for name, kept in metrics.units.items()
     }
-    ranks = distributed.gather(mine)
+    ranks = distributed.gather_over_data(mine)
     return {name: {n: v for rank in ranks for n, v in rank[name]} for name in mine}

@@ -85,10 +85,12 @@ def train_step(
 
     with watch.lap("forward_backward"):
         prepared = list(pipeline.prepare_step(models, engine, micro_batches))
-        weight = distributed.all_sum(torch.stack([batch.weight for batch in prepared]).sum())
-        metrics = engine.accumulate(loss_of, prepared, weight)
+        weight = distributed.sum_over_data(torch.stack([batch.weight for batch in prepared]).sum())
+        metrics = Metrics()
+        for report in engine.accumulate(loss_of, prepared, weight):
+            metrics.merge(report)
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.wish()))
-    return {**distributed.reduce(metrics), "grad_norm": outcome.grad_norm, **guard.metrics()}
+    return {**metrics.reduced(distributed.stack_over_data), "grad_norm": outcome.grad_norm, **guard.metrics()}

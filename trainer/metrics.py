@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -70,10 +70,14 @@ class Metrics:
             else torch.zeros(0, 3, dtype=torch.float64)
         )
 
-    def reduced(self, ranks: Tensor) -> dict[str, Tensor]:
-        """Values by name, from the ranks' packed numbers ``(W, K, 3)``, float64 scalars on the device."""
+    def reduced(self, stack: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Values by name, float64 scalars on the device. Collective where ``stack`` is.
+
+        Args:
+            stack: Gives the packed numbers ``(K, 3)`` of every rank, ``(W, K, 3)``.
+        """
         values = {}
-        for (name, (kind, _)), column in zip(self._entries.items(), ranks.unbind(1), strict=True):
+        for (name, (kind, _)), column in zip(self._entries.items(), stack(self.packed()).unbind(1), strict=True):
             total, squares, count = column.sum(0).unbind(0)
             mean = total / count.clamp(min=1e-300)
             if kind is Kind.total:

@@ -246,11 +246,11 @@ def run(cfg: Run) -> dict[str, float]:
     with (
         Watchdog(cfg.watchdog) as watchdog,
         distributed.session() as world,
-        run_folder.begin(folder, plain(cfg), made_from, world.size) as facts,
+        run_folder.begin(folder, plain(cfg), made_from, world.devices) as facts,
         ExitStack() as work,
     ):
-        layout = cfg.layout(architecture, world.size, cuda=world.device.type == "cuda")
-        hosts = preflight.quick(folder, plain(cfg), architecture, layout) if cfg.preflight and world.size > 1 else {}
+        layout = cfg.layout(architecture, world.devices, cuda=world.device.type == "cuda")
+        hosts = preflight.quick(folder, plain(cfg), architecture, layout) if cfg.preflight and world.devices > 1 else {}
         models = cfg.pipeline.models(loader, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
@@ -271,14 +271,14 @@ def run(cfg: Run) -> dict[str, float]:
         schedule = partial(cfg.schedule, steps=last)
         steps = train(
             cfg.pipeline, models, engine, batches, schedule, guard, watch,
-            seed=cfg.seed, first=done + 1, last=last, accumulate=cfg.batch.size // (cfg.batch.micro * world.size),
+            seed=cfg.seed, first=done + 1, last=last, accumulate=cfg.batch.size // (cfg.batch.micro * world.data.size),
         )  # fmt: skip
         speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
         readback: Readback[PendingStep] = Readback()
         stop = stopping.Agreement(cfg.checkpoint.before_deadline)
         stragglers = Stragglers(engine.model, world.device, hosts)
         with (
-            Tracker(cfg.tracking, folder, rank=world.rank, done=done, last=last, facts=facts) as tracker,
+            Tracker(cfg.tracking, folder, main=world.is_main, done=done, last=last, facts=facts) as tracker,
             cfg.profile.recording(folder / "profile", done + 1) as profiler,
             watchdog.phase("step"),  # what lies between the laps of a step: metrics meet there, and asynchronous saves
         ):

@@ -78,10 +78,12 @@ def trained(
             metrics.mean("loss", loss, batch.weight)
             return loss, metrics
 
-        weight = distributed.all_sum(sum(b.weight for b in micro_batches))
-        metrics = engine.accumulate(loss_of, micro_batches, weight)
+        weight = distributed.sum_over_data(sum(b.weight for b in micro_batches))
+        metrics = Metrics()
+        for report in engine.accumulate(loss_of, micro_batches, weight):
+            metrics.merge(report)
         outcome = engine.step()
-        losses.append(distributed.reduce(metrics)["loss"].item())
+        losses.append(metrics.reduced(distributed.stack_over_data)["loss"].item())
         norms.append(outcome.grad_norm.item())
     weights = {name: tensor.numpy().copy() for name, tensor in engine.weights()}
     return {"losses": losses, "norms": norms, "weights": weights}
@@ -247,7 +249,7 @@ def buckets(accumulate: int) -> list[int]:
     counts = []
     for step in range(3):
         micro_batches = [points(step * 10 + i) for i in range(accumulate)]
-        weight = distributed.all_sum(sum(b.weight for b in micro_batches))
+        weight = distributed.sum_over_data(sum(b.weight for b in micro_batches))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             engine.accumulate(lambda b: (engine.model(b), Metrics()), micro_batches, weight)
             engine.step()

@@ -93,7 +93,7 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
     before = {n: w.clone() for n, w in engine.weights()}
     for factor in (1.0, 0.5):
         engine.set_lr(factor)
-        ids = torch.arange(4)[distributed.world().rank :: distributed.world().size]
+        ids = distributed.world().data.share(torch.arange(4))
         engine.accumulate(lambda b, ids=ids: (engine.model(ids), Metrics()), [Unread()], torch.tensor(4.0))
         engine.step()
     return {n: (w - before[n]).numpy().copy() for n, w in engine.weights()}
@@ -148,7 +148,7 @@ def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[floa
     losses = []
     for _ in range(15):
         metrics = Metrics()
-        ids = torch.arange(4)[distributed.world().rank :: distributed.world().size]
+        ids = distributed.world().data.share(torch.arange(4))
 
         def loss_of(_, ids=ids, metrics=metrics):
             loss = engine.model(ids).float()
@@ -157,7 +157,7 @@ def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[floa
 
         engine.accumulate(loss_of, [Unread()], torch.tensor(4.0))
         assert bool(engine.step().applied)
-        losses.append(float(distributed.reduce(metrics)["loss"]))
+        losses.append(float(metrics.reduced(distributed.stack_over_data)["loss"]))
     assert all(w.dtype is torch.float32 for _, w in engine.weights())
     return losses
 
@@ -271,7 +271,7 @@ with distributed.session() as world, Watchdog(WatchdogSettings(seconds=3)) as wa
     watchdog.step = 7
     with watchdog.phase("forward_backward"):
         if world.rank == 0:
-            distributed.all_sum(torch.ones(1))
+            distributed.sum_over_data(torch.ones(1))
         else:
             time.sleep(60)
 """
@@ -290,7 +290,7 @@ def test_a_collective_that_hangs_ends_the_run_with_rank_phase_step_and_stack():
     assert EXIT_CODE in [p.returncode for p in processes]
     assert time.monotonic() - started < 40
     assert any("after step 7, phase forward_backward: no progress in 3 s (watchdog.seconds)" in s for s in said)
-    assert any("all_sum" in s or "sleep" in s or "<string>" in s for s in said)
+    assert any("sum_over_data" in s or "sleep" in s or "<string>" in s for s in said)
 
 
 def test_a_rank_that_dies_ends_the_others_within_seconds(tmp_path):

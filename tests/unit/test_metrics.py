@@ -19,7 +19,7 @@ def reported(values: list[float], weights: list[float]) -> Metrics:
 def test_values_of_two_micro_batches_on_two_ranks_equal_those_of_the_whole():
     first, second, third = reported([1, 2], [1, 0]), reported([3], [2]), reported([6, 8], [1, 1])
     first.merge(second)
-    values = first.reduced(torch.stack([first.packed(), third.packed()]))
+    values = first.reduced(lambda mine: torch.stack([mine, third.packed()]))
     # By hand: (1*1 + 3*2 + 6 + 8) / (1 + 2 + 2) = 21 / 5; values 1 2 3 6 8: mean 4, variance (9+4+1+4+16)/5 = 6.8.
     assert values["mean"].item() == 21 / 5
     assert values["total"].item() == 20
@@ -29,7 +29,7 @@ def test_values_of_two_micro_batches_on_two_ranks_equal_those_of_the_whole():
 
 def test_a_mean_over_nothing_is_zero_and_not_nan():
     metrics = reported([0.0], [0.0])
-    assert metrics.reduced(metrics.packed()[None])["mean"].item() == 0
+    assert metrics.reduced(lambda mine: mine[None])["mean"].item() == 0
 
 
 def test_metrics_hold_no_graph():

@@ -30,7 +30,7 @@ from trainer.checkpoint.folder import (
 from trainer.checkpoint.saving import Save, Written, owned
 from trainer.config import Node, schema, setting
 from trainer.parallel import distributed
-from trainer.parallel.engine import Engine, Fragment, shares
+from trainer.parallel.engine import Engine, Fragment, owned_spans
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Checkpointer:
         self.config, self.folder, self.engine, self.parts, self.facts = config, folder, engine, dict(parts), dict(facts)
         self._writing: Save | None = None
         self._good: set[int] = set()
-        distributed.on_first_rank(self._prepare)
+        distributed.run_on_main(self._prepare)
         self._refuse_unshared()
 
     def save(self, step: int) -> None:
@@ -97,9 +97,9 @@ class Checkpointer:
             CheckpointError: if it could not be written; earlier checkpoints are untouched.
         """
         self.advance(wait=True)
-        unfinished = Path(distributed.on_first_rank(lambda: self._begin(step)))
+        unfinished = Path(distributed.run_on_main(lambda: self._begin(step)))
         fragments = [*self.engine.fragments(owned=True), *self._tensors_of_parts()]
-        save = Save(step, unfinished, distributed.world().rank, {f.name: list(f.shape) for f in fragments})
+        save = Save(step, unfinished, distributed.world().name, {f.name: list(f.shape) for f in fragments})
         if self.config.asynchronous:
             copies = [(f.name, f.state, f.start, owned(f.tensor)) for f in fragments]
             save.manifest = self._facts_of(step)
@@ -131,19 +131,19 @@ class Checkpointer:
             CheckpointError: if there are checkpoints and none verifies, or the one that does is of another model.
         """
         bad: list[str] = []
-        for step in distributed.on_first_rank(lambda: steps_in(self.folder)):
+        for step in distributed.run_on_main(lambda: steps_in(self.folder)):
             world = distributed.world()
-            found = distributed.gather(damage(self.folder / folder_name(step), (world.rank, world.size)))
-            problems = list(dict.fromkeys(p for part in found for p in part))
+            every = distributed.gather(damage(self.folder / folder_name(step), world.share))
+            problems = list(dict.fromkeys(p for part in every for p in part))
             if not problems:
                 try:
-                    distributed.together(partial(self._load, step))
+                    distributed.run_on_all_ranks(partial(self._load, step))
                 except distributed.RankError as error:
                     raise CheckpointError(str(error)) from error
                 self._good.add(step)
                 return int(step)
             bad += problems
-            for problem in problems if world.rank == 0 else ():
+            for problem in problems if world.is_main else ():
                 log.warning("checkpoint %s is damaged and is passed over: %s", folder_name(step), problem)
         if bad:
             raise CheckpointError(
@@ -162,9 +162,9 @@ class Checkpointer:
 
     def _refuse_unshared(self) -> None:
         """Every node must see what rank 0 writes, or a restore elsewhere would find half a checkpoint."""
-        token = Path(distributed.on_first_rank(self._leave_token))
+        token = Path(distributed.run_on_main(self._leave_token))
         seen = distributed.gather(token.is_file())
-        distributed.on_first_rank(lambda: token.unlink())
+        distributed.run_on_main(lambda: token.unlink())
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
@@ -191,35 +191,35 @@ class Checkpointer:
         if differing:
             raise CheckpointError(f"the state of {', '.join(differing)} differs between ranks after step {step}")
         return {
-            "step": step, "ranks": distributed.world().size, "optimizer_steps": steps, "engine": self.engine.state(),
+            "step": step, "ranks": distributed.world().devices, "optimizer_steps": steps, "engine": self.engine.state(),
             "parts": parts, "facts": self.facts,
         }  # fmt: skip
 
     def _tensors_of_parts(self) -> Iterator[Fragment]:
         """This rank's share of what parts hold alike on all ranks."""
-        world = distributed.world()
         held = [
             (f"{name}/{key}", t)
             for name, part in self.parts.items()
             if isinstance(part, Holder)
             for key, t in part.tensors().items()
         ]
-        for number, first, last in shares([t.numel() for _, t in held], world.rank, world.size):
+        for number, first, last in owned_spans([t.numel() for _, t in held]):
             name, tensor = held[number]
             yield Fragment(name, HELD, tuple(tensor.shape), first, tensor.reshape(-1)[first:last])
 
     def _finish(self, save: Save) -> None:
         """Exchange what was written, write the manifest, and give the checkpoint its name."""
         try:
-            written = distributed.together(save.result)
-            distributed.on_first_rank(lambda: self._commit(save, written))
+            every = distributed.run_on_all_ranks(lambda: save.result().as_json())
+            written = [Written.from_json(part) for part in every]
+            distributed.run_on_main(lambda: self._commit(save, written))
         except distributed.RankError as error:
-            distributed.on_first_rank(lambda: shutil.rmtree(save.partial, ignore_errors=True))
+            distributed.run_on_main(lambda: shutil.rmtree(save.partial, ignore_errors=True))
             kept = steps_in(self.folder)
             still = f"the newest checkpoint is {folder_name(kept[0])}" if kept else "there is no checkpoint yet"
             raise CheckpointError(f"the checkpoint of step {save.step} was not written ({error}); {still}") from error
         self._good.add(save.step)
-        distributed.on_first_rank(self._retire)
+        distributed.run_on_main(self._retire)
 
     def _commit(self, save: Save, written: list[Written]) -> None:
         shapes = {name: shape for part in written for name, shape in part.shapes.items()}

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,17 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(**body, fragments=fragments)
 
 
-def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+def damage(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> list[str]:
     """What is wrong with a checkpoint, a sentence each; empty if it is whole.
 
-    ``share``: (r, n): look at every n-th file from the r-th, so that n ranks verify disjoint files.
+    ``share``: which of the files to look at, so that the ranks verify disjoint ones.
     """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
     problems = []
-    rank, ranks = share
-    for name in sorted(manifest.files)[rank::ranks]:
+    for name in share(sorted(manifest.files)):
         file, wanted = folder / name, manifest.files[name]
         if not file.is_file():
             problems.append(f"{file} is missing")

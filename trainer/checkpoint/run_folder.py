@@ -73,12 +73,12 @@ def begin(
     """
     # A launcher that restarts a run may start it while the attempt before is still going down.
     lock = FileLock(folder / ".lock", timeout=5)
-    facts = distributed.on_first_rank(lambda: _begin(folder, lock, config, made_from, ranks))
+    facts = distributed.run_on_main(lambda: _begin(folder, lock, config, made_from, ranks))
     try:
         yield facts
     except Stopped as stop:
         # Together: by now rank 0 has closed its trackers, and a launcher may end all ranks when the first one exits.
-        distributed.on_first_rank(partial(_mark, folder, stop))
+        distributed.run_on_main(partial(_mark, folder, stop))
         raise
     finally:
         lock.release()

@@ -18,11 +18,26 @@ FILE_BYTES = 2**30
 
 @dataclass
 class Written:
-    """What one rank wrote."""
+    """What one rank wrote.
+
+    Args:
+        files: Bytes and SHA-256 of each file, by name.
+        shapes: Of the logical tensors that it wrote fragments of, by name.
+        fragments: Where each fragment lies.
+    """
 
     files: dict[str, dict[str, Any]]
     shapes: dict[str, list[int]]
     fragments: list[Stored]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the other ranks."""
+        return {**vars(self), "fragments": [list(vars(fragment).values()) for fragment in self.fragments]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Written:
+        """What `as_json` gave."""
+        return cls(value["files"], value["shapes"], [Stored(*row) for row in value["fragments"]])
 
 
 class Save:
@@ -30,8 +45,8 @@ class Save:
 
     manifest: dict[str, Any]
 
-    def __init__(self, step: int, partial: Path, rank: int, shapes: dict[str, list[int]]) -> None:
-        self.step, self.partial, self.rank = step, partial, rank
+    def __init__(self, step: int, partial: Path, prefix: str, shapes: dict[str, list[int]]) -> None:
+        self.step, self.partial, self.prefix = step, partial, prefix
         self._written = Written({}, shapes, [])
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -80,7 +95,7 @@ class Save:
 
     @property
     def _file(self) -> str:
-        return f"rank-{self.rank:05d}-{len(self._written.files):03d}.safetensors"
+        return f"{self.prefix}-{len(self._written.files):03d}.safetensors"
 
     def _write_file(self, tensors: dict[str, Tensor]) -> None:
         name = self._file

@@ -83,7 +83,7 @@ def something_learnt(batches: Sequence[Batch]) -> Expectation:
         "number of learnt units", 1e-9, math.inf, "a step without any teaches nothing",
         "python scripts/preview.py with the same overrides shows what is learnt of each row; see data.train_on, "
         "data.truncation and batch.length",
-        measured=float(distributed.all_sum(weight)),
+        measured=float(distributed.sum_over_data(weight)),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def ends_learnt(batches: Sequence[Any], stops: Sequence[int]) -> Expectation:
         "number of learnt end-of-turn tokens", 1, math.inf, "a model that never sees one does not learn to stop",
         "raise batch.length if every answer was cut, and see with python scripts/preview.py whether the template ends "
         "an answer with one of the tokenizer's end tokens",
-        certain=False, measured=float(distributed.all_sum(found)),
+        certain=False, measured=float(distributed.sum_over_data(found)),
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def settle(found: Findings) -> None:
     Raises:
         PreflightError: with all problems.
     """
-    for warning in found.warnings if distributed.world().rank == 0 else ():
+    for warning in found.warnings if distributed.world().is_main else ():
         log.warning("preflight: %s", warning)
     if found.problems:
         raise PreflightError("; ".join(found.problems))

@@ -77,7 +77,7 @@ class Stragglers:
             The metrics of `compare` where the ranks have just been compared, else nothing.
         """
         self._window.append(self.timer.take() + loading)
-        if distributed.world().size == 1 or len(self._window) < WINDOW:
+        if distributed.world().devices == 1 or len(self._window) < WINDOW:
             return {}
         seconds, self._window = distributed.gather(statistics.median(self._window)), []
         return self.compare(step, seconds)
@@ -93,7 +93,7 @@ class Stragglers:
         median = statistics.median_low(seconds)
         slowness, waiting = seconds[rank] / max(median, 1e-9), seconds[rank] - median
         before, self._slow_rank = self._slow_rank, rank if slowness >= SLOWER else None
-        if distributed.world().rank == 0:
+        if distributed.world().is_main:
             self._report(step, before, slowness, waiting)
         return {"straggler/rank": float(rank), "straggler/slowness": slowness, "straggler/waiting": waiting}
 

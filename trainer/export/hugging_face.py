@@ -48,14 +48,14 @@ class Export(Node):
         ``weights``: gives every tensor of the model on the first rank; the others take part in it.
         An export of an earlier step is kept beside it as ``<folder>-step-<step>``.
         """
-        there = distributed.on_first_rank(lambda: _make_room(folder, facts["step"]))
+        there = distributed.run_on_main(lambda: _make_room(folder, facts["step"]))
         if there:
             return folder
         dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
 
         def write() -> None:
             tensors = weights()
-            if distributed.world().rank:
+            if not distributed.world().is_main:
                 _exhaust(tensors)
                 return
             write_model(
@@ -68,7 +68,7 @@ class Export(Node):
                 facts=facts,
             )
 
-        distributed.together(write)
+        distributed.run_on_all_ranks(write)
         return folder
 
 

@@ -26,7 +26,7 @@ def in_forwards(lengths: Sequence[int]) -> list[list[int]]:
             room = FORWARD
         groups[-1].append(number)
         room -= lengths[number]
-    most = max(distributed.gather(len(groups)))
+    most = max(distributed.gather_over_data(len(groups)))
     return groups + [[] for _ in range(most - len(groups))]
 
 

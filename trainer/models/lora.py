@@ -215,7 +215,7 @@ class LoRA(Adapter):
 
     def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
         trained = {name: tensor.clone() for name, tensor in engine.weights(frozen=False) if of_model(name, load)}
-        if distributed.world().rank:
+        if not distributed.world().is_main:
             return
         for name in load.shapes:
             stem = name.removesuffix("weight")
@@ -235,7 +235,7 @@ class LoRA(Adapter):
         full = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in trained if not is_adapter(n)})
         settings = Settings(self.rank, self.alpha, self.rslora, tuple(self._named(trained)), tuple(full))
         path = load.config.path
-        distributed.on_first_rank(lambda: write_adapter(folder, settings, trained, path, self.dropout, tokenizer))
+        distributed.run_on_main(lambda: write_adapter(folder, settings, trained, path, self.dropout, tokenizer))
 
     def _named(self, trained: dict[str, Tensor]) -> list[str]:
         """The targets as PEFT writes them: last parts of names where these say it all, else whole names."""

@@ -13,10 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.metrics import Metrics
 from trainer.optim import Optimizer, create_state, gradient_norm, moments
 from trainer.parallel import distributed
-from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, digest_of, shares
+from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, Report, digest_of, owned_spans
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 
@@ -51,8 +50,8 @@ class ReplicatedEngine(Engine):
         self._weighed = torch.ones((), dtype=torch.bool, device=self.device)
         self._warm = False
 
-    def accumulate(self, loss_of: LossOf, micro_batches: Sequence[Batch], weight: Tensor) -> Metrics:
-        metrics = Metrics()
+    def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
+        reports = []
         self.model.train()
         self._weighed = weight > 0
         # DDP averages over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0.
@@ -67,10 +66,10 @@ class ReplicatedEngine(Engine):
                     loss, report = loss_of(batch.to(self.device))
                     with torch.autocast(self.device.type, enabled=False):
                         (loss * factor).backward()  # type: ignore[no-untyped-call]
-                metrics.merge(report)
-        return metrics
+                reports.append(report)
+        return reports
 
-    def _warm_up(self, loss_of: LossOf, batch: Batch) -> None:
+    def _warm_up(self, loss_of: LossOf[Any], batch: Batch) -> None:
         """Let DDP order its buckets before the first step instead of after it.
 
         A sum over more than two ranks depends on the buckets, so a resumed run would differ from an uninterrupted one in the
@@ -131,10 +130,8 @@ class ReplicatedEngine(Engine):
     def fragments(self, *, owned: bool) -> Iterator[Fragment]:
         for optimizer in self.optimizers:
             create_state(optimizer)
-        world = distributed.world()
         tensors = list(self._logical(frozen=False))
-        rank, ranks = (world.rank, world.size) if owned else (0, 1)
-        for number, first, last in shares([t.numel() for _, t in tensors], rank, ranks):
+        for number, first, last in owned_spans([t.numel() for _, t in tensors], owned=owned):
             name, tensor = tensors[number]
             for state, values in self._states(tensor).items():
                 yield Fragment(name, state, tuple(tensor.shape), first, values.detach().view(-1)[first:last])

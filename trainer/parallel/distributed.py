@@ -1,17 +1,19 @@
 """The session of ranks: who I am, and the few exchanges that the rest of the framework needs.
 
-Every function works without a process group, as rank 0 of 1. Objects travel over gloo, whatever carries tensors.
+Every function works without a process group, as rank 0 of 1. Values travel as JSON over gloo, whatever carries tensors:
+floats arrive exactly, and nothing that a rank receives is unpickled.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,20 +21,65 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from trainer.metrics import Metrics
 from trainer.parallel.environment import device_index, place, variables
 
 T = TypeVar("T")
+Json = TypeVar("Json", bound="str | float | bool | list[Any] | dict[str, Any] | None")
+"""What JSON can say: no tuples, no other objects, and only strings as keys."""
 
 
 @dataclass(frozen=True)
-class World:
-    """This process's place: ``rank`` of ``size``, ``local_rank`` on its machine, and its ``device``."""
+class Ranks:
+    """This process's place in a group of ranks.
+
+    Args:
+        rank: Its number in the group, from 0.
+        size: Ranks in the group.
+    """
 
     rank: int
     size: int
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What this rank takes of ``items``: every ``size``-th from its own number on."""
+        return items[self.rank :: self.size]
+
+    def block(self, first: int, count: int) -> range:
+        """The ``count`` consecutive numbers of this rank where the ranks' blocks follow each other from ``first`` on."""
+        return range(first + self.rank * count, first + (self.rank + 1) * count)
+
+
+@dataclass(frozen=True)
+class World(Ranks):
+    """This process's place among all ranks. Outside `trainer.parallel` ask for what is meant, never for rank and size.
+
+    Args:
+        local_rank: Its number on its machine.
+        device: What it computes on.
+    """
+
     local_rank: int
     device: torch.device
+
+    @property
+    def data(self) -> Ranks:
+        """The ranks that read different data."""
+        return Ranks(self.rank, self.size)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once: the log, the report, the export."""
+        return self.rank == 0
+
+    @property
+    def devices(self) -> int:
+        """Devices at work, one a rank: what throughput, estimates and records count."""
+        return self.size
+
+    @property
+    def name(self) -> str:
+        """What files of this rank alone are called."""
+        return f"rank-{self.rank:05d}"
 
 
 _world = World(0, 1, 0, torch.device("cpu"))
@@ -101,33 +148,44 @@ def world() -> World:
     return _world
 
 
-def all_sum(value: Tensor) -> Tensor:
-    """The sum of ``value`` over all ranks, on this rank's device."""
+def sum_over_data(value: Tensor) -> Tensor:
+    """The sum of ``value`` over the data ranks, on this rank's device."""
     value = value.detach().clone().to(_world.device)
     if _world.size > 1:
         dist.all_reduce(value)
     return value
 
 
-def reduce(metrics: Metrics) -> dict[str, Tensor]:
-    """Combine every rank's numbers in one exchange; collective, with the same names on all ranks."""
-    mine = metrics.packed().to(_world.device)
-    if not len(mine):
-        return {}
-    if _world.size == 1:
-        return metrics.reduced(mine[None])
-    every = mine.new_empty(_world.size, *mine.shape)
-    dist.all_gather_into_tensor(every.view(-1, mine.shape[-1]), mine)
-    return metrics.reduced(every)
+def stack_over_data(value: Tensor) -> Tensor:
+    """``value`` ``(...)`` of every data rank, ``(W, ...)``, on this rank's device; of one shape everywhere."""
+    value = value.detach().to(_world.device)
+    if _world.size == 1 or not value.numel():
+        return value[None].expand(_world.size, *value.shape)
+    every = value.new_empty(_world.size, *value.shape)
+    dist.all_gather_into_tensor(every.view(-1, *value.shape[1:]), value)
+    return every
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's ``value`` (any small Python object made of numbers, strings, lists and dicts), in rank order."""
+def gather_over_data(value: Json) -> list[Json]:
+    """Every data rank's ``value``, in the order of the ranks."""
+    return gather(value)
+
+
+def gather(value: Json) -> list[Json]:
+    """Every rank's ``value``, in the order of the ranks.
+
+    Raises:
+        TypeError: if JSON cannot say it.
+    """
     if _world.size == 1:
         return [value]
-    every: list[T | None] = [None] * _world.size
-    dist.all_gather_object(every, value, group=_control)
-    return every  # type: ignore[return-value]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_world.size)]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=_control)
+    longest = int(max(sizes))
+    every = [torch.empty(longest, dtype=torch.uint8) for _ in range(_world.size)]
+    dist.all_gather(every, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=_control)
+    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(every, sizes, strict=True)]
 
 
 def barrier() -> None:
@@ -135,7 +193,7 @@ def barrier() -> None:
     gather(None)
 
 
-def together(action: Callable[[], T]) -> list[T]:
+def run_on_all_ranks(action: Callable[[], Json]) -> list[Json]:
     """Run ``action`` on every rank and return all results; where one rank fails, all raise instead of waiting for it.
 
     Raises:
@@ -143,20 +201,20 @@ def together(action: Callable[[], T]) -> list[T]:
     """
     error: Exception | None = None
     try:
-        mine: tuple[bool, T | str] = (True, action())
+        outcome: list[Any] = [True, action()]
     except Exception as caught:
-        error, mine = caught, (False, f"{type(caught).__name__}: {caught}")
-    every = gather(mine)
-    failed = [f"rank {rank}: {value}" for rank, (fine, value) in enumerate(every) if not fine]
+        error, outcome = caught, [False, f"{type(caught).__name__}: {caught}"]
+    every = gather(outcome)
+    failed = [f"rank {rank}: {value}" for rank, (succeeded, value) in enumerate(every) if not succeeded]
     if failed:
         raise RankError("; ".join(failed)) from error
-    return [value for _, value in every]  # type: ignore[misc]
+    return [value for _, value in every]
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 alone and give its result to all ranks; its failure is everyone's.
+def run_on_main(action: Callable[[], Json]) -> Json:
+    """Run ``action`` on the main rank alone and give its result to all ranks; its failure is everyone's.
 
     Raises:
-        RankError: if it failed on rank 0.
+        RankError: if it failed there.
     """
-    return together(lambda: action() if _world.rank == 0 else None)[0]  # type: ignore[return-value]
+    return run_on_all_ranks(lambda: action() if _world.is_main else None)[0]  # type: ignore[return-value]

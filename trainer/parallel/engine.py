@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trainer.batch import Batch
-from trainer.metrics import Metrics
+from trainer.parallel import distributed
 from trainer.parallel.precision import Precision
 
-LossOf = Callable[[Any], tuple[Tensor, Metrics]]
+Report = TypeVar("Report")
+LossOf = Callable[[Any], tuple[Tensor, Report]]
+"""Of a micro-batch: the sum of its losses, and what the caller wants to know of it."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ class Engine(ABC):
     precision: Precision
 
     @abstractmethod
-    def accumulate(self, loss_of: LossOf, micro_batches: Sequence[Batch], weight: Tensor) -> Metrics:
-        """Add up the gradient of ``sum(loss) / weight`` over micro-batches and ranks.
+    def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
+        """Add up the gradient of ``sum(loss) / weight`` over micro-batches and ranks; gives every micro-batch's report.
 
-        ``loss_of`` returns a sum over its micro-batch; ``weight`` is the global weight (docs/algorithms.md#weighting).
         Gradients are exchanged with the last micro-batch only.
+
+        Args:
+            loss_of: Gives the sum of a micro-batch's losses, and a report.
+            micro_batches: Of this rank, as many on every rank.
+            weight: The global weight, over all ranks (docs/algorithms.md#weighting).
         """
 
     @abstractmethod
@@ -129,6 +135,12 @@ def shares(sizes: Sequence[int], rank: int, ranks: int) -> Iterator[tuple[int, i
         at += size
         if first < last:
             yield number, first, last
+
+
+def owned_spans(sizes: Sequence[int], *, owned: bool = True) -> Iterator[tuple[int, int, int]]:
+    """(tensor, first element, last) of what this rank writes of tensors that all ranks hold; all of them unless ``owned``."""
+    world = distributed.world()
+    return shares(sizes, world.rank, world.size) if owned else shares(sizes, 0, 1)
 
 
 def digest_of(tensors: Iterable[Tensor]) -> list[int]:

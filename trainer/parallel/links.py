@@ -28,7 +28,7 @@ def wrong_sums(elements: int = 1 << 16) -> list[int]:
     """Ranks at which a sum over all ranks did not come out; the numbers are whole, so it is exact. Collective."""
     world = distributed.world()
     place = torch.arange(elements, device=world.device, dtype=torch.float32) % 1021
-    total = distributed.all_sum(place * (world.rank % 61 + 1))
+    total = distributed.sum_over_data(place * (world.rank % 61 + 1))
     factor = sum(rank % 61 + 1 for rank in range(world.size))
     return [rank for rank, fine in enumerate(distributed.gather(bool((total == place * factor).all()))) if not fine]
 

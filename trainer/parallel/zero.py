@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.metrics import Metrics
 from trainer.optim import Muon, Optimizer
 from trainer.parallel import distributed, zero_state
-from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, digest_of
+from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, Report, digest_of
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Strategy
 
@@ -215,8 +214,8 @@ class ZeroEngine(Engine):
         self.zero.unscale_and_clip_grads = self._decision
         self.state_of = zero_state.reader(module, inner, self.zero, self.stage)
 
-    def accumulate(self, loss_of: LossOf, micro_batches: Sequence[Batch], weight: Tensor) -> Metrics:
-        metrics = Metrics()
+    def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
+        reports = []
         self.model.train()
         self._weighed = weight > 0
         # DeepSpeed averages over ranks; the objective is a sum over them.
@@ -227,8 +226,8 @@ class ZeroEngine(Engine):
                 loss, report = loss_of(batch.to(self.device))
                 with torch.autocast(self.device.type, enabled=False):
                     self._engine.backward(loss * factor, scale_wrt_gas=False)
-                metrics.merge(report)
-        return metrics
+                reports.append(report)
+        return reports
 
     def step(self, limit: Tensor | None = None) -> Outcome:
         self._decision.begin(limit)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.parallel import distributed
-from trainer.parallel.engine import Fragment, shares
+from trainer.parallel.engine import Fragment, owned_spans
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -100,9 +100,8 @@ class ZeroState:
         yield from self.buffers.items()
 
     def _replicated(self, owned: bool) -> Iterator[Fragment]:
-        world, buffers = distributed.world(), list(self.buffers.items())
-        rank, ranks = (world.rank, world.size) if owned else (0, 1)
-        for number, first, last in shares([b.numel() for _, b in buffers], rank, ranks):
+        buffers = list(self.buffers.items())
+        for number, first, last in owned_spans([b.numel() for _, b in buffers], owned=owned):
             name, tensor = buffers[number]
             yield Fragment(name, "param", tuple(tensor.shape), first, tensor.detach().view(-1)[first:last])
 
@@ -132,7 +131,7 @@ class PartitionedOptimizer(ZeroState):
         if (place := self.located(name, p)) is not None:
             flat, at, start, size = place
             whole[start : start + size] = flat.detach()[at : at + size].to(whole.device)
-        return distributed.all_sum(whole).view(p.shape)
+        return distributed.sum_over_data(whole).view(p.shape)
 
 
 class PartitionedParameters(ZeroState):
@@ -171,7 +170,7 @@ class PartitionedParameters(ZeroState):
             start, size = share(p)
             if size > 0:
                 whole[start : start + size] = p.ds_tensor.detach()[:size].float()  # type: ignore[attr-defined]
-        return distributed.all_sum(whole).view(p.ds_shape)  # type: ignore[attr-defined]
+        return distributed.sum_over_data(whole).view(p.ds_shape)  # type: ignore[attr-defined]
 
 
 def share(p: Any) -> tuple[int, int]:

@@ -118,8 +118,8 @@ class Pipeline(Node):
 
     def batches(self, models: Models, engine: Engine, corpus: Corpus, plan: Plan) -> Source:
         """The micro-batches that `loss` understands, of this rank."""
-        world = distributed.world()
-        source: Source = corpus.train.loader(micro=plan.micro, seed=plan.seed, rank=world.rank, ranks=world.size)
+        data = distributed.world().data
+        source: Source = corpus.train.loader(micro=plan.micro, seed=plan.seed, rank=data.rank, ranks=data.size)
         return source
 
     def exports(self, name: str) -> bool:

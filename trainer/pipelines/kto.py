@@ -52,7 +52,7 @@ class KTO(ReferencePipeline):
                 sums, _, _ = policy_logps(models.trained, mismatched)
                 ratio = (sums - self.reference_logps(models, mismatched)).double() * mismatched.unit_mask
                 total = total + torch.stack([ratio.sum(), mismatched.weight])
-        ratio, weight = distributed.all_sum(total).unbind()
+        ratio, weight = distributed.sum_over_data(total).unbind()
         estimate = (ratio / weight.clamp(min=1)).clamp(min=0).float()
         return [KTOBatch(**vars(batch), kl_estimate=estimate) for batch in batches]
 

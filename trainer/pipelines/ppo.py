@@ -99,9 +99,12 @@ class PPO(PolicyGradient):
             self.reference is Reference.adapters_off and bool(self.kl_price or self.kl_loss),
         )  # fmt: skip
         prompts = corpus.train.loader(
-            micro=self.rollout.size // self.each // world.size, seed=plan.seed, rank=world.rank, ranks=world.size
+            micro=self.rollout.size // self.each // world.data.size,
+            seed=plan.seed,
+            rank=world.data.rank,
+            ranks=world.data.size,
         )
-        if self.rollout.cut and not world.rank:
+        if self.rollout.cut and world.is_main:
             names = " and ".join(f"pipeline.rollout.{name}" for name in self.rollout.cut)
             log.warning(
                 "%s cut the distribution that is sampled from, so ratios are biased; set them back to train", names

@@ -114,10 +114,10 @@ class ReferencePipeline(Pipeline):
         for pairs in sources:
             key = f"{models.origin}:{pairs.fingerprint}:{engine.precision.compute}"
             file = cache / "references" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-            if not distributed.on_first_rank(file.is_file):
+            if not distributed.run_on_main(file.is_file):
                 with engine.evaluating():
                     values = score_all(models, pairs, engine.device)
-                distributed.on_first_rank(partial(_write, file, values, key))
+                distributed.run_on_main(partial(_write, file, values, key))
             pairs.reference = _read(file, key, len(pairs))
 
     def reference_logps(self, models: Models, batch: AnswerBatch) -> Tensor:
@@ -137,12 +137,12 @@ class ReferencePipeline(Pipeline):
 
 def score_all(models: Models, pairs: Pairs, device: torch.device) -> Tensor:
     """Summed log-probabilities ``(n, 2)`` of every unit's completions under the model as it is; shared among the ranks."""
-    world, mine = distributed.world(), dict[int, list[float]]()
-    for numbers in pairs.forwards(world.rank, world.size):
+    data, mine = distributed.world().data, list[tuple[int, list[float]]]()
+    for numbers in pairs.forwards(data.rank, data.size):
         batch = pairs.collate(numbers).to(device)
         sums = [policy_logps(models.trained, part)[0].view(len(numbers), -1) for part in batch.parts]
-        mine |= zip(numbers, torch.cat(sums, dim=1).float().cpu().tolist(), strict=True)
-    by_number = {n: values for part in distributed.gather(mine) for n, values in part.items()}
+        mine += zip(numbers, torch.cat(sums, dim=1).float().cpu().tolist(), strict=True)
+    by_number = dict(unit for part in distributed.gather_over_data(mine) for unit in part)
     return torch.tensor([by_number[n] for n in range(len(pairs))])
 
 

@@ -51,16 +51,16 @@ class Reward(Pipeline):
         """Mean and standard deviation of every training score; collective."""
         if not self.normalize:
             return {}
-        world, metrics = distributed.world(), Metrics()
+        data, metrics = distributed.world().data, Metrics()
         with engine.evaluating():
             for pairs in getattr(corpus.train, "parts", []):
-                for numbers in pairs.forwards(world.rank, world.size):
+                for numbers in pairs.forwards(data.rank, data.size):
                     batch = pairs.collate(numbers).to(engine.device)
                     kept = batch.unit_mask.repeat_interleave(2).bool()
                     values = read_scores(models.trained, batch)[kept]
                     metrics.mean("mean", values.double().sum(), float(len(values)))
                     metrics.std("std", values)
-        return {"reward": {name: float(value) for name, value in distributed.reduce(metrics).items()}}
+        return {"reward": {name: float(value) for name, value in metrics.reduced(distributed.stack_over_data).items()}}
 
 
 def read_scores(model: Any, batch: AnswerBatch) -> Tensor:

@@ -84,6 +84,16 @@ class Group(NamedTuple):
     prompt: Prompt
     completions: list[Completion]
 
+    def as_json(self) -> list[Any]:
+        """For the other ranks."""
+        return [self.row, self.number, vars(self.prompt), [vars(completion) for completion in self.completions]]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> Group:
+        """What `as_json` gave."""
+        row, number, prompt, completions = value
+        return cls(row, number, Prompt(**prompt), [Completion(**completion) for completion in completions])
+
 
 class Reading(NamedTuple):
     """What the models say of a group's completions, tokens end to end. ``beyond``: values behind each, ``(samples,)``.

@@ -95,13 +95,12 @@ class Rollouts:
             learnable = self._collect()
             self.experience, self._said = learnable.experience, learnable
             self.kl = self.adapt(self.kl, learnable.made["objective/kl"])
-        world = distributed.world()
+        data = distributed.world().data
         turn, place = divmod(self.position, self.size)
-        first = place + world.rank * self.micro
-        batch = self.experience.batch([self._number(turn, n) for n in range(first, first + self.micro)])
+        batch = self.experience.batch([self._number(turn, n) for n in data.block(place, self.micro)])
         if self._said is not None:
             batch.made, batch.samples, self._said = self._said.made, self._said.samples, None
-        self.position += self.micro * world.size
+        self.position += self.micro * data.size
         if self.position >= self.size * self.passes:
             self._end()
         return batch
@@ -170,9 +169,8 @@ class Rollouts:
 
     def _sampled(self, before: int) -> list[Group]:
         """This rank's groups of a draw; ``before``: prompts that this iteration drew earlier."""
-        world = distributed.world()
         batch: Any = next(self.prompts)
-        places = range(before + world.rank, before + self.size // self.samples, world.size)
+        places = distributed.world().data.share(range(before, before + self.size // self.samples))
         keys = [(self.seed, self.iteration, place, k) for place in places for k in range(self.samples)]
         with self.watch.lap("rollout"):
             found = self.sampler([p.ids for p in batch.prompts for _ in range(self.samples)], keys)
@@ -188,11 +186,12 @@ class Rollouts:
         with self.watch.lap("score"):
             scores = self.judge(answers)
             readings = self.actor.read(groups)
-        mine = [
-            (group, [t.tolist() for t in reading], {name: self._of(values, n) for name, values in scores.items()})
-            for n, (group, reading) in enumerate(zip(groups, readings, strict=True))
+        mine: list[list[Any]] = [
+            [g.as_json(), [t.tolist() for t in reading], {name: self._of(values, n) for name, values in scores.items()}]
+            for n, (g, reading) in enumerate(zip(groups, readings, strict=True))
         ]
-        every = sorted((item for part in distributed.gather(mine) for item in part), key=lambda item: item[0].number)
+        gathered = (item for part in distributed.gather_over_data(mine) for item in part)
+        every = sorted(((Group.from_json(g), *rest) for g, *rest in gathered), key=lambda item: item[0].number)
         names = list(scores)
         return Judged(
             [g for g, _, _ in every],

@@ -71,7 +71,7 @@ class Recorder:
             return
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        stem = f"rank-{distributed.world().rank:05d}-steps-{self.span[0]}-{self.span[1]}"
+        stem = f"{distributed.world().name}-steps-{self.span[0]}-{self.span[1]}"
         profiler.export_chrome_trace(str(self.folder / f"{stem}.trace.json.gz"))
         averages = profiler.key_averages()
         cuda = torch.cuda.is_available()

@@ -149,9 +149,9 @@ class Speed:
     """Turns tokens and the clock into ``tokens_per_second``, ``mfu``, ``memory_gb`` and ``time/*``."""
 
     def __init__(self, watch: Stopwatch, a: Architecture, world: World, dtype: torch.dtype, tokens: float) -> None:
-        self.watch, self.architecture, self.device, self.ranks = watch, a, world.device, world.size
+        self.watch, self.architecture, self.device, self.ranks = watch, a, world.device, world.devices
         # On other ranks nobody reads the figures, so nothing is measured there.
-        self.peak = 1.0 if world.rank else peak_flops(world.device, dtype) * world.size
+        self.peak = peak_flops(world.device, dtype) * world.devices if world.is_main else 1.0
         self._tokens, self._pairs = tokens, 0
         self._since = time.perf_counter()
 

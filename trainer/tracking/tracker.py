@@ -120,7 +120,7 @@ class Tracker:
         config: Tracking,
         folder: Path,
         *,
-        rank: int,
+        main: bool,
         done: int,
         last: int,
         facts: Mapping[str, Any],
@@ -129,8 +129,8 @@ class Tracker:
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         self._console: Console | None = None
-        self._report = LiveReport(folder) if config.report and not rank else None
-        if rank:
+        self._report = LiveReport(folder) if config.report and main else None
+        if not main:
             return
         self._lines = JsonLines(folder, done)
         self._sinks = [self._lines]

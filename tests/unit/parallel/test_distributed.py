@@ -1,10 +1,13 @@
 """What a session of ranks leaves behind."""
 
 import gc
+import math
 import weakref
 
+import torch
 import torch.distributed as dist
 
+from tests.ranks import on_ranks
 from trainer.parallel import distributed
 
 
@@ -18,3 +21,39 @@ def test_a_process_group_outlives_its_session_because_its_death_can_hang_the_ran
     with distributed.session():
         distributed.ensure_group()
         assert dist.group.WORLD is not group()
+
+
+def exchanged(values: dict) -> list:
+    return [
+        distributed.gather({**values, "nan": math.nan, "ranks": ["of", distributed.world().rank]}),
+        distributed.run_on_main(lambda: distributed.world().name),
+        list(distributed.world().data.share(range(5))),
+        list(distributed.world().data.block(10, 3)),
+        distributed.stack_over_data(torch.tensor([[1.0, distributed.world().rank]])).tolist(),
+        distributed.sum_over_data(torch.tensor(2.5)).item(),
+    ]
+
+
+def test_values_cross_the_ranks_exactly_and_each_takes_its_own_share():
+    values = {"third": 1 / 3, "tiny": 5e-324, "infinite": -math.inf, "text": "ä\n", "nothing": None, "long": "x" * 5000}
+    for rank, (gathered, main, share, block, stacked, total) in enumerate(on_ranks(2, exchanged, values)):
+        assert [value.pop("ranks") for value in gathered] == [["of", 0], ["of", 1]]
+        assert [math.isnan(value.pop("nan")) for value in gathered] == [True, True]
+        assert gathered == [values, values]
+        assert main == "rank-00000"
+        assert share == [[0, 2, 4], [1, 3]][rank]
+        assert block == [[10, 11, 12], [13, 14, 15]][rank]
+        assert stacked == [[[1.0, 0.0]], [[1.0, 1.0]]]
+        assert total == 5.0
+
+
+def refused() -> str:
+    try:
+        distributed.run_on_all_ranks(lambda: 1 / distributed.world().rank)
+    except distributed.RankError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_the_failure_of_one_rank_is_everyones():
+    assert on_ranks(2, refused) == ["rank 0: ZeroDivisionError: division by zero"] * 2

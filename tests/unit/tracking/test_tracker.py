@@ -13,10 +13,10 @@ FACTS = {"identity": "abc123", "git": None}
 STEP = {"loss": 2.0, "lr": 0.1, "tokens": 64.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": 0.0}
 
 
-def tracker(folder, *, done: int = 0, rank: int = 0, every: int = 1, **config) -> Tracker:
+def tracker(folder, *, done: int = 0, main: bool = True, every: int = 1, **config) -> Tracker:
     config.setdefault("tensorboard", False)
     config.setdefault("wandb", WandB(mode=Mode.disabled))
-    return Tracker(Tracking(every=every, **config), folder, rank=rank, done=done, last=9, facts=FACTS)
+    return Tracker(Tracking(every=every, **config), folder, main=main, done=done, last=9, facts=FACTS)
 
 
 def lines(file) -> list[dict]:
@@ -34,7 +34,7 @@ def test_a_line_is_one_step_and_counts_are_whole_numbers(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with tracker(tmp_path, rank=1) as t:
+    with tracker(tmp_path, main=False) as t:
         t.step(1, STEP)
         t.table(1, "samples", [{"prompt": "a", "completion": "b"}])
     assert list(tmp_path.iterdir()) == []
