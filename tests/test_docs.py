@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import re
 import runpy
 import shlex
@@ -18,12 +19,17 @@ import pytest
 from tests.chats import write_jsonl
 from tests.command import ROOT, TINY
 from tests.doc_blocks import DOCS, PAGES, blocks, commands, inline, named_blocks, text
+from tests.test_imports import LAYERS
 from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError
+from trainer.pipelines.preference_losses import LOSSES
+from trainer.rl.advantages import ESTIMATORS
 from trainer.run import run
 
 README = ROOT / "README.md"
+REGISTRIES = [LOSSES, ESTIMATORS]
+"""To which a page's modules add; emptied of that after each test."""
 ROWS = [
     {"text": f"{word}.", "prompt": f"Say {word}.", "completion": word, "chosen": word, "rejected": "no", "ideal": word}
     for word in ("red", "green", "blue", "black")
@@ -64,6 +70,7 @@ def desk(models, tmp_path, monkeypatch):
     """A working folder in which every file and folder that a command names has a stand-in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    before = [dict(registry) for registry in REGISTRIES]
     for page in PAGES:
         for name, block in {**named_blocks(page, "python"), **named_blocks(page, "yaml")}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +88,10 @@ def desk(models, tmp_path, monkeypatch):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(models / ("reward" if "reward" in str(path) else "lm") / "export", target)
 
-    return place
+    yield place
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 # ---- commands
@@ -291,6 +301,35 @@ def test_a_python_block_runs_as_it_stands(page, number, desk, monkeypatch):
     exec(compile(block, f"{page.name}[{number}]", "exec"), vars(module))
 
 
+SMALL_GROUPS = [
+    "pipeline.samples=2",
+    "pipeline.rollout.size=4",
+    "pipeline.rollout.tokens=8",
+    "pipeline.rollout.redraws=0",
+]
+SMALL = [
+    "precision=fp32", "epochs=null", "steps=2", "batch.size=4", "batch.micro=4", "batch.length=64", "run_dir=run",
+    "schedule.warmup=0", "data.cache=cache", "evaluation.every=0", "evaluation.first=false", *TINY[-3:],
+]  # fmt: skip
+RECIPES = [words for words in commands(DOCS / "extending.md") if words[:2] == ["onecurve", "train"]]
+
+
+@pytest.mark.parametrize(
+    "words", RECIPES, ids=[re.findall(r"imports=\S+|function=\S+", " ".join(w))[0] for w in RECIPES]
+)
+def test_a_recipe_trains(words, desk):
+    """Two steps with the page's own file, settings and a small model."""
+    desk(words)
+    small = [*SMALL, *SMALL_GROUPS] if "experiment=grpo" in words else SMALL
+    small = small if any("model.path" in word for word in words) else [*TINY, *small]
+    values = run(compose([*words[2:], *small]))
+    assert math.isfinite(values["loss"])
+
+
+def test_a_recipe_is_one_file():
+    assert all(len(re.findall(r"imports=\[[\w,]+\]|function=", " ".join(words))) == 1 for words in RECIPES)
+
+
 # ---- pages
 
 
@@ -357,3 +396,16 @@ def test_no_reference_leads_out_of_the_repository():
     """Codes such as G5 in brackets belonged to a list of invariants that was never published."""
     unpublished = re.compile(r"ALGORITHMS[,.]|\([PDSGR][1-9]\)")
     assert [f"{file.relative_to(ROOT)}" for file in sources() if unpublished.search(text(file))] == []
+
+
+def test_the_rooms_of_the_architecture_are_in_the_order_that_imports_keep():
+    rooms = re.findall(r"^\| `(\w+)` \|", text(ROOT / "ARCHITECTURE.md"), re.M)
+    assert rooms == LAYERS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_folders_named_in_sentences_exist(page):
+    """Of the checkout: what begins with one of its folders."""
+    pattern = re.compile(r"(?:trainer|configs|tests|scripts|docs|launch|examples)/[\w./-]*")
+    named = [piece for piece in inline(page) if pattern.fullmatch(piece)]
+    assert [piece for piece in named if not (ROOT / piece).exists()] == []
