@@ -136,7 +136,7 @@ def test_results_stand_beside_their_targets_and_optima(finished):
         "name": "sft: gold", "of": "sft", "value": 0.4, "optimum": 1.0, "target": 0.7, "better": "lower", "met": True,
     }  # fmt: skip
     assert held(folder)["samples"] == [{"prompt": "Who?", "answers": {"sft": "Ada."}}]
-    assert "gold 0.4 (wanted at most 0.7), best possible 1" in said
+    assert "gold 0.4 (target: at most 0.7), best possible 1" in said
 
 
 def test_an_export_records_the_models_it_comes_from(finished):
@@ -200,7 +200,7 @@ def test_a_recipe_that_cannot_work_is_refused_with_all_its_problems_before_anyth
     code, said = here(tmp_path, capsys, "pretrain.optimizer.learn=1", "stf.steps=1", "sft.steps=3", "rank=2")
     assert (code, "has no argument 'rank=2'" in said) == (2, True)
     code, said = here(tmp_path, capsys, "stf.steps=1")
-    assert (code, "stf.steps=1 is no override" in said) == (2, True)
+    assert (code, "stf.steps=1 is not a valid override" in said) == (2, True)
     code, said = here(tmp_path, capsys, "pretrain.optimizer.learn=1", "pretrain.batch.micro=3")
     assert code == 2
     assert "pretrain: AdamW has no setting 'optimizer.learn'" in said
@@ -275,7 +275,7 @@ def test_the_same_prompts_are_answered_by_several_models_and_scored(finished, tm
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml")))
 def test_every_recipe_can_be_read(name):
     found = Recipe.read(name)
-    assert [stage.name for stage in found.stages if stage.on]
+    assert [stage.name for stage in found.stages if stage.enabled]
     assert os.fspath(found.folder)
 
 

@@ -1,4 +1,4 @@
-"""The state of a lifecycle: ``lifecycle.json``, which stages are done, in which folders, and what their results say."""
+"""The state of a lifecycle: ``lifecycle.json``, which stages are done, in which folders, and what their results are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import yaml
 from trainer.config import ConfigError
 from trainer.export.lineage import RECORD as PROVENANCE
 from trainer.export.lineage import git_commit
-from trainer.jobs.recipe import Recipe, Stage, changes, digest, made_of, refusals
+from trainer.jobs.inputs import changes, digest, made_of, stage_problems
+from trainer.jobs.recipe import Recipe, Stage
+from trainer.report.lifecycle import RECORD
 
-RECORD = "lifecycle.json"
 DONE = ".done"
 """Left in the folder of a script that succeeded; a run leaves its export."""
 SHOWN = 12
@@ -32,17 +33,17 @@ class Lifecycle:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Lifecycle:
-        """With what the folder says; nothing is written.
+        """With the record in the folder; nothing is written.
 
         Raises:
             ConfigError: if the folder holds something else.
         """
         file = recipe.folder / RECORD
-        if not file.is_file():
-            if recipe.folder.is_dir() and any(p.name != ".lock" for p in recipe.folder.iterdir()):
-                raise ConfigError([f"folder={recipe.folder} holds something that is no lifecycle; use another folder"])
-            return cls(recipe, {"name": recipe.name, "stages": {}})
-        return cls(recipe, json.loads(file.read_text()))
+        if file.is_file():
+            return cls(recipe, json.loads(file.read_text()))
+        if recipe.folder.is_dir() and any(p.name != ".lock" for p in recipe.folder.iterdir()):
+            raise ConfigError([f"folder={recipe.folder} is not empty and not of a lifecycle; use another folder"])
+        return cls(recipe, {"name": recipe.name, "stages": {}})
 
     def plan(self, *, redo: bool) -> None:
         """Compare every stage with what was done, and give each its folder.
@@ -53,43 +54,52 @@ class Lifecycle:
         problems, digests = list[str](), dict[str, str]()
         for stage in self.recipe.stages:
             entry = self.stages.setdefault(stage.name, {"status": "waiting"})
-            if not stage.on:
+            if not stage.enabled:
                 entry["status"] = "off" if entry["status"] in ("waiting", "off") else entry["status"]
                 continue
-            try:
-                made = made_of(stage, self.recipe, digests)
-            except ConfigError as error:
-                raise ConfigError([f"{stage.name}: {problem}" for problem in error.problems]) from None
-            found = changes(entry["made_of"], made) if "made_of" in entry else ["not begun"]
-            if not found:
+            made = self._made_of(stage, digests)
+            changed = changes(entry["made_of"], made) if "made_of" in entry else []
+            if "made_of" in entry and not changed:
                 # A setting that came with a later release gives another digest, and changes nothing.
                 digests[stage.name] = entry["digest"]
                 continue
-            problems += [f"{stage.name}: {change}" for change in found if "made_of" in entry]
+            problems += [f"{stage.name}: {change}" for change in changed]
             digests[stage.name] = digest(made)
             self.stages[stage.name] = {
-                "status": "waiting", "kind": "script" if stage.run is None else "run",
-                "run_dir": str(self._free(stage.name)), "parents": stage.parents, "digest": digests[stage.name],
+                "status": "waiting",
+                "kind": "script" if stage.run is None else "run",
+                "run_dir": str(self._free_folder(stage.name)),
+                "parents": stage.parents,
+                "digest": digests[stage.name],
                 "made_of": made,
-            }  # fmt: skip
+            }
         if problems and not redo:
-            raise ConfigError(
-                [*problems, "set it back, or say redo=true: what changed is then done again in fresh folders"]
-            )
+            remedy = "set it back, or use redo=true: what changed is then done again in fresh folders"
+            raise ConfigError([*problems, remedy])
         self.record["stages"] = {s.name: self.stages[s.name] for s in self.recipe.stages}
 
-    def check(self, only: Stage | None = None) -> None:
+    def _made_of(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
+        try:
+            return made_of(stage, self.recipe, digests)
+        except ConfigError as error:
+            raise ConfigError([f"{stage.name}: {problem}" for problem in error.problems]) from None
+
+    @property
+    def waiting(self) -> list[Stage]:
+        """Stages that are still to be done."""
+        return [stage for stage in self.recipe.stages if stage.enabled and not self.done(stage.name)]
+
+    def validate(self, only: Stage | None = None) -> None:
         """Refuse runs that cannot work, before any of them starts; or ``only`` one, whose parents are done by now.
 
         Raises:
             ConfigError: with the problems of all of them.
         """
-        waiting = [stage for stage in self.recipe.stages if stage.on and not self.done(stage.name)]
-        missing = [str(self.out(stage.name)) for stage in waiting]
-        # What a script is yet to write is looked at when it is there.
-        later = {stage.name for stage in waiting if stage.run is None}
-        ready = [only] if only else [stage for stage in waiting if not later & set(stage.parents)]
-        if problems := [problem for stage in ready for problem in refusals(stage, self.places(stage.name), missing)]:
+        missing = [str(self.out(stage.name)) for stage in self.waiting]
+        # What a script is yet to write is validated when it is there.
+        scripts = {stage.name for stage in self.waiting if stage.run is None}
+        ready = [only] if only else [stage for stage in self.waiting if not scripts & set(stage.parents)]
+        if problems := [p for stage in ready for p in stage_problems(stage, self.places(stage.name), missing)]:
             raise ConfigError(problems)
 
     @property
@@ -114,20 +124,20 @@ class Lifecycle:
 
     def places(self, name: str) -> dict[str, str]:
         """The paths that a stage's references stand for."""
-        known = {n: str(self.out(n)) for n, entry in self.stages.items() if "run_dir" in entry}
-        return {**known, "out": self.stages[name]["run_dir"], "folder": str(self.recipe.folder)}
+        outputs = {n: str(self.out(n)) for n, entry in self.stages.items() if "run_dir" in entry}
+        return {**outputs, "out": self.stages[name]["run_dir"], "folder": str(self.recipe.folder)}
 
     def begin(self, stage: Stage) -> None:
-        """A stage starts, or goes on; a script that was interrupted starts afresh, beside what it left."""
+        """A stage starts, or goes on; a script that was interrupted starts afresh, in another folder."""
         entry = self.stages[stage.name]
         if entry["kind"] == "script" and Path(entry["run_dir"]).exists():
-            entry["run_dir"] = str(self._free(stage.name))
+            entry["run_dir"] = str(self._free_folder(stage.name))
         entry.setdefault("began", time.time())
         entry["status"] = "running"
         self.save()
 
-    def end(self, stage: Stage, status: str, seconds: float) -> None:
-        """A stage is ``done``, ``failed`` or ``interrupted``; ``seconds``: of this attempt."""
+    def end(self, stage: Stage, status: str, seconds: float = 0.0) -> None:
+        """A stage is ``done``, ``failed``, ``interrupted`` or ``submitted``; ``seconds``: of this attempt."""
         entry = self.stages[stage.name]
         entry["status"], entry["seconds"] = status, round(entry.get("seconds", 0.0) + seconds, 1)
         if status == "done" and entry["kind"] == "script":
@@ -144,17 +154,16 @@ class Lifecycle:
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The table: value, target and known optimum of every result whose stage is done."""
-        for wanted in self.recipe.results:
-            stage, _, metric = wanted["metric"].partition(":")
-            of = wanted.get("of", stage)
-            value = self.value(wanted["metric"])
+        for result in self.recipe.results:
+            stage, _, metric = result["metric"].partition(":")
+            of, value = result.get("of", stage), self.value(result["metric"])
             if value is None:
                 continue
-            optimum = wanted.get("optimum")
+            optimum = result.get("optimum")
             if optimum == "floor":
                 optimum = self._floor(stage, metric)
-            target, better = self._target(wanted, optimum)
-            row = {"name": f"{of}: {wanted.get('name', metric)}", "of": of, "value": value, "optimum": optimum}
+            target, better = self._target(result, optimum)
+            row = {"name": f"{of}: {result.get('name', metric)}", "of": of, "value": value, "optimum": optimum}
             if target is not None:
                 met = value <= target if better == "lower" else value >= target
                 row |= {"target": target, "better": better, "met": met}
@@ -170,10 +179,10 @@ class Lifecycle:
             lines = (Path(entry["run_dir"]) / "metrics.jsonl").read_text().splitlines()
             return next((float(row[metric]) for row in map(json.loads, reversed(lines)) if metric in row), None)
         file = Path(entry["run_dir"]) / "metrics.json"
-        held: Any = json.loads(file.read_text()) if file.is_file() else {}
+        node: Any = json.loads(file.read_text()) if file.is_file() else {}
         for key in metric.split("/"):
-            held = held.get(key) if isinstance(held, Mapping) else None
-        return None if held is None else float(held)
+            node = node.get(key) if isinstance(node, Mapping) else None
+        return None if node is None else float(node)
 
     def samples(self) -> list[dict[str, Any]]:
         """The first prompts with every model's answer, out of whichever script left ``answers.jsonl``."""
@@ -183,22 +192,22 @@ class Lifecycle:
                 return [json.loads(line) for line in file.read_text().splitlines()[:SHOWN]]
         return []
 
-    def _target(self, wanted: Mapping[str, Any], optimum: Any) -> tuple[float | None, str]:
+    def _target(self, result: Mapping[str, Any], optimum: Any) -> tuple[float | None, str]:
         """The value to reach, and which side of it is better."""
-        if "halfway_from" in wanted:
-            start = self.value(wanted["halfway_from"])
+        if "halfway_from" in result:
+            start = self.value(result["halfway_from"])
             return (None if start is None else (start + optimum) / 2), "higher"
-        if "within" in wanted:
-            return (None if optimum is None else optimum * (1 + wanted["within"])), "lower"
-        if "at_most" in wanted:
-            return wanted["at_most"], "lower"
-        return wanted.get("at_least"), "higher"
+        if "within" in result:
+            return (None if optimum is None else optimum * (1 + result["within"])), "lower"
+        if "at_most" in result:
+            return result["at_most"], "lower"
+        return result.get("at_least"), "higher"
 
     def _floor(self, stage: str, metric: str) -> float | None:
         facts = yaml.safe_load((Path(self.stages[stage]["run_dir"]) / "config.yaml").read_text())["facts"]
         return facts.get("floors", {}).get(metric)  # type: ignore[no-any-return]
 
-    def _free(self, name: str) -> Path:
+    def _free_folder(self, name: str) -> Path:
         """A folder for a stage that does not exist yet."""
         taken = {entry.get("run_dir") for entry in self.stages.values()}
         names = (self.recipe.folder / (name if n == 1 else f"{name}-{n}") for n in range(1, 1_000_000))

@@ -1,10 +1,8 @@
-"""Recipes: stages that start from one another's outputs, what each is made of, and what changed since it was done."""
+"""Recipes: the stages of a model's life, which start from one another's outputs."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,32 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
-from trainer.checkpoint.run_folder import FREE_TO_CHANGE, differences
-from trainer.compose import compose, compose_raw, config_folder
+from trainer.compose import config_folder
 from trainer.config import ConfigError
 
 REFERENCE = re.compile(r"\{(\w+)\}")
 """``{NAME}`` in an argument: what the stage NAME gives; ``{out}``: this stage's own folder; ``{folder}``: the recipe's."""
 OWN = ("out", "folder")
+RESERVED = (*OWN, "all", "slurm")
+"""Names that a stage cannot have."""
 STAGE_KEYS = ("run", "script", "enabled")
 RECIPE_KEYS = ("name", "folder", "ranks", "all", "stages", "results")
 RESULT_KEYS = ("of", "name", "metric", "optimum", "at_least", "at_most", "within", "halfway_from")
-FREE = tuple(key for key in FREE_TO_CHANGE if key not in ("steps", "epochs", "imports", "export"))
-"""Settings that do not make another model, so a stage that is done stays done when they change."""
-SAMPLE = 1 << 16
-"""Bytes read of the beginning and the end of a file to tell whether it changed."""
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that the package lies in."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A training run (``run``: its overrides) or a script (``script``: it and its arguments)."""
+    """A training run, or a script.
+
+    Attributes:
+        name: unique in the recipe.
+        run: overrides of a run, else None.
+        script: a verb of ``onecurve``, a dotted module or a ``.py`` file, and its arguments; None for a run.
+        enabled: False leaves it out.
+    """
 
     name: str
     run: list[str] | None
     script: list[str] | None
-    on: bool = True
+    enabled: bool = True
 
     @property
     def arguments(self) -> list[str]:
@@ -54,10 +57,28 @@ class Stage:
         """Its arguments with paths for references."""
         return [REFERENCE.sub(lambda match: places[match[1]], argument) for argument in self.arguments]
 
+    def command(self, places: Mapping[str, str]) -> list[str]:
+        """The arguments of the interpreter that carries it out."""
+        arguments = self.filled(places)
+        if self.run is not None:
+            return ["-m", "trainer", "train", *arguments, f"run_dir={places['out']}", f"name={self.name}"]
+        program, *rest = arguments
+        if program.endswith(".py"):
+            return [program if Path(program).is_file() else str(ROOT / program), *rest]
+        return ["-m", program, *rest] if "." in program else ["-m", "trainer", program, *rest]
+
 
 @dataclass
 class Recipe:
-    """The life of a model. ``results``: the figures of the table, with what is known about them."""
+    """The life of a model.
+
+    Attributes:
+        name: of the recipe.
+        folder: where everything goes.
+        ranks: processes of a run on this machine.
+        stages: in their order.
+        results: the figures to report, with targets and known optima.
+    """
 
     name: str
     folder: Path
@@ -72,169 +93,89 @@ class Recipe:
         Raises:
             ConfigError: with everything that is wrong with it.
         """
-        file = Path(named) if named.endswith((".yaml", ".yml")) else config_folder() / "recipe" / f"{named}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(path.stem for path in (config_folder() / "recipe").glob("*.yaml")))
-            raise ConfigError([f"recipe={named} does not exist; use {known}, or the path of a YAML file"])
-        held = yaml.safe_load(file.read_text())
-        problems = list(_problems(held))
-        if problems:
-            raise ConfigError([f"{file}: {problem}" for problem in problems])
-        own = _overrides(overrides, held["stages"], problems)
-        off = {name for name, stage in held["stages"].items() if not stage.get("enabled", True)}
+        content = _load(named)
+        entries = content["stages"]
+        off = {name for name, entry in entries.items() if not entry.get("enabled", True)}
+        own, problems = _by_stage(overrides, entries)
         stages = []
-        for name, stage in held["stages"].items():
-            run, script = stage.get("run"), stage.get("script")
-            if script is not None:
-                if own[name]:
-                    problems.append(f"{name}.{own[name][0]}: {name} is a script, which has no settings")
-                script = [str(part) for part in script if not off & set(REFERENCE.findall(str(part)))]
+        for name, entry in entries.items():
+            run, script = entry.get("run"), entry.get("script")
             if run is not None:
-                run = [*run, *held.get("all", []), *own["all"], *own[name]]
+                run = [*run, *content.get("all", []), *own["all"], *own[name]]
+            elif own[name]:
+                problems.append(f"{name}.{own[name][0]}: {name} is a script, which has no settings")
+            if script is not None:  # a comparison leaves out the models of stages that are off
+                script = [str(part) for part in script if not off & set(REFERENCE.findall(str(part)))]
             stages.append(Stage(name, run, script, name not in off))
-        for stage in (stage for stage in stages if stage.on):
-            problems += [f"stages.{stage.name} needs {p}, which is off" for p in stage.parents if p in off]
+        enabled = [stage for stage in stages if stage.enabled]
+        problems += [
+            f"stages.{s.name} needs {parent}, which is off" for s in enabled for parent in s.parents if parent in off
+        ]
         if problems:
             raise ConfigError(problems)
-        place = Path(folder or held.get("folder") or f"runs/lifecycle/{held['name']}")
-        return cls(held["name"], place, int(held.get("ranks", 1)), stages, held.get("results", []))
+        place = Path(folder or content.get("folder") or f"runs/lifecycle/{content['name']}")
+        return cls(content["name"], place, int(content.get("ranks", 1)), stages, content.get("results", []))
 
 
-def _problems(held: Any) -> Iterator[str]:
-    """What is wrong with the file."""
-    if not isinstance(held, Mapping) or not isinstance(held.get("stages"), Mapping) or "name" not in held:
-        yield "a recipe has a name and stages"
-        return
-    yield from _unknown("the recipe", held, RECIPE_KEYS)
+def _load(named: str) -> dict[str, Any]:
+    """The content of a recipe's file, validated."""
+    folder = config_folder() / "recipe"
+    file = Path(named) if named.endswith((".yaml", ".yml")) else folder / f"{named}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError([f"recipe={named} does not exist; use {known}, or the path of a YAML file"])
+    content = yaml.safe_load(file.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), Mapping) or "name" not in content:
+        raise ConfigError([f"{file}: a recipe has a name and stages"])
+    problems = list(_unknown_keys("the recipe", content, RECIPE_KEYS))
     before: list[str] = []
-    for name, stage in held["stages"].items():
-        where = f"stages.{name}"
-        if not re.fullmatch(r"\w+", str(name)) or name in (*OWN, "all", "slurm"):
-            yield f"{where} is no name of a stage; use letters and digits, and none of {', '.join(OWN)}, all, slurm"
-        if not isinstance(stage, Mapping) or sum(isinstance(stage.get(kind), list) for kind in ("run", "script")) != 1:
-            yield f"{where} has neither run nor script, or both; give one of them, as a list of arguments"
-            continue
-        yield from _unknown(where, stage, STAGE_KEYS)
-        arguments: list[Any] = stage.get("run") or stage.get("script") or []
-        for reference in (r for argument in arguments for r in REFERENCE.findall(str(argument))):
-            if reference not in (*OWN, *before):
-                yield f"{where} names {{{reference}}}, which is no stage before it; there are {', '.join(before) or 'none'}"
+    for name, entry in content["stages"].items():
+        problems += _stage_problems(f"stages.{name}", str(name), entry, before)
         before.append(name)
-    for number, result in enumerate(held.get("results", [])):
-        yield from _unknown(f"results[{number}]", result, RESULT_KEYS)
-        for key in ("metric", "halfway_from"):
-            if key in result and str(result[key]).partition(":")[0] not in before:
-                yield f"results[{number}].{key}={result[key]} names no stage; write STAGE:METRIC"
+    for number, result in enumerate(content.get("results", [])):
+        problems += _result_problems(f"results[{number}]", result, before)
+    if problems:
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    return content
 
 
-def _unknown(where: str, held: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
-    for key in held:
+def _stage_problems(where: str, name: str, entry: Any, before: Sequence[str]) -> Iterator[str]:
+    if not re.fullmatch(r"\w+", name) or name in RESERVED:
+        yield f"{where} is not a valid name; use letters and digits, and none of {', '.join(RESERVED)}"
+    if not isinstance(entry, Mapping) or sum(isinstance(entry.get(kind), list) for kind in ("run", "script")) != 1:
+        yield f"{where} has neither run nor script, or both; give one of them, as a list of arguments"
+        return
+    yield from _unknown_keys(where, entry, STAGE_KEYS)
+    for argument in entry.get("run") or entry.get("script") or []:
+        for reference in REFERENCE.findall(str(argument)):
+            if reference not in (*OWN, *before):
+                there_are = ", ".join(before) or "none"
+                yield f"{where} names {{{reference}}}, which is no stage before it; there are {there_are}"
+
+
+def _result_problems(where: str, result: Mapping[str, Any], stages: Sequence[str]) -> Iterator[str]:
+    yield from _unknown_keys(where, result, RESULT_KEYS)
+    for key in ("metric", "halfway_from"):
+        if key in result and str(result[key]).partition(":")[0] not in stages:
+            yield f"{where}.{key}={result[key]} names no stage; write STAGE:METRIC"
+
+
+def _unknown_keys(where: str, entry: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    for key in entry:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             yield f"{where} has no '{key}'; {f'did you mean {near[0]!r}?' if near else 'it has ' + ', '.join(known)}"
 
 
-def _overrides(given: Sequence[str], stages: Mapping[str, Any], problems: list[str]) -> dict[str, list[str]]:
-    """Overrides by stage, and those of ``all`` runs."""
-    found: dict[str, list[str]] = {name: [] for name in (*stages, "all")}
-    for override in given:
+def _by_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """Overrides by stage, and those of ``all`` runs; and what is wrong with the others."""
+    by_stage: dict[str, list[str]] = {name: [] for name in (*stages, "all")}
+    problems = []
+    for override in overrides:
         name, _, rest = override.partition(".")
-        if name not in found or "=" not in rest:
-            problems.append(
-                f"{override} is no override; write STAGE.setting=value, STAGE being all, {', '.join(stages)}"
-            )
+        if name in by_stage and "=" in rest:
+            by_stage[name].append(rest)
         else:
-            found[name].append(rest)
-    return found
-
-
-def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> dict[str, Any]:
-    """What decides about a stage's output: its configuration, the files it reads, and the digests of its parents.
-
-    Stages are called by name there, wherever their folders are.
-    """
-    names = {name: f"stages/{name}" for name in (s.name for s in recipe.stages)} | {"out": "out", "folder": "folder"}
-    arguments = stage.filled(names)
-    if stage.run is None:
-        held: dict[str, Any] = {"script": arguments}
-    else:
-        held = _flat(compose_raw(arguments, name="stage"))
-        held = {k: v for k, v in held.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
-    # The script itself is no input: another release of it has not changed what is done.
-    texts = set(arguments[1:]) if stage.run is None else set(_texts(held))
-    inputs = {text: sampled(Path(text)) for text in sorted(texts) if _is_input(text)}
-    return {"config": held, "inputs": inputs, "parents": {name: parents[name] for name in stage.parents}}
-
-
-def digest(made: Mapping[str, Any]) -> str:
-    """Of what a stage is made of."""
-    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is different, a phrase each."""
-    found = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before["config"], now["config"])]
-    found += [f"{key} is new" for key in now["config"].keys() - before["config"].keys() if key == "script"]
-    found += [f"the file {key} changed" for key, _, _ in differences(before["inputs"], now["inputs"])]
-    if before["parents"].keys() != now["parents"].keys():
-        return [*found, f"its parents were {', '.join(before['parents'])} and are {', '.join(now['parents'])}"]
-    return found + [
-        f"its parent {name} changed" for name, value in before["parents"].items() if now["parents"][name] != value
-    ]
-
-
-def refusals(stage: Stage, places: Mapping[str, str], missing: Sequence[str]) -> list[str]:
-    """What cannot work in a run's configuration; ``missing``: outputs of stages to come, which are not there yet."""
-    if stage.run is None:
-        return []
-    try:
-        compose(stage.filled(places), name="stage", later=missing)
-    except ConfigError as error:
-        return [f"{stage.name}: {problem}" for problem in error.problems]
-    return []
-
-
-def _flat(cfg: Any) -> dict[str, Any]:
-    """Settings by full name; what cannot be resolved yet stays as it is written."""
-    found: dict[str, Any] = {}
-
-    def walk(node: Any, path: str) -> None:
-        for key, value in node.items():
-            name = f"{path}.{key}" if path else str(key)
-            if isinstance(value, dict) and value:
-                walk(value, name)
-            else:
-                found[name] = value
-
-    walk(OmegaConf.to_container(cfg, resolve=False), "")
-    return found
-
-
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _texts(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
-
-
-def _is_input(text: str) -> bool:
-    """Whether a setting is the path of a file or folder that comes from elsewhere."""
-    looks = len(text) < 1024 and ("/" in text or Path(text).suffix != "")
-    return looks and not text.startswith("stages/") and Path(text).exists()
-
-
-def sampled(path: Path) -> str:
-    """A fingerprint of names, sizes and samples of the content: whole corpora would take minutes to read."""
-    whole = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        whole.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            whole.update(stream.read(SAMPLE))
-            stream.seek(max(0, size - SAMPLE))
-            whole.update(stream.read(SAMPLE))
-    return whole.hexdigest()[:16]
+            expected = f"STAGE.setting=value, STAGE being all, {', '.join(stages)}"
+            problems.append(f"{override} is not a valid override; expected {expected}")
+    return by_stage, problems

@@ -18,15 +18,10 @@ import math
 import os
 import shlex
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import rich.console
@@ -36,12 +31,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import stopping
 from trainer.checkpoint import run_folder
-from trainer.parallel.environment import Place, place, variables
+from trainer.jobs.process import places, run_ranks
+from trainer.parallel.environment import place
 
 WORST = 1e30
 """What an optimiser is told of a point without a value: large, but finite, or the search would end."""
-GRACE = 15.0
-"""Seconds in which the other ranks of a point that failed may say what they saw."""
 PLUGINS = {
     "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "hydra/launcher=jobs": "hydra_plugins.hydra_submitit_launcher",
@@ -53,10 +47,18 @@ PLUGINS = {
 
 @dataclass
 class Point:
-    """What became of a point.
+    """The result of a point.
 
-    ``status``: running, done, stopped, refused, failed, lost, or why it has no value. ``finished``: the run came to its
-    end, so that the same command again skips it.
+    Attributes:
+        number: of the point, as Hydra counts.
+        overrides: its settings.
+        status: running, done, stopped, refused, failed, lost, or why it has no value.
+        value: the last value of the metric.
+        metric: what points are compared by.
+        direction: minimize or maximize.
+        run_dir: the folder of the run.
+        seconds: of the last attempt.
+        finished: the run came to its end, so that the same command again skips it.
     """
 
     number: int
@@ -107,32 +109,32 @@ def point(cfg: DictConfig) -> float:
     name, direction = digest(overrides), _direction(here, cfg)
     worst = WORST if direction == "minimize" else -WORST
     record = sweep / "points" / f"{name}.json"
-    if record.is_file() and (held := json.loads(record.read_text()))["finished"]:
-        return worst if held["value"] is None else float(held["value"])
+    if record.is_file() and (before := json.loads(record.read_text()))["finished"]:
+        return worst if before["value"] is None else float(before["value"])
     run_dir, logs = sweep / name, sweep / "logs" / name
     for folder in (record.parent, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    found = Point(int(here.job.num), overrides, "running", None, str(cfg.sweep.metric), direction, str(run_dir))
-    _note(record, found)
-    command = [sys.executable, "-m", "trainer", *_folders(here), *overrides, f"run_dir={run_dir}"]
+    result = Point(int(here.job.num), overrides, "running", None, str(cfg.sweep.metric), direction, str(run_dir))
+    _write(record, result)
+    arguments = ["-m", "trainer", "train", *_folders(here), *overrides, f"run_dir={run_dir}"]
     if not any(override.startswith("tracking.wandb.group=") for override in overrides):
-        command.append(f"tracking.wandb.group={sweep.name}")
+        arguments.append(f"tracking.wandb.group={sweep.name}")
     started = time.monotonic()
-    code = _run(command, logs, int(cfg.sweep.ranks))
-    found.seconds = round(time.monotonic() - started, 1)
+    code = _run(arguments, logs, int(cfg.sweep.ranks))
+    result.seconds = round(time.monotonic() - started, 1)
     marker = run_dir / run_folder.STOPPED
     if code == stopping.EXIT_CODE and marker.is_file():
-        found.status = "stopped"
-        _note(record, found)
+        result.status = "stopped"
+        _write(record, result)
         _continue_later(json.loads(marker.read_text())["reason"])
-    found.finished = code == 0
-    found.status, found.value = _outcome(code, run_dir / "metrics.jsonl", found.metric)
-    _note(record, found)
-    shown = "" if found.value is None else f", {found.metric} {found.value:.6g}"
+    result.finished = code == 0
+    result.status, result.value = _outcome(code, run_dir / "metrics.jsonl", result.metric)
+    _write(record, result)
+    shown = "" if result.value is None else f", {result.metric} {result.value:.6g}"
     if place().rank == 0:
-        see = "" if found.status == "done" else f"; see {logs}"
-        print(f"point {found.number}: {found.status}{shown} ({found.seconds:.0f} s){see}", flush=True)
-    return worst if found.value is None else found.value
+        see = "" if result.status == "done" else f"; see {logs}"
+        print(f"point {result.number}: {result.status}{shown} ({result.seconds:.0f} s){see}", flush=True)
+    return worst if result.value is None else result.value
 
 
 def summary(folder: Path, command: Sequence[str]) -> int:
@@ -161,59 +163,16 @@ def summary(folder: Path, command: Sequence[str]) -> int:
     return sum(p.status == "done" for p in points)
 
 
-def _run(command: Sequence[str], logs: Path, ranks: int) -> int:
+def _run(arguments: Sequence[str], logs: Path, ranks: int) -> int:
     """The exit code of a point: of this task's rank where it is a job of several, else of ``ranks`` that are started here."""
-    mine = place()
-    places = [mine]
-    if mine.size == 1 and ranks > 1:
-        port = _free_port()
-        places = [Place(rank, ranks, rank, ("127.0.0.1", port)) for rank in range(ranks)]
     job = os.environ.get("SLURM_JOB_ID", os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())))
     failed = logs / f"failed-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    running = []
-    for where in places:
-        own = variables(where) if where is not mine else {}
-        with (logs / f"rank{where.rank}.log").open("ab") as log:
-            running.append(
-                subprocess.Popen(
-                    command, env={**os.environ, **own}, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    with _passing_on(running):
-        since = math.inf
-        while any(process.poll() is None for process in running):
-            time.sleep(0.1)
-            if since == math.inf and (failed.exists() or any(_is_failure(p.poll()) for p in running)):
-                since = time.monotonic()
-            if time.monotonic() - since > GRACE:
-                for process in running:
-                    process.kill()
-    codes = [process.wait() for process in running]
-    bad = [code for code in codes if _is_failure(code)]
-    if mine.size > 1 and bad:
+    code = run_ranks(
+        arguments, places(ranks), lambda where: logs / f"rank{where.rank}.log", failed_elsewhere=failed.exists
+    ).code
+    if place().size > 1 and code not in (0, stopping.EXIT_CODE):
         failed.touch()  # the ranks that wait for this one are in other tasks
-    return bad[0] if bad else max(codes)
-
-
-def _is_failure(code: int | None) -> bool:
-    return code not in (None, 0, stopping.EXIT_CODE)
-
-
-@contextmanager
-def _passing_on(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Meanwhile signals are for the processes of the point, which save and stop."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in running:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in stopping.SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return code
 
 
 def _continue_later(reason: str) -> None:
@@ -251,14 +210,8 @@ def _folders(here: Any) -> list[str]:
     return [word for path in own for word in ("--config-dir", path)]
 
 
-def _note(record: Path, found: Point) -> None:
+def _write(record: Path, result: Point) -> None:
     if place().rank == 0:
         unfinished = record.with_suffix(".partial")
-        unfinished.write_text(json.dumps(asdict(found)) + "\n")
+        unfinished.write_text(json.dumps(asdict(result)) + "\n")
         unfinished.replace(record)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
