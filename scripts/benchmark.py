@@ -135,14 +135,14 @@ class Steps:
 
     def step(self) -> None:
         """One optimizer step."""
-        from trainer.data.rows import Piece, collate
+        from trainer.data.rows import Segment, collate
         from trainer.loop import train_step
 
         micro_batches = []
         for _ in range(self.a.size // self.a.micro):
             numbers = [(self.at + n) % ROWS for n in range(self.a.micro)]
             self.at += self.a.micro
-            micro_batches.append(collate([[Piece(self.rows[n].numpy())] for n in numbers], numbers, self.a.length, 0))
+            micro_batches.append(collate([[Segment(self.rows[n].numpy())] for n in numbers], numbers, self.a.length, 0))
         train_step(self.cfg.pipeline, self.models, self.engine, self.guard, self.watch, micro_batches)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
-from trainer.data.chat import Chat, ChatError, side
-from trainer.data.sources import DataError, Source
+from trainer.data.messages import Chat, ChatError, as_messages
+from trainer.data.sources import DataError, DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
@@ -53,7 +53,7 @@ def main() -> None:
     if a.out.exists():
         sys.exit(f"error: {a.out} exists already; name another folder")
     try:
-        rows = [dict(row) for _, row in islice(Source(a.prompts).rows(), a.rows)]
+        rows = [dict(row) for _, row in islice(DataSource(a.prompts).rows(), a.rows)]
         written = compared(rows, a)
     except (ConfigError, ChatError, DataError, FormatError, TemplateError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -69,7 +69,7 @@ def main() -> None:
 
 def compared(rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
     """Every prompt with its answers and their scores, by model."""
-    conversations = [side(row["prompt"], "prompt", "user") for row in rows]
+    conversations = [as_messages(row["prompt"], "prompt", "user") for row in rows]
     sampling = Sampling(a.tokens, a.temperature)
     score = scorer(a)
     written: list[Row] = [{"prompt": c[-1]["content"], "answers": {}, "scores": {}} for c in conversations]

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
-from trainer.data.chat import Chat, ChatError, checked, side
-from trainer.data.sources import DataError, Source
+from trainer.data.messages import Chat, ChatError, as_messages, validate_messages
+from trainer.data.sources import DataError, DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
@@ -111,12 +111,12 @@ def endpoint_judge(endpoint: Endpoint):  # type: ignore[no-untyped-def]
 
 def read(file: Path) -> Iterator[Prompt]:
     """Every row's prompt."""
-    for where, row in Source(str(file)).rows():
+    for where, row in DataSource(str(file)).rows():
         try:
             if row.get("prompt") is not None:
-                yield side(row["prompt"], "prompt", "user")
+                yield as_messages(row["prompt"], "prompt", "user")
                 continue
-            messages = checked(row.get("messages"), "messages")
+            messages = validate_messages(row.get("messages"), "messages")
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             if not messages:

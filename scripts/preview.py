@@ -17,7 +17,7 @@ from rich.text import Text
 from trainer.cli import refusal
 from trainer.compose import compose
 from trainer.config import ConfigError
-from trainer.data.rows import Piece
+from trainer.data.rows import Segment
 from trainer.data.sources import DataError
 from trainer.data.tokenizer import Tokenizer
 
@@ -44,14 +44,14 @@ def main() -> None:
     if part is None:
         sys.exit("error: data.streaming=true packs while it trains; preview it with data.streaming=false")
     for number in range(min(a.rows, len(part))):
-        pieces = part.pieces(number)
+        pieces = part.unit(number)
         console.rule(
             f"row {number}: {len(pieces)} documents, {sum(len(p.ids) - 1 for p in pieces)} of {part.length} tokens"
         )
         console.print(painted(pieces, tokenizer, part.length, colour=console.is_terminal))
 
 
-def painted(pieces: list[Piece], tokenizer: Tokenizer, length: int, *, colour: bool) -> Text:
+def painted(pieces: list[Segment], tokenizer: Tokenizer, length: int, *, colour: bool) -> Text:
     """A row's documents, what is trained of them told apart."""
     text = Text()
     for ids, trained in pieces:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
-from trainer.data.chat_data import ChatData
-from trainer.data.sources import DataError, Source
+from trainer.data.chats import ChatData
+from trainer.data.sources import DataError, DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import RewardModel
 from trainer.models.hf_format import FormatError
@@ -43,8 +43,8 @@ def main() -> None:
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
     model = RewardModel.open(a.model)
-    chats = ChatData(train=[str(a.answers)]).chats(Source(str(a.answers)))
-    rows = zip(Source(str(a.answers)).rows(), chats, strict=True)
+    chats = ChatData(train=[str(a.answers)]).chats(DataSource(str(a.answers)))
+    rows = zip(DataSource(str(a.answers)).rows(), chats, strict=True)
     while group := list(islice(rows, TOGETHER)):
         scores = model.score([chat for _, (_, chat) in group], raw=a.raw)
         yield from ((dict(row), score) for ((_, row), _), score in zip(group, scores, strict=True))

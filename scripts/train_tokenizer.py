@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.data.sentencepiece_format import Kind, train
-from trainer.data.sources import DataError, OnBadRow, Source
+from trainer.data.sources import DataError, DataSource, OnBadRow
+from trainer.data.tokenizer_training import ModelType, train
 from trainer.tinyworld.data import TinyWorldData
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("sources", nargs="+", help="text, JSONL (.gz, .zst), Parquet, folders of them, or hub ids")
     parser.add_argument("--vocab-size", type=int, default=8192, help="pieces, the 256 bytes and specials included")
-    parser.add_argument("--kind", choices=list(Kind), default=Kind.bpe.value, help="how pieces are found")
+    parser.add_argument("--kind", choices=list(ModelType), default=ModelType.bpe.value, help="how pieces are found")
     parser.add_argument("--special", action="append", default=[], help="a further control token; may be repeated")
     parser.add_argument("--column", default="text", help="the column that holds the text")
     parser.add_argument("--documents", type=int, default=None, help="how many documents to look at; default all")
@@ -36,13 +36,17 @@ def main() -> None:
             TinyWorldData().train_tokenizer(a.out)
             print(f"{a.out}: use it with tokenizer.path={a.out}")
             return
-        sources = [Source(s, a.column, OnBadRow.skip if a.skip_bad_rows else OnBadRow.error) for s in a.sources]
+        sources = [DataSource(s, a.column, OnBadRow.skip if a.skip_bad_rows else OnBadRow.error) for s in a.sources]
         problems = [p for s in sources if (p := s.problem())]
         if problems:
             raise ConfigError(problems)
         documents = (text for source in sources for text in source.documents())
         tokenizer = train(
-            islice(documents, a.documents), a.out, vocab_size=a.vocab_size, kind=Kind(a.kind), specials=tuple(a.special)
+            islice(documents, a.documents),
+            a.out,
+            vocab_size=a.vocab_size,
+            model_type=ModelType(a.kind),
+            specials=tuple(a.special),
         )
     except (ConfigError, DataError, FileExistsError, ValueError) as error:
         sys.exit(f"{error}")

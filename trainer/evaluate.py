@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from trainer.config import Node, schema, setting
-from trainer.data.corpus import Corpus, Prepared, Prompt
+from trainer.data.corpus import Corpus, Prompt
+from trainer.data.store import UnitStore
 from trainer.generation.completion import Response
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
@@ -63,7 +64,7 @@ class Evaluation(Node):
         return step == last or (self.every > 0 and step % self.every == 0)
 
     def measure(
-        self, pipeline: Pipeline, models: Models, engine: Engine, heldout: Mapping[str, Prepared], micro: int
+        self, pipeline: Pipeline, models: Models, engine: Engine, heldout: Mapping[str, UnitStore], micro: int
     ) -> Measured:
         """``eval/<metric>`` over all sources, and ``eval/<source>/<metric>`` where there are several.
 
@@ -151,7 +152,7 @@ class Evaluation(Node):
         every = sorted(item for part in distributed.gather_over_data(own) for item in part)
         return [Answered(Response(prompts[n], ids, text, n), ended, by) for n, ids, text, ended, by in every]
 
-    def _batches(self, rows: Prepared, micro: int) -> Iterator[Any]:
+    def _batches(self, rows: UnitStore, micro: int) -> Iterator[Any]:
         data = distributed.world().data
         count = min(len(rows), self.rows or len(rows))
         for first in range(0, count, micro * data.size):

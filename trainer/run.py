@@ -17,10 +17,10 @@ from trainer import stopping
 from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
 from trainer.checkpoint.run_folder import plain
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.data.chat_data import ChatData
+from trainer.data.chats import ChatData
 from trainer.data.corpus import Corpus, Data
-from trainer.data.labelled_data import LabelledData
-from trainer.data.preference_data import PreferenceData
+from trainer.data.labelled import LabelledData
+from trainer.data.preferences import PreferenceData
 from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight

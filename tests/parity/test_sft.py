@@ -10,7 +10,7 @@ import torch
 
 from tests.chats import write_jsonl
 from tests.command import ROOT
-from trainer.data.chat_data import ChatData
+from trainer.data.chats import ChatData
 from trainer.data.tokenizer import open_tokenizer
 from trainer.functional import cross_entropy
 from trainer.models.load import Model, ModelLoader

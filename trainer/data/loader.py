@@ -6,29 +6,14 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from trainer.batch import Batch
 from trainer.config import ConfigError
+from trainer.data.store import UnitStore
 
 AHEAD = 2
 """Micro-batches that are made before they are asked for."""
-
-
-class Dataset(Protocol):
-    """Rows that can be asked for by number, in epochs."""
-
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """Rows an epoch."""
-        ...
-
-    def resolve(self, epoch: int, index: int) -> int:
-        """The number of the row at a place of an epoch."""
-        ...
-
-    def collate(self, numbers: Sequence[int]) -> Batch: ...
 
 
 def permuted(index: int, size: int, key: str) -> int:
@@ -139,7 +124,7 @@ class Loader(Prefetched):
     r-th. So a step's rows are the same for any number of ranks, and the state is one integer.
     """
 
-    def __init__(self, rows: Dataset, *, micro: int, seed: int, rank: int, ranks: int) -> None:
+    def __init__(self, rows: Mixture, *, micro: int, seed: int, rank: int, ranks: int) -> None:
         self.rows, self.micro, self.seed, self.rank, self.ranks = rows, micro, seed, rank, ranks
         super().__init__({"position": 0, "fingerprint": rows.fingerprint})
 
@@ -154,3 +139,49 @@ class Loader(Prefetched):
             numbers = [self.number(position + self.rank + n * self.ranks) for n in range(self.micro)]
             position += self.micro * self.ranks
             yield self.rows.collate(numbers), {**state, "position": position}
+
+
+class Mixture:
+    """Units of several sources in one epoch.
+
+    ``parts``: the sources' units.
+    ``passes``: how often each source's units come in an epoch. Half a pass takes one half of a source in one epoch and the
+    other half in the next.
+    """
+
+    def __init__(self, parts: Sequence[UnitStore], passes: Sequence[float], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.counts = [max(1, round(len(part) * times)) for part, times in zip(parts, passes, strict=True)]
+        mixed = [f"{part.fingerprint}:{count}" for part, count in zip(parts, self.counts, strict=True)]
+        self.fingerprint = hashlib.sha256("\0".join(mixed).encode()).hexdigest()[:24]
+
+    def __len__(self) -> int:
+        """Units an epoch."""
+        return sum(self.counts)
+
+    def resolve(self, epoch: int, index: int) -> int:
+        """The unit at a place of an epoch: its number, counted through all sources."""
+        before = 0
+        for number, (part, count) in enumerate(zip(self.parts, self.counts, strict=True)):
+            size = len(part)
+            if index < count:
+                turn, place = divmod(epoch * count + index, size)
+                return before + (place if count == size else permuted(place, size, f"{self.seed}:{number}:{turn}"))
+            index -= count
+            before += size
+        raise IndexError(f"no unit {index} in an epoch of {len(self)}")
+
+    def collate(self, numbers: Sequence[int]) -> Batch:
+        """A micro-batch of the units with these numbers."""
+        return self.parts[0].join([self._unit(n) for n in numbers], numbers)
+
+    def _unit(self, number: int) -> Any:
+        for part in self.parts:
+            if number < len(part):
+                return part.unit(number)
+            number -= len(part)
+        raise IndexError(f"no unit {number}")
+
+    def loader(self, *, micro: int, seed: int, rank: int, ranks: int) -> Loader:
+        """This rank's endless micro-batches."""
+        return Loader(self, micro=micro, seed=seed, rank=rank, ranks=ranks)

@@ -8,22 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 1 << 20
-"""Pieces that are packed together: bounds memory, and hardly costs space."""
+"""Segments that are packed together: bounds memory, and hardly costs space."""
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put pieces of at most ``capacity`` tokens into as few rows as best-fit-decreasing finds.
+    """Put segments of at most ``capacity`` tokens into as few rows as best-fit-decreasing finds.
 
-    Longest first, each into the fullest row that still has room (Ding et al. 2024, arXiv:2404.10830). Returns the pieces'
-    numbers, row by row. Deterministic; O(N log N) for N pieces.
+    Longest first, each into the fullest row that still has room (Ding et al. 2024, arXiv:2404.10830). Returns the segments'
+    numbers, row by row. Deterministic; O(N log N) for N segments.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r says that some row has r tokens of room: the fullest row that fits is the lowest bit at or above the length.
     available = 0
-    for piece in order.tolist():
-        length = lengths[piece]
+    for segment in order.tolist():
+        length = lengths[segment]
         fitting = available >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -33,7 +33,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             room, row = capacity, len(rows)
             rows.append([])
-        rows[row].append(piece)
+        rows[row].append(segment)
         left = room - length
         if left:
             by_room[left].append(row)
@@ -41,23 +41,23 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pieces_of(offsets: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Cut documents into pieces of at most ``capacity`` (input, next token) pairs.
+def segments_of(offsets: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Cut documents into segments of at most ``capacity`` (input, target) positions.
 
-    ``offsets`` ``(N + 1,)``: where documents of ids begin in the token file. A document of n ids has n - 1 pairs; every pair
-    is in exactly one piece. Returns each piece's first input and its length.
+    ``offsets`` ``(N + 1,)``: where documents of ids begin in the token file. A document of n ids has n - 1 targets, each in
+    exactly one segment. Returns each segment's first input and its length.
     """
-    pairs = np.maximum(np.diff(offsets) - 1, 0)
-    counts = -(-pairs // capacity)
-    owner = np.repeat(np.arange(len(pairs)), counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = offsets[:-1][owner] + number * capacity
-    lengths = np.minimum(capacity, pairs[owner] - number * capacity)
+    targets = np.maximum(np.diff(offsets) - 1, 0)
+    counts = -(-targets // capacity)
+    document = np.repeat(np.arange(len(targets)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = offsets[:-1][document] + number * capacity
+    lengths = np.minimum(capacity, targets[document] - number * capacity)
     return starts.astype(np.int64), lengths.astype(np.int32)
 
 
 def pack(lengths: NDArray[np.int32], capacity: int) -> Iterator[list[int]]:
-    """Rows of piece numbers, window by window."""
+    """Rows of segment numbers, window by window."""
     for first in range(0, len(lengths), WINDOW):
         for row in best_fit(lengths[first : first + WINDOW].tolist(), capacity):
-            yield [first + piece for piece in row]
+            yield [first + segment for segment in row]

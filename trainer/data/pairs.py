@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batch import Branches, TokenBatch
-from trainer.data.rows import Encoded, left_out, prepared, save, save_json
-from trainer.data.sources import DataError, Source
+from trainer.data.rows import Encoded
+from trainer.data.sources import DataError, DataSource
+from trainer.data.store import TokenWriter, open_prepared, save_array, save_json, skipped_summary
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -24,10 +24,12 @@ FORWARD = 4096
 
 
 class Pair(NamedTuple):
-    """Two answers with their prompts: ids and whether each is the answer's. ``shared``: ids that both begin with.
+    """Two answers to a prompt.
 
-    ``margin``: by how much the chosen one is better, where that is known. ``reference``: the reference's log-probability of
-    each answer, where it was computed before; nan otherwise.
+    ``chosen``, ``rejected``: ids of prompt and answer, of which the answer's are trained.
+    ``shared``: ids that both begin with.
+    ``margin``: by how much the chosen one is better, 0 where that is not known.
+    ``reference``: the reference's log-probability of each answer, where it was computed before; nan otherwise.
     """
 
     chosen: Encoded
@@ -70,13 +72,19 @@ class AnswerBatch(TokenBatch):
 
 @dataclass
 class PairBatch(AnswerBatch):
-    """B preference pairs: answer 2 b is pair b's chosen one, 2 b + 1 its rejected one. ``margins`` ``(B,)``."""
+    """B preference pairs: answer 2 b is pair b's chosen one, 2 b + 1 its rejected one.
+
+    ``margins`` ``(B,)``: by how much the chosen one is better.
+    """
 
     margins: Tensor
 
 
-class Pairs:
-    """Pairs by number, mapped from disk. ``reference`` ``(n, 2)``: log-probabilities of a reference, once they are known."""
+class PairStore:
+    """Pairs by number, mapped from disk.
+
+    ``reference`` ``(n, 2)``: log-probabilities of a reference, once they are known.
+    """
 
     def __init__(self, folder: Path, *, share: bool = True) -> None:
         self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
@@ -98,23 +106,22 @@ class Pairs:
         """The pair with this number."""
         first, second, shared = (int(n) for n in self._shape[number])
         start = int(self._starts[number])
-        known = (float("nan"), float("nan")) if self.reference is None else tuple(self.reference[number].tolist())
-        return Pair(
-            self._side(start, first), self._side(start + first, second), shared if self.share else 0,
-            float(self._margins[number]), known,
-        )  # fmt: skip
-
-    def collate(self, numbers: Sequence[int]) -> AnswerBatch:
-        """A micro-batch of the units with these numbers; -1 stands for one without weight."""
-        return self.join([None if n < 0 else self.unit(n) for n in numbers], numbers)
+        pair = Pair(
+            self._encoded(start, first),
+            self._encoded(start + first, second),
+            shared if self.share else 0,
+            float(self._margins[number]),
+        )
+        return pair if self.reference is None else pair._replace(reference=tuple(self.reference[number].tolist()))
 
     def join(self, units: Sequence[Pair | None], numbers: Sequence[int]) -> AnswerBatch:
-        """A micro-batch of these units."""
         filler = Encoded([self.pad, self.pad], [False, False])
         return self._collate([Pair(filler, filler, 0, 0.0, (0.0, 0.0)) if u is None else u for u in units], numbers)
 
+    def collate(self, numbers: Sequence[int]) -> AnswerBatch:
+        return self.join([None if n < 0 else self.unit(n) for n in numbers], numbers)
+
     def _collate(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> AnswerBatch:
-        """A micro-batch of as many units as numbers."""
         return collate(pairs, numbers)
 
     def forwards(self, rank: int, ranks: int) -> Iterator[list[int]]:
@@ -136,44 +143,43 @@ class Pairs:
             yield groups[first + rank] if first + rank < len(groups) else [-1]
 
     def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
-        """A unit as texts."""
         pair = self.unit(number)
-        prompt, chosen, rejected = _texts(pair, tokenizer)
-        return {"prompt": prompt, "completion": chosen, "rejected": rejected}
+        first, second = answer_start(pair.chosen), answer_start(pair.rejected)
+        return {
+            "prompt": tokenizer.decode(pair.chosen.ids[:first]),
+            "completion": tokenizer.decode(pair.chosen.ids[first:]),
+            "rejected": tokenizer.decode(pair.rejected.ids[second:]),
+        }
 
     def summary(self, name: str) -> list[str]:
-        """What preparing them found, for the log."""
         f = self.facts
-        dropped = f", dropped {', '.join(f'{n:,} {why}' for why, n in f['dropped'].items())}" if f["dropped"] else ""
         line = (
             f"{name}: {f['pairs']:,} pairs ({f['form']}), {f['tokens']:,} tokens, of them {2 * f['shared']:,} in prompts "
-            f"that two answers share ({f['cut']:,} pairs cut{dropped}; longest {f['longest']:,} tokens)"
+            f"that two answers share ({f['cut']:,} pairs cut{self._dropped()}; longest {f['longest']:,} tokens)"
         )
-        return [line, *left_out(name, f["skipped"])]
+        return [line, *skipped_summary(name, f["skipped"])]
 
-    def _side(self, start: int, size: int) -> Encoded:
-        ids: NDArray[np.int64] = self._tokens[start : start + size].astype(np.int64)
-        return Encoded(ids.tolist(), self._trained[start : start + size].tolist())
+    def _dropped(self) -> str:
+        counts = [f"{count:,} {why}" for why, count in self.facts["dropped"].items()]
+        return f", dropped {', '.join(counts)}" if counts else ""
+
+    def _encoded(self, start: int, size: int) -> Encoded:
+        ids: list[int] = self._tokens[start : start + size].astype(np.int64).tolist()
+        return Encoded(ids, self._trained[start : start + size].tolist())
 
 
-def _texts(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """The prompt and both answers."""
-    answers = []
-    for side in (pair.chosen, pair.rejected):
-        assert side.trained is not None
-        answers.append(list(side.trained).index(True))
-    return (
-        tokenizer.decode(pair.chosen.ids[: answers[0]]), tokenizer.decode(pair.chosen.ids[answers[0] :]),
-        tokenizer.decode(pair.rejected.ids[answers[1] :]),
-    )  # fmt: skip
+def answer_start(encoded: Encoded) -> int:
+    """The place of the first id that the assistant wrote."""
+    assert encoded.trained is not None
+    return list(encoded.trained).index(True)
 
 
 def collate(pairs: Sequence[Pair], numbers: Sequence[int]) -> PairBatch:
     """Lay prompt, chosen and rejected end to end, pair after pair."""
-    laid = collate_shared_prefix([(p.shared, (p.chosen, p.rejected)) for p in pairs], numbers)
+    fields = collate_shared_prefix([(p.shared, (p.chosen, p.rejected)) for p in pairs], numbers)
     margins = torch.tensor([p.margin for p in pairs])
     reference = torch.tensor([p.reference for p in pairs], dtype=torch.float32).view(-1)
-    return PairBatch(**laid, reference=reference, margins=margins)
+    return PairBatch(**fields, reference=reference, margins=margins)
 
 
 def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], numbers: Sequence[int]) -> dict[str, Any]:
@@ -187,9 +193,9 @@ def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], number
         start = len(tokens)
         tokens += list(sides[0].ids[:shared])
         for side in sides:
-            own = list(side.ids[shared:])
-            sequence = [*range(start, start + shared), *range(len(tokens), len(tokens) + len(own))]
-            tokens += own
+            rest = list(side.ids[shared:])
+            sequence = [*range(start, start + shared), *range(len(tokens), len(tokens) + len(rest))]
+            tokens += rest
             assert side.trained is not None
             for at, learnt in enumerate(side.trained[1:]):
                 if learnt:
@@ -210,7 +216,7 @@ def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], number
     }
 
 
-P = TypeVar("P", bound=Pairs)
+P = TypeVar("P", bound=PairStore)
 
 
 def prepare_pairs(
@@ -220,29 +226,27 @@ def prepare_pairs(
     tokenizer: Tokenizer,
     length: int,
     *,
-    source: Source,
+    source: DataSource,
     dropped: dict[str, int],
     share: bool,
-    kind: type[P],
+    store: type[P],
 ) -> P:
-    """Encode pairs once, under a fingerprint of ``key``, tokenizer and ``length``; opened as ``kind``.
+    """Encode pairs once, under a fingerprint of ``key``, tokenizer and ``length``.
 
-    ``dropped``: counts by reason, for the log. ``share``: whether micro-batches lay a prompt down once.
+    ``dropped``: counts by reason, for the log.
+    ``share``: whether micro-batches lay a prompt down once.
+    ``store``: the class that opens what was written.
 
     Raises:
         DataError: if no pair is left.
     """
 
     def write(folder: Path, fingerprint: str) -> None:
-        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        shape, margins, starts, cut, at = [], [], [], 0, 0
-        with (folder / "tokens.bin").open("wb") as ids, (folder / "trained.bin").open("wb") as trained:
+        shape, margins, cut = [], [], 0
+        with TokenWriter(folder, tokenizer) as out:
             for pair in pairs():
-                starts.append(at)
                 for side in (pair.chosen, pair.rejected):
-                    ids.write(np.asarray(side.ids, dtype=dtype).tobytes())
-                    trained.write(np.asarray(side.trained, dtype=np.bool_).tobytes())
-                    at += len(side.ids)
+                    out.add(side.ids, side.trained)
                 cut += bool(pair.chosen.cut or pair.rejected.cut)
                 shape.append((len(pair.chosen.ids), len(pair.rejected.ids), pair.shared))
                 margins.append(pair.margin)
@@ -250,17 +254,26 @@ def prepare_pairs(
             reasons = [*source.skipped[:1], *(f"{n} dropped: {why}" for why, n in dropped.items())]
             raise DataError(f"{source.path} has no pair left to learn from ({'; '.join(reasons) or 'it is empty'})")
         sizes = np.asarray(shape, dtype=np.int64)
-        save(folder / "shape.npy", sizes)
-        save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
-        save(folder / "margins.npy", np.asarray(margins, dtype=np.float64))
+        save_array(folder / "shape.npy", sizes)
+        save_array(folder / "starts.npy", out.offsets[:-1:2])
+        save_array(folder / "margins.npy", np.asarray(margins, dtype=np.float64))
         save_json(
             folder / "facts.json",
             {
-                "fingerprint": fingerprint, "length": length, "dtype": dtype, "pad": tokenizer.pad,
-                "pairs": len(shape), "shared": int(sizes[:, 2].sum()), "cut": cut,
-                "tokens": int(sizes[:, :2].sum()), "longest": int(sizes[:, :2].max()),
-                "dropped": dict(dropped), "skipped": source.skipped, "form": source.form,
+                "fingerprint": fingerprint,
+                "length": length,
+                "dtype": out.dtype,
+                "pad": tokenizer.pad,
+                "pairs": len(shape),
+                "shared": int(sizes[:, 2].sum()),
+                "cut": cut,
+                "tokens": int(sizes[:, :2].sum()),
+                "longest": int(sizes[:, :2].max()),
+                "dropped": dict(dropped),
+                "skipped": source.skipped,
+                "form": source.form,
             },
-        )  # fmt: skip
+        )
 
-    return kind(prepared(cache, [f"pairs{FORMAT}", *key], tokenizer, length, write), share=share)
+    folder = open_prepared(cache, [f"pairs{FORMAT}", *key], tokenizer, length, write)
+    return store(folder, share=share)

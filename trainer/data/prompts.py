@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.data.chat import ChatError, Message, checked, side
-from trainer.data.chat_data import Conversations
+from trainer.data.chats import Conversations
 from trainer.data.corpus import Corpus, Prompt, answer_in
-from trainer.data.rows import left_out, prepared, save, save_json
-from trainer.data.sources import DataError, Source
+from trainer.data.messages import ChatError, Message, prompt_messages, rename_columns, validate_messages
+from trainer.data.sources import DataError, DataSource
+from trainer.data.store import TokenWriter, open_prepared, save_array, save_json, skipped_summary
 from trainer.data.templates import Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
 
@@ -39,7 +38,7 @@ class PromptBatch(Batch):
         return torch.tensor(len(self.prompts), dtype=torch.float64)
 
 
-class Prompts:
+class PromptStore:
     """Prompts by number, mapped from disk."""
 
     def __init__(self, folder: Path) -> None:
@@ -59,28 +58,23 @@ class Prompts:
         begin, end = (int(n) for n in self._lines[number : number + 2])
         with self._rows.open("rb") as file:
             file.seek(begin)
-            kept = json.loads(file.read(end - begin))
-        ids: list[int] = self._tokens[first:last].astype(np.int64).tolist()
-        return Prompt(ids, kept["text"], kept["ideal"], kept["pattern"], kept["messages"], kept["row"])
+            fields = json.loads(file.read(end - begin))
+        return Prompt(self._tokens[first:last].astype(np.int64).tolist(), **fields)
 
     def join(self, units: Sequence[Prompt], numbers: Sequence[int]) -> PromptBatch:
-        """These prompts together."""
         return PromptBatch(torch.tensor(list(numbers)), list(units))
 
     def collate(self, numbers: Sequence[int]) -> PromptBatch:
-        """The prompts with these numbers."""
         return self.join([self.unit(n) for n in numbers], numbers)
 
     def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
-        """A prompt as text."""
         return {"prompt": self.unit(number).text, "completion": ""}
 
     def summary(self, name: str) -> list[str]:
-        """What preparing them found, for the log."""
         f = self.facts
         long = f", {f['too_long']:,} left out as longer than {f['length']:,} tokens" if f["too_long"] else ""
         line = f"{name}: {f['prompts']:,} prompts, {f['tokens']:,} tokens (longest {f['longest']:,}{long})"
-        return [line, *left_out(name, f["skipped"])]
+        return [line, *skipped_summary(name, f["skipped"])]
 
 
 @schema("data/prompts")
@@ -89,7 +83,6 @@ class PromptData(Conversations):
     """Prompts from files, folders or the hub; what else a row holds is handed to the rewards."""
 
     unit: ClassVar[str] = "prompts"
-    columns_read: ClassVar[tuple[str, ...]] = ("prompt", "messages", "system", "tools", "ideal")
 
     answer: str | None = setting(
         None, "pattern whose first group is the answer in a text; null = the whole text. For exact match"
@@ -100,66 +93,41 @@ class PromptData(Conversations):
         try:
             re.compile(self.answer or "")
         except re.error as error:
-            yield f"data.answer={self.answer} is no pattern that can be read ({error})"
+            yield f"data.answer={self.answer} is not a valid regular expression ({error})"
+
+    def columns_read(self) -> tuple[str, ...]:
+        return ("prompt", "messages", "system", "tools", "ideal")
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         corpus = super().open(tokenizer, length, seed)
-        held = list(corpus.heldout.values())
+        stores = list(corpus.heldout.values())
 
         def first(count: int) -> list[Prompt]:
-            numbered = ((part, n) for part in held for n in range(len(part)))
+            numbered = ((part, n) for part in stores for n in range(len(part)))
             return [part.unit(n) for (part, n), _ in zip(numbered, range(count), strict=False)]
 
         # Held-out prompts are answered; there is nothing in them to compute a loss of.
         return Corpus(corpus.train, {}, corpus.summary, prompts=first, fingerprint_of=corpus.fingerprint)
 
-    def rows(self, source: Source, tokenizer: Tokenizer, length: int) -> Prompts:
+    def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> PromptStore:
         template = self.open_template(tokenizer)
-        rendering = hashlib.sha256(template.source.encode()).hexdigest()
-        settings = [self.on_bad_row, str(sorted(self.columns.items())), str(self.answer)]
+        key = [f"prompts{FORMAT}", *self.cache_key(source, template), str(self.answer)]
 
         def write(folder: Path, fingerprint: str) -> None:
-            self._write(folder, source, template, tokenizer, length, fingerprint)
+            prompts = self._encoded(source, template)
+            facts = {"fingerprint": fingerprint, **_write(folder, prompts, source, tokenizer, length)}
+            save_json(folder / "facts.json", facts)
 
-        key = [f"prompts{FORMAT}", source.fingerprint(), rendering, *settings]
-        return Prompts(prepared(self.cache_folder / "rows", key, tokenizer, length, write))
+        return PromptStore(open_prepared(self.cache_folder / "rows", key, tokenizer, length, write))
 
-    def _write(
-        self, folder: Path, source: Source, template: Template, tokenizer: Tokenizer, length: int, fingerprint: str
-    ) -> None:
-        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        starts, lines, long = [0], [0], 0
-        with (folder / "tokens.bin").open("wb") as tokens, (folder / "rows.jsonl").open("wb") as rows:
-            for prompt in self._encoded(source, template):
-                if len(prompt.ids) > length:
-                    long += 1
-                    continue
-                tokens.write(np.asarray(prompt.ids, dtype=dtype).tobytes())
-                kept = {name: value for name, value in vars(prompt).items() if name != "ids"}
-                line = json.dumps(kept, ensure_ascii=False, default=str).encode() + b"\n"
-                rows.write(line)
-                starts.append(starts[-1] + len(prompt.ids))
-                lines.append(lines[-1] + len(line))
-        if len(starts) == 1:
-            why = f"all {long:,} are longer than {length} tokens" if long else "it is empty"
-            raise DataError(f"{source.path} has no prompt left to answer ({(source.skipped or [why])[0]})")
-        save(folder / "starts.npy", np.asarray(starts, dtype=np.int64))
-        save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
-        save_json(
-            folder / "facts.json",
-            {
-                "fingerprint": fingerprint, "length": length, "dtype": dtype, "prompts": len(starts) - 1,
-                "tokens": starts[-1], "longest": int(np.diff(starts).max()), "too_long": long, "skipped": source.skipped,
-            },
-        )  # fmt: skip
-
-    def _encoded(self, source: Source, template: Template) -> Iterator[Prompt]:
-        for where, found in source.rows():
-            row = {**found, **{ours: found[theirs] for ours, theirs in self.columns.items() if theirs in found}}
+    def _encoded(self, source: DataSource, template: Template) -> Iterator[Prompt]:
+        for where, original in source.rows():
+            row = rename_columns(original, self.columns)
             try:
-                messages = asked(row)
+                messages = question_of(row)
                 ids = template.prompt(messages, row.get("tools"))
-                yield Prompt(ids, str(messages[-1].get("content", "")), self._ideal(row), self.answer, messages, found)
+                text = str(messages[-1].get("content", ""))
+                yield Prompt(ids, text, self._ideal(row), self.answer, messages, original)
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
 
@@ -169,19 +137,48 @@ class PromptData(Conversations):
         return [answer_in(str(v), self.answer) or str(v) for v in values]
 
 
-def asked(row: Mapping[str, Any]) -> list[Message]:
+def _write(
+    folder: Path, prompts: Iterable[Prompt], source: DataSource, tokenizer: Tokenizer, length: int
+) -> dict[str, Any]:
+    """Write the prompts of at most ``length`` tokens; gives what is to be known of them."""
+    lines, too_long = [0], 0
+    with TokenWriter(folder, tokenizer) as out, (folder / "rows.jsonl").open("wb") as rows:
+        for prompt in prompts:
+            if len(prompt.ids) > length:
+                too_long += 1
+                continue
+            out.add(prompt.ids)
+            fields = {name: value for name, value in vars(prompt).items() if name != "ids"}
+            line = json.dumps(fields, ensure_ascii=False, default=str).encode() + b"\n"
+            rows.write(line)
+            lines.append(lines[-1] + len(line))
+    if not out.lengths:
+        why = f"all {too_long:,} are longer than {length} tokens" if too_long else "it is empty"
+        raise DataError(f"{source.path} has no prompt left to answer ({(source.skipped or [why])[0]})")
+    save_array(folder / "starts.npy", out.offsets)
+    save_array(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
+    return {
+        "length": length,
+        "dtype": out.dtype,
+        "prompts": len(out.lengths),
+        "tokens": sum(out.lengths),
+        "longest": max(out.lengths),
+        "too_long": too_long,
+        "skipped": source.skipped,
+    }
+
+
+def question_of(row: Mapping[str, Any]) -> list[Message]:
     """The conversation to answer: ``prompt``, or ``messages`` without the answer that follows the last question.
 
     Raises:
         ChatError: if the row holds neither, or nothing is asked.
     """
     if row.get("prompt") is not None:
-        system = row.get("system")
-        before: list[Message] = [{"role": "system", "content": system}] if system else []
-        return before + side(row["prompt"], "prompt", "user")
+        return prompt_messages(row)
     if row.get("messages") is None:
         raise ChatError(f"no prompt and no messages; the row has {', '.join(map(str, row)) or 'nothing'}")
-    messages = checked(row["messages"], "messages")
+    messages = validate_messages(row["messages"], "messages")
     last = max((n for n, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
     if last < 0:
         raise ChatError("no turn asks anything")

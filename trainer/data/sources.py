@@ -20,7 +20,7 @@ COMPRESSED = (".gz", ".zst")
 
 
 class OnBadRow(StrEnum):
-    """What a row that cannot be read does."""
+    """How a row that cannot be used is handled."""
 
     error = auto()
     skip = auto()
@@ -31,10 +31,13 @@ class DataError(ValueError):
 
 
 @dataclass
-class Source:
-    """One named part of the data: a file, a folder, or a hub id.
+class DataSource:
+    """One named part of the data.
 
-    ``skipped``: one line for every bad row that was left out, in order. ``form``: what its rows were recognised as.
+    ``path``: a file, a folder, or a hub id.
+    ``column``: the column that holds a document's text.
+    ``skipped``: one line for every bad row that was left out, in order.
+    ``form``: the name of the format that its rows were recognised as.
     """
 
     path: str
@@ -75,11 +78,11 @@ class Source:
         """Of the content: a changed file is another source."""
         if not self.local:
             return hashlib.sha256(f"hub:{self.path}:{self.column}".encode()).hexdigest()
-        whole = hashlib.sha256(self.column.encode())
+        digest = hashlib.sha256(self.column.encode())
         for file in self.files():
             with file.open("rb") as stream:
-                whole.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-        return whole.hexdigest()
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     def documents(self) -> Iterator[str]:
         """Every document's text, in the order of the files.
@@ -134,8 +137,8 @@ class Source:
         for where, row in rows:
             text = row.get(self.column)
             if self.column not in row:
-                held = ", ".join(map(str, row)) or "nothing"
-                self.reject(where, f"no column '{self.column}', the row has {held}; set data.columns.text")
+                columns = ", ".join(map(str, row)) or "nothing"
+                self.reject(where, f"no column '{self.column}', the row has {columns}; set data.columns.text")
             elif not isinstance(text, str):
                 self.reject(where, f"'{self.column}' is {type(text).__name__}, not text")
             elif not text.strip():
@@ -146,8 +149,8 @@ class Source:
     def _hub(self) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
 
-        found = datasets.load_dataset(self.path, split="train")
-        yield from ((f"{self.path}, row {number}", dict(row)) for number, row in enumerate(found))
+        rows = datasets.load_dataset(self.path, split="train")
+        yield from ((f"{self.path}, row {number}", dict(row)) for number, row in enumerate(rows))
 
 
 @dataclass

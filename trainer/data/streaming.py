@@ -11,12 +11,12 @@ import numpy as np
 
 from trainer.batch import PackedRows
 from trainer.data.loader import Prefetched, permuted
-from trainer.data.packing import best_fit, pieces_of
-from trainer.data.rows import Piece, collate, tokenised
-from trainer.data.sources import DataError, Source
+from trainer.data.packing import best_fit, segments_of
+from trainer.data.rows import Segment, collate, tokenize
+from trainer.data.sources import DataError, DataSource
 from trainer.data.tokenizer import Tokenizer
 
-Row = list[Piece]
+Row = list[Segment]
 SHARD, WINDOW, ROW = 2**40, 2**20, 1
 """A streamed row's number is shard * 2**40 + window * 2**20 + row."""
 
@@ -28,7 +28,7 @@ class Stream:
     read twice.
     """
 
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, length: int, window: int) -> None:
+    def __init__(self, sources: Sequence[DataSource], tokenizer: Tokenizer, length: int, window: int) -> None:
         self.shards = [(s, file) for s in sources for file in s.files()]
         if not self.shards:
             raise DataError(
@@ -50,11 +50,11 @@ class Stream:
         source, file = self.shards[shard]
         documents = islice(source.read(file), first * self.window, None)
         while texts := list(islice(documents, self.window)):
-            ids = [np.asarray(e.ids, dtype=np.int64) for e in tokenised(texts, self.tokenizer)]
+            ids = [np.asarray(e.ids, dtype=np.int64) for e in tokenize(texts, self.tokenizer)]
             flat = np.concatenate(ids)
-            starts, lengths = pieces_of(np.concatenate([[0], np.cumsum([len(i) for i in ids])]), self.length)
-            pieces = [Piece(flat[s : s + n + 1]) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
-            yield [[pieces[p] for p in row] for row in best_fit(lengths.tolist(), self.length)]
+            starts, lengths = segments_of(np.concatenate([[0], np.cumsum([len(i) for i in ids])]), self.length)
+            segments = [Segment(flat[s : s + n + 1]) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+            yield [[segments[n] for n in row] for row in best_fit(lengths.tolist(), self.length)]
 
 
 class StreamLoader(Prefetched):
@@ -67,9 +67,8 @@ class StreamLoader(Prefetched):
     def produce(self, state: dict[str, Any]) -> Iterator[tuple[PackedRows, dict[str, Any]]]:
         rows = self._rows(state)
         while True:
-            whole = list(islice(rows, self.micro * self.ranks))
-            mine = whole[self.rank :: self.ranks]
-            after = whole[-1][2]
+            of_all_ranks = list(islice(rows, self.micro * self.ranks))
+            mine, after = of_all_ranks[self.rank :: self.ranks], of_all_ranks[-1][2]
             batch = collate(
                 [row for row, _, _ in mine], [n for _, n, _ in mine], self.stream.length, self.stream.tokenizer.pad
             )
@@ -80,18 +79,18 @@ class StreamLoader(Prefetched):
         epoch, place, window, skip = state["epoch"], state["shard"], state["window"], state["row"]
         count = len(self.stream.shards)
         while True:
-            found, whole = False, (place, window, skip) == (0, 0, 0)
+            empty, from_start = True, (place, window, skip) == (0, 0, 0)
             for turn in range(place, count):
                 shard = permuted(turn, count, f"{self.seed}:{epoch}:shards")
                 for number, rows in enumerate(self.stream.windows(shard, window), start=window):
                     key = f"{self.seed}:{epoch}:{shard}:{number}"
                     for at in range(skip, len(rows)):
-                        found = True
+                        empty = False
                         row = permuted(at, len(rows), key)
                         after = {"epoch": epoch, "shard": turn, "window": number, "row": at + 1}
                         yield rows[row], shard * SHARD + number * WINDOW + row * ROW, after
                     skip = 0
                 window = 0
-            if whole and not found:
+            if from_start and empty:
                 raise DataError("no document is left to learn from; look at data.train")
             epoch, place = epoch + 1, 0

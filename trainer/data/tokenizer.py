@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.data.sentencepiece_format import definition_of
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -50,7 +51,9 @@ class Tokenizer:
     """Text to ids and back.
 
     ``bos``, ``eos``, ``pad``: ids; ``pad`` is ``eos`` where the tokenizer has none of its own (masks come from lengths, never
-    from ids, so nothing depends on it). ``chat_template``: Jinja source or None. ``stops``: ids that end a generation.
+    from ids, so nothing depends on it).
+    ``chat_template``: Jinja source or None.
+    ``stops``: ids that end a generation.
     """
 
     def __init__(self, definition: str, settings: dict[str, Any]) -> None:
@@ -189,8 +192,6 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _locate(Path(path))
     if file.suffix == ".model":
-        from trainer.data.sentencepiece_format import definition_of
-
         definition, settings = definition_of(file)
     else:
         try:
@@ -222,12 +223,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text())
-            for role in ROLES:
-                value = found.get(role)
-                if value is not None:
-                    settings[role] = value["content"] if isinstance(value, dict) else value
-            settings.update({k: found[k] for k in ("chat_template", "model_max_length") if found.get(k) is not None})
+            stored = json.loads((folder / name).read_text())
+            roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
+            settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
+            settings |= {k: stored[k] for k in ("chat_template", "model_max_length") if stored.get(k) is not None}
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text()
     if isinstance(settings.get("chat_template"), list):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.data.chat import Chat
-from trainer.data.preference_data import encode
+from trainer.data.messages import Chat
+from trainer.data.preferences import encode
 from trainer.data.templates import Template, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.generation.generate import generate, stream

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import schema, setting
-from trainer.data.labelled_data import LabelledBatch
+from trainer.data.labelled import LabelledBatch
 from trainer.metrics import Metrics
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine

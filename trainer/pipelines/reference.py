@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.config import setting
 from trainer.data.corpus import Corpus
-from trainer.data.pairs import AnswerBatch, Pairs
+from trainer.data.pairs import AnswerBatch, PairStore
 from trainer.data.tokenizer import Tokenizer
 from trainer.functional import logprobs_at
 from trainer.models.architecture import Architecture
@@ -135,7 +135,7 @@ class ReferencePipeline(Pipeline):
         return sums
 
 
-def score_all(models: Models, pairs: Pairs, device: torch.device) -> Tensor:
+def score_all(models: Models, pairs: PairStore, device: torch.device) -> Tensor:
     """Summed log-probabilities ``(n, 2)`` of every unit's completions under the model as it is; shared among the ranks."""
     data, mine = distributed.world().data, list[tuple[int, list[float]]]()
     for numbers in pairs.forwards(data.rank, data.size):

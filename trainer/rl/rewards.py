@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from trainer.config import Node, schema, setting
-from trainer.data.chat import Chat
 from trainer.data.corpus import answer_in
-from trainer.data.preference_data import encode
+from trainer.data.messages import Chat
+from trainer.data.preferences import encode
 from trainer.data.templates import Template, TemplateError, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.generation.completion import Response

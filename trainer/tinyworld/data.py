@@ -12,10 +12,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from trainer.config import schema, setting
-from trainer.data.corpus import Corpus, Data, Mixture, summaries
-from trainer.data.rows import Rows, prepare, tokenised
-from trainer.data.sentencepiece_format import train
+from trainer.data.corpus import Corpus, Data, summaries
+from trainer.data.loader import Mixture
+from trainer.data.rows import RowStore, prepare_rows, tokenize
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.data.tokenizer_training import train
 from trainer.tinyworld import language as tinyworld
 from trainer.tinyworld.language import TinyWorld
 
@@ -53,7 +54,7 @@ class TinyWorldData(Data):
                     self.train_tokenizer(folder)
         return open_tokenizer(folder)
 
-    def floor(self, heldout: Rows) -> float:
+    def floor(self, heldout: RowStore) -> float:
         """The generator's own -log p of the held-out documents, nats per loss token."""
         world = TinyWorld(self.world)
         nats = -sum(world.log_probability(text) for text in self._documents(HELDOUT, self.heldout))
@@ -68,13 +69,13 @@ class TinyWorldData(Data):
         world = TinyWorld(self.world)
         return (world.document(number) for number in range(first, first + count))
 
-    def _rows(self, tokenizer: Tokenizer, length: int, first: int, count: int) -> Rows:
+    def _rows(self, tokenizer: Tokenizer, length: int, first: int, count: int) -> RowStore:
         source = hashlib.sha256(Path(tinyworld.__file__).read_bytes()).hexdigest()
         key = ["tinyworld", source, str(self.world), str(first), str(count)]
-        return prepare(
+        return prepare_rows(
             self.cache_folder / "rows",
             key,
-            lambda: tokenised(self._documents(first, count), tokenizer),
+            lambda: tokenize(self._documents(first, count), tokenizer),
             tokenizer,
             length,
         )

@@ -6,7 +6,7 @@ import pytest
 
 from tests.chats import byte_tokenizer, write_jsonl
 from trainer.data import pairs as module
-from trainer.data.preference_data import PreferenceData
+from trainer.data.preferences import PreferenceData
 
 TOKENIZER = byte_tokenizer("<|im_end|>")
 SIZES = [3, 5, 9, 1, 1, 30, 2, 4]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.chats import write_jsonl
-from trainer.data.chat import ChatError
-from trainer.data.prompts import PromptData, asked
+from trainer.data.messages import ChatError
+from trainer.data.prompts import PromptData, question_of
 from trainer.data.sources import DataError
 from trainer.tinyworld.data import TinyWorldData
 
@@ -67,7 +67,7 @@ def test_a_row_that_asks_nothing_is_named(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"prompts.jsonl, line 2: no prompt and no messages; the row has text"):
         opened(tmp_path, [{"prompt": "Who?"}, {"text": "x"}], tokenizer)
     with pytest.raises(ChatError, match="no turn asks anything"):
-        asked({"messages": [{"role": "assistant", "content": "x"}]})
+        question_of({"messages": [{"role": "assistant", "content": "x"}]})
     corpus = opened(tmp_path, [{"prompt": "Who?"}, {"text": "x"}], tokenizer, on_bad_row="skip")
     assert len(corpus.train) == 1
 

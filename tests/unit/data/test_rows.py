@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from tests.command import ROOT
 from trainer.config import ConfigError
-from trainer.data.corpus import Mixture, TextData
-from trainer.data.loader import Loader, permuted
-from trainer.data.packing import best_fit, pieces_of
-from trainer.data.rows import prepare, tokenised
-from trainer.data.sources import DataError, OnBadRow, Source
+from trainer.data.corpus import TextData
+from trainer.data.loader import Loader, Mixture, permuted
+from trainer.data.packing import best_fit, segments_of
+from trainer.data.rows import prepare_rows, tokenize
+from trainer.data.sources import DataError, DataSource, OnBadRow
 from trainer.data.streaming import Stream
 from trainer.tinyworld.data import TinyWorldData
 
@@ -36,7 +36,7 @@ TEXTS = [f"Ada paints {n} red drums" + " in Rome" * (n % 7) + "." for n in range
 
 @pytest.fixture
 def rows(tmp_path):
-    return prepare(tmp_path / "cache", ["test"], lambda: tokenised(TEXTS, TOKENIZER), TOKENIZER, 16)
+    return prepare_rows(tmp_path / "cache", ["test"], lambda: tokenize(TEXTS, TOKENIZER), TOKENIZER, 16)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 80))
@@ -52,7 +52,7 @@ def test_every_piece_is_in_exactly_one_row_and_no_row_is_too_long(lengths, capac
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 12))
 def test_cut_documents_keep_every_pair_once(lengths, capacity):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    starts, sizes = pieces_of(offsets, capacity)
+    starts, sizes = segments_of(offsets, capacity)
     pairs = sorted(p for s, n in zip(starts.tolist(), sizes.tolist(), strict=True) for p in range(s, s + n))
     inside = [p for first, last in itertools.pairwise(offsets) for p in range(first, last - 1)]
     assert pairs == inside
@@ -133,15 +133,15 @@ def test_a_loader_continues_where_it_was_consumed_on_other_ranks_too(mixture):
 
 
 def test_the_state_of_other_data_is_refused(rows, tmp_path):
-    other = prepare(tmp_path / "cache", ["other"], lambda: tokenised(TEXTS[:9], TOKENIZER), TOKENIZER, 16)
+    other = prepare_rows(tmp_path / "cache", ["other"], lambda: tokenize(TEXTS[:9], TOKENIZER), TOKENIZER, 16)
     state = Loader(rows, micro=1, seed=0, rank=0, ranks=1).state_dict()
     with pytest.raises(ConfigError, match="other data"):
         Loader(other, micro=1, seed=0, rank=0, ranks=1).load_state_dict(state)
 
 
 def test_weights_are_passes_of_a_source_in_an_epoch(tmp_path):
-    a = prepare(tmp_path / "cache", ["a"], lambda: tokenised(TEXTS[:30], TOKENIZER), TOKENIZER, 16)
-    b = prepare(tmp_path / "cache", ["b"], lambda: tokenised(TEXTS[30:], TOKENIZER), TOKENIZER, 16)
+    a = prepare_rows(tmp_path / "cache", ["a"], lambda: tokenize(TEXTS[:30], TOKENIZER), TOKENIZER, 16)
+    b = prepare_rows(tmp_path / "cache", ["b"], lambda: tokenize(TEXTS[30:], TOKENIZER), TOKENIZER, 16)
     mixture = Mixture([a, b], [2.0, 0.5], seed=1)
     epochs = [[mixture.resolve(e, i) for i in range(len(mixture))] for e in range(2)]
     counts = [[rows.count(n) for n in range(len(a) + len(b))] for rows in epochs]
@@ -163,10 +163,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_every_kind_of_file_gives_its_documents(tmp_path):
-    found = {f.name: list(Source(str(f)).documents()) for f in files(tmp_path)}
+    found = {f.name: list(DataSource(str(f)).documents()) for f in files(tmp_path)}
     assert found.pop("e.txt") == TEXTS[:1]
     assert list(found.values()) == [TEXTS[:5]] * 4
-    assert list(Source(str(tmp_path)).documents()) == [*TEXTS[:5] * 4, TEXTS[0]]
+    assert list(DataSource(str(tmp_path)).documents()) == [*TEXTS[:5] * 4, TEXTS[0]]
 
 
 BAD = [
@@ -184,9 +184,9 @@ def test_a_bad_row_is_named_with_file_and_line_or_counted(line, why, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good too"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: ") as caught:
-        list(Source(str(file)).documents())
+        list(DataSource(str(file)).documents())
     assert why in str(caught.value)
-    source = Source(str(file), on_bad_row=OnBadRow.skip)
+    source = DataSource(str(file), on_bad_row=OnBadRow.skip)
     assert list(source.documents()) == ["good", "good too"]
     assert len(source.skipped) == 1
     assert why in source.skipped[0]
@@ -218,7 +218,7 @@ def test_a_changed_file_is_prepared_again_and_an_unchanged_one_is_not(tmp_path):
 
 
 def _prepare(cache: str, out: "multiprocessing.Queue[str]") -> None:
-    out.put(prepare(Path(cache), ["same"], lambda: tokenised(TEXTS * 50, TOKENIZER), TOKENIZER, 16).fingerprint)
+    out.put(prepare_rows(Path(cache), ["same"], lambda: tokenize(TEXTS * 50, TOKENIZER), TOKENIZER, 16).fingerprint)
 
 
 def test_processes_that_prepare_the_same_rows_at_once_do_it_once(tmp_path):
@@ -237,14 +237,14 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from trainer.tinyworld.data import TinyWorldData
-from trainer.data.rows import prepare, tokenised
+from trainer.data.rows import prepare_rows, tokenize
 def documents():
     for n in range(2000):
         yield f"Ada paints {n}."
     print("ready", flush=True)
     time.sleep(60)
 tokenizer = TinyWorldData().default_tokenizer()
-prepare(Path(sys.argv[1]), ["key"], lambda: tokenised(documents(), tokenizer), tokenizer, 16)
+prepare_rows(Path(sys.argv[1]), ["key"], lambda: tokenize(documents(), tokenizer), tokenizer, 16)
 """
 
 
@@ -258,7 +258,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert any(".tmp-" in p.name for p in tmp_path.iterdir())
-    rows = prepare(tmp_path, ["key"], lambda: tokenised(TEXTS, TOKENIZER), TOKENIZER, 16)
+    rows = prepare_rows(tmp_path, ["key"], lambda: tokenize(TEXTS, TOKENIZER), TOKENIZER, 16)
     assert rows.facts["documents"] == len(TEXTS)
     assert not any(".tmp-" in p.name for p in tmp_path.iterdir())
 
@@ -267,7 +267,7 @@ def stream(folder: Path, window: int = 7) -> Stream:
     for n in range(3):
         lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[20 * n : 20 * n + 20])
         (folder / f"{n}.jsonl").write_text(lines)
-    return Stream([Source(str(folder))], TOKENIZER, 24, window)
+    return Stream([DataSource(str(folder))], TOKENIZER, 24, window)
 
 
 def steps_of(one: Stream, ranks: int, steps: int, state: dict | None = None) -> tuple[list[list[int]], dict]:
@@ -312,10 +312,10 @@ def test_prepared_data_that_was_cut_short_is_prepared_again_and_said(name, tmp_p
     whole = [rows.collate([n]).tokens.tolist() for n in range(len(rows))]
     file = tmp_path / "cache" / rows.fingerprint / name
     os.truncate(file, file.stat().st_size // 2)
-    again = prepare(tmp_path / "cache", ["test"], lambda: tokenised(TEXTS, TOKENIZER), TOKENIZER, 16)
+    again = prepare_rows(tmp_path / "cache", ["test"], lambda: tokenize(TEXTS, TOKENIZER), TOKENIZER, 16)
     assert [again.collate([n]).tokens.tolist() for n in range(len(again))] == whole
     assert "prepared data is damaged and is prepared again" in caplog.text
     assert name in caplog.text
     caplog.clear()
-    prepare(tmp_path / "cache", ["test"], lambda: pytest.fail("it was whole"), TOKENIZER, 16)
+    prepare_rows(tmp_path / "cache", ["test"], lambda: pytest.fail("it was whole"), TOKENIZER, 16)
     assert caplog.text == ""

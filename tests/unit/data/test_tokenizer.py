@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.command import ROOT
 from trainer.config import ConfigError
-from trainer.data.sentencepiece_format import Kind, train
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
+from trainer.data.tokenizer_training import ModelType, train
 
 CORPUS = [
     "The cat sat on the mat, and the dog barked at 1999 trees.\n\tIndented  twice.\n" * 3,
@@ -31,10 +31,10 @@ TEXTS = st.one_of(
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=list(Kind))
+@pytest.fixture(scope="module", params=list(ModelType))
 def folder(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokenizer") / request.param
-    train(CORPUS, out, vocab_size=330, kind=request.param, specials=("<extra>",))
+    train(CORPUS, out, vocab_size=330, model_type=request.param, specials=("<extra>",))
     return out
 
 
@@ -110,7 +110,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(folder, tmp_path):
 
 
 def test_training_twice_gives_the_same_bytes(folder, tmp_path):
-    train(CORPUS, tmp_path / "again", vocab_size=330, kind=Kind(folder.name), specials=("<extra>",))
+    train(CORPUS, tmp_path / "again", vocab_size=330, model_type=ModelType(folder.name), specials=("<extra>",))
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()
     }

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.chats import byte_tokenizer, marked, write_jsonl
-from trainer.data.labelled_data import LabelledData
+from trainer.data.labelled import LabelledData
 from trainer.data.sources import DataError
 
 TOKENIZER = byte_tokenizer("<|im_end|>")

@@ -8,8 +8,8 @@ import pytest
 
 from tests.chats import byte_tokenizer, marked, write_jsonl
 from trainer.config import ConfigError
-from trainer.data.chat_data import ChatData, TrainOn, Truncation
-from trainer.data.sources import DataError, OnBadRow, Source
+from trainer.data.chats import ChatData, TrainOn, Truncation
+from trainer.data.sources import DataError, DataSource, OnBadRow
 
 TOKENIZER = byte_tokenizer("<|im_end|>")
 ASKED, ANSWERED = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -210,4 +210,4 @@ def test_a_template_that_the_tokenizer_lacks_is_a_configuration_error(tmp_path):
 
 
 def test_a_source_of_ids_from_the_hub_needs_no_file():
-    assert Source("owner/name").problem() is None
+    assert DataSource("owner/name").problem() is None

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.chats import byte_tokenizer, marked, write_jsonl
-from trainer.data.chat_data import Truncation
-from trainer.data.preference_data import PreferenceData
+from trainer.data.chats import Truncation
+from trainer.data.preferences import PreferenceData
 from trainer.data.sources import DataError
 
 TOKENIZER = byte_tokenizer("<|im_end|>")

@@ -1,0 +1,211 @@
+"""Preferences as the data of a run: rendered, their common prompt found, cut without ever emptying an answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trainer.config import schema, setting
+from trainer.data.chats import Conversations, Truncation
+from trainer.data.messages import (
+    Chat,
+    ChatError,
+    Message,
+    Row,
+    RowFormat,
+    as_messages,
+    columns_of,
+    prompt_messages,
+    read_rows,
+    type_in_words,
+    validate_messages,
+)
+from trainer.data.pairs import Pair, PairStore, prepare_pairs
+from trainer.data.rows import Encoded
+from trainer.data.sources import DataSource
+from trainer.data.templates import Template, TemplateError
+from trainer.data.tokenizer import Tokenizer
+
+
+@dataclass
+class JudgedAnswers(Conversations):
+    """Answers that were judged; a unit of the batch is what was judged together."""
+
+    store: ClassVar[type[PairStore]] = PairStore
+
+    truncation: Truncation = setting(
+        Truncation.keep_end,
+        "longer than a row: keep_end cuts the prompt's beginning, keep_start the answers' ends, drop leaves them out",
+    )
+
+    @property
+    def share(self) -> bool:
+        """Whether the answers of a unit share the computation of their prompt."""
+        return False
+
+    def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> PairStore:
+        template = self.open_template(tokenizer)
+        content, rendering, on_bad_row, columns = self.cache_key(source, template)
+        dropped: Counter[str] = Counter()
+        return prepare_pairs(
+            self.cache_folder / "rows",
+            [content, rendering, self.unit, self.truncation, on_bad_row, columns],
+            lambda: self.encoded(source, template, length, dropped),
+            tokenizer,
+            length,
+            source=source,
+            dropped=dropped,
+            share=self.share,
+            store=self.store,
+        )
+
+    def encoded(self, source: DataSource, template: Template, length: int, dropped: Counter[str]) -> Iterator[Pair]:
+        """Ids of every unit; what teaches nothing is counted in ``dropped``."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement encoded()")
+
+    def truncate(self, pair: Pair, length: int) -> Pair | None:
+        """The pair in at most ``length`` ids a side, each answer with at least one id; None where it is to be left out."""
+        sides = [pair.chosen, pair.rejected]
+        excess = max(len(side.ids) for side in sides) - length
+        if excess <= 0:
+            return pair
+        if self.truncation is Truncation.drop or (self.truncation is Truncation.keep_start and pair.shared >= length):
+            return None
+        # At least one id of the prompt stays: the first id of an answer is predicted from it.
+        start = min(excess, pair.shared - 1) if self.truncation is Truncation.keep_end else 0
+        sides = [_slice(side, start, start + length) for side in sides]
+        if not all(any((side.trained or [])[1:]) for side in sides):
+            return None
+        return Pair(sides[0], sides[1], pair.shared - start, pair.margin)
+
+
+def _slice(side: Encoded, start: int, end: int) -> Encoded:
+    ids = side.ids[start:end]
+    return Encoded(ids, (side.trained or [])[start:end], len(side.ids) - len(ids))
+
+
+@schema("data/preference")
+@dataclass
+class PreferenceData(JudgedAnswers):
+    """Pairs of answers from files, folders or the hub; a unit of the batch is a pair."""
+
+    unit: ClassVar[str] = "preference pairs"
+
+    share_prompt: bool = setting(True, "compute a prompt once for both of its answers; the numbers are the same")
+
+    @property
+    def share(self) -> bool:
+        return self.share_prompt
+
+    def columns_read(self) -> tuple[str, ...]:
+        return columns_of(PREFERENCE_FORMATS)
+
+    def encoded(self, source: DataSource, template: Template, length: int, dropped: Counter[str]) -> Iterator[Pair]:
+        """Ids of every pair; what teaches nothing (equal answers, repeated pairs, too long) is counted in ``dropped``."""
+        seen: set[bytes] = set()
+        for where, preference in read_rows(source, self.columns, PREFERENCE_FORMATS, "preference"):
+            try:
+                chosen, rejected = (encode(chat, template) for chat in (preference.chosen, preference.rejected))
+            except TemplateError as error:
+                source.reject(where, str(error))
+                continue
+            shared = shared_prefix(chosen, rejected)
+            pair = self.truncate(Pair(chosen, rejected, shared, preference.margin), length)
+            digest = hashlib.blake2b(repr((chosen.ids, rejected.ids)).encode(), digest_size=16).digest()
+            if pair is None:
+                dropped["too long"] += 1
+            elif list(chosen.ids) == list(rejected.ids):
+                dropped["equal answers"] += 1
+            elif digest in seen:
+                dropped["repeated"] += 1
+            else:
+                yield pair
+            seen.add(digest)
+
+
+def encode(chat: Chat, template: Template) -> Encoded:
+    """Ids of a prompt with an answer, without what the template writes behind it; learnt is the assistant's part there."""
+    turns = [n for n in chat.assistant_turns if n >= chat.completion]
+    ids, trained, _ = template.encode(chat.messages, chat.tools, turns=turns)
+    assert trained is not None
+    end = len(trained) - list(reversed(trained)).index(True)
+    return Encoded(list(ids[:end]), list(trained[:end]))
+
+
+def shared_prefix(first: Encoded, second: Encoded) -> int:
+    """How many ids both begin with before either learns one; at least one of each stays outside."""
+    assert first.trained is not None and second.trained is not None  # noqa: PT018
+    limit = min(len(first.ids), len(second.ids)) - 1
+    columns = zip(first.ids, second.ids, first.trained, second.trained, strict=False)
+    differing = (n for n, (a, b, *learnt) in enumerate(columns) if a != b or any(learnt))
+    return min(limit, next(differing, limit))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two conversations that begin alike.
+
+    ``margin``: by how much the chosen one is better, 0 where that is not known.
+    """
+
+    chosen: Chat
+    rejected: Chat
+    margin: float
+
+
+def _with_prompt(row: Row) -> Preference:
+    sides = [as_messages(row[name], name, "assistant") for name in ("chosen", "rejected")]
+    return _preference(row, prompt_messages(row), sides)
+
+
+def _shared_beginning(row: Row) -> Preference:
+    first, second = (validate_messages(row[name], name) for name in ("chosen", "rejected"))
+    shared = 0
+    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
+        shared += 1
+    if not shared:
+        raise ChatError("chosen and rejected begin differently, so they answer no common prompt")
+    return _preference(row, first[:shared], [first[shared:], second[shared:]])
+
+
+def _preference(row: Row, prompt: list[Message], sides: list[list[Message]]) -> Preference:
+    chosen, rejected = (
+        answered(row, prompt, answer, name) for name, answer in zip(("chosen", "rejected"), sides, strict=True)
+    )
+    return Preference(chosen, rejected, _margin(row))
+
+
+def answered(row: Row, prompt: list[Message], answer: list[Message], column: str) -> Chat:
+    """The conversation of a prompt and the answer that a column holds.
+
+    Raises:
+        ChatError: if the answer does not end with the assistant's turn.
+    """
+    if answer[-1]["role"] != "assistant":
+        raise ChatError(f"the last message of {column} is the {answer[-1]['role']}'s, not the assistant's")
+    return Chat([*prompt, *answer], len(prompt), row.get("tools"))
+
+
+def _margin(row: Row) -> float:
+    names = ["margin"] if row.get("margin") is not None else ["score_chosen", "score_rejected"]
+    values = [row.get(name) for name in names]
+    if any(value is None for value in values):
+        return 0.0
+    if not all(isinstance(value, int | float) for value in values):
+        raise ChatError(f"{' and '.join(names)} are {type_in_words(values[0])}, not numbers")
+    return float(values[0] if len(values) == 1 else values[0] - values[1])  # type: ignore[operator, arg-type]
+
+
+SCORES = ("margin", "score_chosen", "score_rejected")
+PREFERENCE_FORMATS: list[RowFormat[Preference]] = [
+    RowFormat(
+        "prompt, chosen and rejected", ("prompt", "chosen", "rejected"), _with_prompt, ("system", "tools", *SCORES)
+    ),
+    RowFormat(
+        "chosen and rejected with a shared beginning", ("chosen", "rejected"), _shared_beginning, ("tools", *SCORES)
+    ),
+]
+"""How rows of preferences are written; the first whose columns a row has reads it. A user's module may add its own."""
