@@ -31,6 +31,7 @@ LAYERS = [
     "functional",
     "batch",
     "metrics",
+    "disk",
     "config",
 ]
 COMMUNICATION = ("deepspeed", "torch.distributed")

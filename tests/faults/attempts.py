@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.checkpoint.folder import damage, folder_name, steps_in
+from trainer.checkpoint.folder import folder_name, steps_in, verify
 
 CLONE_NEWNET = 0x40000000
 PORTS = itertools.count(21000 + os.getpid() % 1000 * 20)
@@ -111,7 +111,7 @@ class Attempts:
     def newest_whole(self) -> int:
         """The step of the newest checkpoint that verifies; 0 if there is none."""
         folder = self.run_dir / "checkpoints"
-        return next((step for step in steps_in(folder) if not damage(folder / folder_name(step))), 0)
+        return next((step for step in steps_in(folder) if not verify(folder / folder_name(step))), 0)
 
     def step(self) -> int:
         """The last optimizer step that was logged."""

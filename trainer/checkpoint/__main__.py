@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trainer.checkpoint.folder import MANIFEST, damage, folder_name, read_manifest, steps_in
+from trainer.checkpoint.folder import MANIFEST, folder_name, read_manifest, steps_in, verify
 
 USAGE = "usage: python -m trainer.checkpoint verify DIR   (a run, its checkpoints folder, or one checkpoint)"
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
         return 2
     problems = 0
     for checkpoint in found:
-        wrong = damage(checkpoint)
+        wrong = verify(checkpoint)
         problems += len(wrong)
         if wrong:
             print(f"{checkpoint.name}: DAMAGED")

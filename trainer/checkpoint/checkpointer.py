@@ -17,14 +17,14 @@ from trainer.checkpoint.folder import (
     CheckpointError,
     FragmentFiles,
     Manifest,
+    clean_partial,
     commit,
-    damage,
     folder_name,
     incomplete,
     read_manifest,
     remove,
     steps_in,
-    sweep,
+    verify,
     write_manifest,
 )
 from trainer.checkpoint.saving import Save, Written, owned
@@ -133,7 +133,7 @@ class Checkpointer:
         bad: list[str] = []
         for step in distributed.run_on_main(lambda: steps_in(self.folder)):
             world = distributed.world()
-            every = distributed.gather(damage(self.folder / folder_name(step), world.share))
+            every = distributed.gather(verify(self.folder / folder_name(step), world.share))
             problems = list(dict.fromkeys(p for part in every for p in part))
             if not problems:
                 try:
@@ -158,7 +158,7 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder)
+        clean_partial(self.folder)
 
     def _refuse_unshared(self) -> None:
         """Every node must see what rank 0 writes, or a restore elsewhere would find half a checkpoint."""
@@ -237,7 +237,7 @@ class Checkpointer:
         good = 0
         for step in steps_in(self.folder) if self.config.keep else ():
             folder = self.folder / folder_name(step)
-            if step not in self._good and not damage(folder):
+            if step not in self._good and not verify(folder):
                 self._good.add(step)
             if step in self._good:
                 good += 1

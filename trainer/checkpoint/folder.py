@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -22,8 +21,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from trainer.disk import save_tensors, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -81,8 +81,9 @@ def write_fragments(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         CheckpointError: naming the file and why it could not be written (a full disk, for one).
     """
     try:
-        save_file(dict(tensors), file)
-        return {"bytes": file.stat().st_size, "sha256": _settle(file)}
+        save_tensors(tensors, file)
+        sync(file)
+        return {"bytes": file.stat().st_size, "sha256": _digest(file)}
     except Exception as error:  # safetensors has its own exception for a full disk
         raise CheckpointError(f"{file} could not be written ({error}); free space or choose another run_dir") from error
 
@@ -98,7 +99,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     document = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
     try:
         (folder / MANIFEST).write_text(json.dumps(document, sort_keys=True))
-        _settle(folder / MANIFEST)
+        sync(folder / MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{folder / MANIFEST} could not be written ({error}); free space") from error
 
@@ -108,16 +109,16 @@ def commit(partial: Path, folder: Path) -> None:
 
     A damaged checkpoint of the same name is kept beside it as ``<name>.damaged-<id>``.
     """
-    flush(partial)
+    sync(partial)
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}"))
     partial.rename(folder)
-    flush(folder.parent)
+    sync(folder.parent)
     pointer = folder.with_name("latest.partial")
     pointer.write_text(f"{folder.name}\n")
-    flush(pointer)
+    sync(pointer)
     pointer.replace(folder.with_name("latest"))
-    flush(folder.parent)
+    sync(folder.parent)
 
 
 def remove(folder: Path) -> None:
@@ -127,7 +128,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def clean_partial(folder: Path) -> None:
     """Delete what saves and deletions that were killed have left: folders that never were a checkpoint, or no more."""
     for left in folder.glob("step-*.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -155,7 +156,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(**body, fragments=fragments)
 
 
-def damage(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> list[str]:
+def verify(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> list[str]:
     """What is wrong with a checkpoint, a sentence each; empty if it is whole.
 
     ``share``: which of the files to look at, so that the ranks verify disjoint ones.
@@ -242,20 +243,6 @@ def incomplete(shapes: Mapping[str, Sequence[int]], fragments: Sequence[Stored])
         size = torch.Size(shapes[name]).numel()
         if at != size:
             yield f"{name} ({state}): {at} of {size} elements are there"
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _settle(file: Path) -> str:
-    flush(file)
-    return _digest(file)
 
 
 def _digest(file: Path) -> str:

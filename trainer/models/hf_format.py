@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.disk import save_tensors, sync
 from trainer.models.architecture import Architecture, Family
 
 CLASSES = {Family.llama: "Llama", Family.mistral: "Mistral", Family.qwen2: "Qwen2", Family.qwen3: "Qwen3"}
@@ -205,7 +204,7 @@ def write_weights(
     def flush() -> None:
         nonlocal held, size
         if held:
-            save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            save_tensors(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append(list(held))
         held, size = {}, 0
 
@@ -260,9 +259,9 @@ def write_model(
         )
         _write_json(partial / "onecurve.json", dict(facts))
         for file in [*partial.iterdir(), partial]:
-            _flush(file)
+            sync(file)
         partial.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -270,11 +269,3 @@ def write_model(
 
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

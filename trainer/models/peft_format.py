@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.disk import save_tensors
 from trainer.models.hf_format import FormatError
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -110,7 +110,7 @@ def write_adapter(
     try:
         tokenizer.save(partial)
         held = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(held, partial / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(held, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         partial.rename(folder)
     except BaseException:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, PairStore
 from trainer.data.tokenizer import Tokenizer
+from trainer.disk import save_tensors
 from trainer.functional import logprobs_at
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
@@ -149,7 +149,7 @@ def score_all(models: Models, pairs: PairStore, device: torch.device) -> Tensor:
 def _write(file: Path, values: Tensor, key: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.tmp-{uuid.uuid4().hex[:8]}")
-    save_file({"reference": values}, unfinished, metadata={"made_from": key})
+    save_tensors({"reference": values}, unfinished, metadata={"made_from": key})
     unfinished.rename(file)
 
 

@@ -1,6 +1,7 @@
 """Saving and restoring on one rank: nothing is lost, nothing damaged is loaded, the last good one is never removed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 
 from tests.small_run import Run, same
 from trainer.checkpoint import CheckpointError
-from trainer.checkpoint.__main__ import main as verify
-from trainer.checkpoint.folder import Stored, damage, incomplete, steps_in
+from trainer.checkpoint.__main__ import main as verify_command
+from trainer.checkpoint.folder import Stored, incomplete, steps_in, verify
 
 
 def saved(folder: Path, *steps: int, **config) -> Run:
@@ -101,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_kept_and_passed_over(kind, tmp_path, capl
     assert f"step-00000004 is damaged and is passed over: {newest / named}" in caplog.text
     assert same(again.state(), good.state())
     assert newest.exists()
-    assert verify(["verify", str(tmp_path)]) == 1
+    assert verify_command(["verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "step-00000004: DAMAGED" in said
     assert named in said
@@ -110,7 +111,7 @@ def test_a_damaged_checkpoint_is_named_kept_and_passed_over(kind, tmp_path, capl
     again.steps(3, 4)
     again.checkpointer.save(4)
     assert same(again.state(), saved_again.state())
-    assert damage(newest) == []
+    assert verify(newest) == []
     assert len(list(tmp_path.glob("step-00000004.damaged-*"))) == 1
 
 
@@ -254,3 +255,14 @@ def test_killed_in_any_phase_of_a_save_the_run_comes_back_whole(tmp_path):
         seen.add(step)
         assert same(again.state(), before if step == 2 else after), (deadly, step)
     assert seen == {2, 4}
+
+
+def test_a_checkpoint_is_readable_by_whoever_may_read_its_folder(tmp_path):
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        saved(tmp_path, 1)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "step-00000001").iterdir()}
+    assert modes == {"manifest.json": "0o644", "rank-00000-000.safetensors": "0o644"}
