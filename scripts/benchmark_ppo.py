@@ -183,7 +183,7 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
             name="benchmark",
         )  # fmt: skip
         tokenizer, _ = cfg.open_tokenizer_and_shape()
-        corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), 0)
+        corpus = cfg.data.open(tokenizer, cfg.pipeline.data_length(cfg.batch.length), 0)
         models = cfg.pipeline.models(cfg.loader(tokenizer), tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +93,9 @@ class Batch:
     fills up a forward.
     """
 
+    unit: ClassVar[str] = "units"
+    """What ``rows`` numbers, in words."""
+
     rows: Tensor
 
     def to(self, device: torch.device) -> Self:
@@ -157,6 +160,8 @@ class PackedRows(TokenBatch):
     ``targets`` ``(B, T)``: int64, the token that follows each.
     ``mask`` ``(B, T)``: float32, 1 where the target counts, 0 for context and padding.
     """
+
+    unit: ClassVar[str] = "packed rows"
 
     documents: Documents
     targets: Tensor

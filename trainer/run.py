@@ -24,8 +24,8 @@ from trainer.data.preferences import PreferenceData
 from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight
-from trainer.diagnostics.first_step import Expectation, check
-from trainer.diagnostics.guard import Guard, GuardSettings
+from trainer.diagnostics.first_step import FirstStep, validate_first_step
+from trainer.diagnostics.guard import FirstStepPolicy, Guard, GuardSettings
 from trainer.diagnostics.memory import Layout, memory, parameters_of
 from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
@@ -158,11 +158,12 @@ class Run(Node):
         if (self.steps is None) == (self.epochs is None):
             given = f"steps={self.steps} and epochs={self.epochs}"
             yield f"{given}: give exactly one of them, the other null"
-        if self.data.unit != self.pipeline.unit:
-            yield f"the pipeline learns from {self.pipeline.unit} and the data holds {self.data.unit}; choose another data="
+        if not issubclass(self.data.batch_type, self.pipeline.batch_type):
+            wanted, held = self.pipeline.batch_type.unit, self.data.batch_type.unit
+            yield f"the pipeline learns from {wanted} and the data holds {held}; choose another data="
         yield from self.strategy.refusals(self.optimizer)
-        yield from self.pipeline.refusals(self.adapter)
-        yield from self.pipeline.misfits(self.batch, distributed.ranks())
+        yield from self.pipeline.validate_adapter(self.adapter)
+        yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
         if self.steps is not None and self.schedule.warmup > self.steps:
             yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
 
@@ -205,8 +206,8 @@ class Run(Node):
                 ]
             )
         self.adapter.check(architecture)
-        if unfit := list(self.pipeline.unfit(tokenizer)):
-            raise ConfigError(unfit)
+        if problems := list(self.pipeline.validate_tokenizer(tokenizer)):
+            raise ConfigError(problems)
         return tokenizer, architecture
 
     def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
@@ -215,7 +216,7 @@ class Run(Node):
             stage=self.strategy.stage, ranks=ranks, low=self.strategy.low(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
-            adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.beside(architecture)),
+            adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.auxiliary_models(architecture)),
         )  # fmt: skip
 
     def length(self, corpus: Corpus) -> int:
@@ -232,7 +233,7 @@ def run(cfg: Run) -> dict[str, float]:
     if cfg.estimate:
         return say_estimate(cfg, architecture)
     loader = cfg.loader(tokenizer)
-    corpus = cfg.data.open(tokenizer, cfg.pipeline.room(cfg.batch.length), cfg.seed)
+    corpus = cfg.data.open(tokenizer, cfg.pipeline.data_length(cfg.batch.length), cfg.seed)
     made_from: dict[str, Any] = {
         "data": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -284,16 +285,12 @@ def run(cfg: Run) -> dict[str, float]:
         ):
             tracker.say(corpus.summary)
 
-            expected: list[Expectation] = []
-
             def log(arrived: list[tuple[dict[str, float], PendingStep]]) -> None:
                 for values, step in arrived:
                     stop.hear(values.pop("stopping"))
                     guard.check(step.number, values, step.rows)
                     rates = speed.figures(values["tokens"], step.timing)
                     tracker.step(step.number, {**values, "lr": step.lr, **rates, **step.compared})
-                    if step.number == 1:
-                        check(expected, values, cfg.guard.first_step)
 
             def evaluate(number: int) -> None:
                 log(readback.flush())
@@ -319,8 +316,6 @@ def run(cfg: Run) -> dict[str, float]:
                 profiler.done(step.number)
                 checkpoints.advance()
                 tracker.table(step.number, "samples", step.shown)
-                if step.number == 1:
-                    expected.extend(cfg.pipeline.expected(loader, models, engine, step.micro_batches))
                 values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
                 speed.count(sum(batch.pairs for batch in step.micro_batches))
                 rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
@@ -328,6 +323,10 @@ def run(cfg: Run) -> dict[str, float]:
                 compared = stragglers.observe(step.number, timing.laps.get("data", 0.0))
                 lr = cfg.base_lr * schedule(step.number)
                 log(readback.push(values, PendingStep(step.number, lr, rows, timing, compared)))
+                if step.number == 1 and cfg.guard.first_step is not FirstStepPolicy.off:
+                    log(readback.flush())
+                    start = FirstStep(tracker.latest, step.micro_batches, loader, tokenizer, cfg.precision.compute)
+                    validate_first_step(cfg.pipeline.first_step_problems(start), cfg.guard.first_step)
                 stopped = stop.reached and step.number < last
                 if stopped:  # there may be no time for an evaluation
                     save(step.number)
@@ -341,7 +340,12 @@ def run(cfg: Run) -> dict[str, float]:
             log(readback.flush())
             with watchdog.phase("export"):
                 checkpoints.close()
-                record = {"config": plain(cfg), **lineage, **cfg.pipeline.closing(models, engine, corpus), "step": last}
+                record = {
+                    "config": plain(cfg),
+                    **lineage,
+                    **cfg.pipeline.finalize(models, engine, corpus),
+                    "step": last,
+                }
                 weights = partial(exported, cfg, engine, loader)
                 if cfg.adapter.exports:
                     cfg.export.write(folder / "export", weights, architecture, tokenizer, {**facts, **record})

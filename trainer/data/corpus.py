@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from trainer.batch import Batch, PackedRows
 from trainer.config import Node, schema, setting
 from trainer.data.loader import Mixture
 from trainer.data.rows import RowStore, prepare_rows, tokenize
@@ -95,8 +96,8 @@ class Corpus:
 class Data(Node):
     """What every kind of data has."""
 
-    unit: ClassVar[str] = "packed rows"
-    """What its micro-batches are made of."""
+    batch_type: ClassVar[type[Batch]] = PackedRows
+    """The micro-batches that it yields."""
 
     cache: str | None = setting(None, "folder of prepared data; null = $ONECURVE_CACHE, else ~/.cache/onecurve")
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trainer.batch import Batch
 from trainer.config import schema
 from trainer.data.messages import Chat, ChatError, Row, RowFormat, as_messages, columns_of, prompt_messages, read_rows
 from trainer.data.pairs import AnswerBatch, Pair, PairStore, answer_start, collate_shared_prefix
@@ -32,6 +33,8 @@ class LabelledBatch(AnswerBatch):
     ``mismatched``: the same prompts, each with the answer of the data set's next row (Ethayarajh et al. 2024,
     arXiv:2402.01306, section 4.1): which one that is depends neither on the split into micro-batches nor on their order.
     """
+
+    unit: ClassVar[str] = "labelled completions"
 
     labels: Tensor
     mismatched: AnswerBatch
@@ -73,7 +76,7 @@ def _answers(answers: Sequence[Encoded], reference: Sequence[float], numbers: Se
 class LabelledData(JudgedAnswers):
     """Answers with a label (desirable or not) from files, folders or the hub; a unit of the batch is an answer."""
 
-    unit: ClassVar[str] = "labelled completions"
+    batch_type: ClassVar[type[Batch]] = LabelledBatch
     store: ClassVar[type[PairStore]] = LabelledStore
 
     def columns_read(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -76,6 +76,8 @@ class PairBatch(AnswerBatch):
 
     ``margins`` ``(B,)``: by how much the chosen one is better.
     """
+
+    unit: ClassVar[str] = "preference pairs"
 
     margins: Tensor
 

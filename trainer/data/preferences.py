@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.chats import Conversations, Truncation
 from trainer.data.messages import (
@@ -23,7 +24,7 @@ from trainer.data.messages import (
     type_in_words,
     validate_messages,
 )
-from trainer.data.pairs import Pair, PairStore, prepare_pairs
+from trainer.data.pairs import Pair, PairBatch, PairStore, prepare_pairs
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataSource
 from trainer.data.templates import Template, TemplateError
@@ -52,7 +53,7 @@ class JudgedAnswers(Conversations):
         dropped: Counter[str] = Counter()
         return prepare_pairs(
             self.cache_folder / "rows",
-            [content, rendering, self.unit, self.truncation, on_bad_row, columns],
+            [content, rendering, self.batch_type.unit, self.truncation, on_bad_row, columns],
             lambda: self.encoded(source, template, length, dropped),
             tokenizer,
             length,
@@ -92,7 +93,7 @@ def _slice(side: Encoded, start: int, end: int) -> Encoded:
 class PreferenceData(JudgedAnswers):
     """Pairs of answers from files, folders or the hub; a unit of the batch is a pair."""
 
-    unit: ClassVar[str] = "preference pairs"
+    batch_type: ClassVar[type[Batch]] = PairBatch
 
     share_prompt: bool = setting(True, "compute a prompt once for both of its answers; the numbers are the same")
 

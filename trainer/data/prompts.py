@@ -30,6 +30,8 @@ FORMAT = 1
 class PromptBatch(Batch):
     """Prompts of one rank, in the order of ``rows``."""
 
+    unit: ClassVar[str] = "prompts"
+
     prompts: list[Prompt]
 
     @property
@@ -82,7 +84,7 @@ class PromptStore:
 class PromptData(Conversations):
     """Prompts from files, folders or the hub; what else a row holds is handed to the rewards."""
 
-    unit: ClassVar[str] = "prompts"
+    batch_type: ClassVar[type[Batch]] = PromptBatch
 
     answer: str | None = setting(
         None, "pattern whose first group is the answer in a text; null = the whole text. For exact match"

@@ -20,8 +20,8 @@ class TrainingError(RuntimeError):
     """The run cannot go on: too many steps in a row were skipped."""
 
 
-class FirstStep(StrEnum):
-    """What becomes of a run whose first step contradicts its algorithm."""
+class FirstStepPolicy(StrEnum):
+    """How a first step that contradicts the algorithm is handled."""
 
     error = auto()
     warn = auto()
@@ -39,8 +39,8 @@ class GuardSettings(Node):
         "skip a step whose gradient norm is this many standard deviations above the mean of the window; 0 = off",
         least=0,
     )
-    first_step: FirstStep = setting(
-        FirstStep.error, "a first step that cannot be right (DPO not at ln 2, nothing learnt): error, warn or off"
+    first_step: FirstStepPolicy = setting(
+        FirstStepPolicy.error, "a first step that cannot be right (DPO not at ln 2, nothing learnt): error, warn or off"
     )
     spike_window: int = setting(100, "applied steps whose gradient norms are remembered", least=10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from trainer.batch import Batch
+from trainer.batch import Batch, PackedRows
 from trainer.config import Node
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
-from trainer.diagnostics.first_step import Expectation, finite, something_learnt
+from trainer.diagnostics.first_step import FirstStep
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
@@ -70,38 +71,35 @@ class Pipeline(Node):
     """What ``optimizer.lr=null`` means here."""
     scores: ClassVar[bool] = False
     """Whether the trained model scores sequences instead of predicting tokens."""
-
-    @property
-    def unit(self) -> str:
-        """What it learns from, as data calls it."""
-        return "packed rows"
+    batch_type: ClassVar[type[Batch]] = PackedRows
+    """The micro-batches that it needs from the data."""
 
     @property
     def initial_loss(self) -> float | None:
         """The loss of a model that has learnt nothing yet, where the algorithm knows it."""
         return None
 
-    def refusals(self, adapter: Adapter) -> Iterator[str]:
-        """One sentence for everything about what is trained of the model that does not work here."""
+    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
+        """Yield one sentence for everything about ``adapter`` that does not work here."""
         yield from ()
 
-    def misfits(self, batch: Any, ranks: int) -> Iterator[str]:
-        """One sentence for everything about ``batch`` (size, micro, length) on so many ranks that does not work here."""
+    def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
+        """Yield one sentence for everything about ``batch`` (size, micro, length) that does not work on so many ranks."""
         yield from ()
 
-    def unfit(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """One sentence for everything about the tokenizer that does not work here."""
+    def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yield one sentence for everything about ``tokenizer`` that does not work here."""
         yield from ()
 
-    def room(self, length: int) -> int:
-        """Tokens of the data that a row of ``length`` may hold."""
+    def data_length(self, length: int) -> int:
+        """The most tokens of the data in a row of ``length`` tokens."""
         return length
 
     def steps(self, units: int, epochs: float, size: int) -> float:
         """Optimizer steps of ``epochs`` passes over so many units, ``size`` a step."""
         return units * epochs / size
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
+    def auxiliary_models(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         """The shape of each model beside a policy of this shape, and whether it is trained too: what takes memory."""
         yield from ()
 
@@ -112,8 +110,8 @@ class Pipeline(Node):
     def prepare(self, models: Models, engine: Engine, corpus: Corpus, cache: Path) -> None:
         """What is computed once with the models as they start; ``cache``: a folder for it. Collective."""
 
-    def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
-        """What is found out once after the last step and kept with the export (``onecurve.json``). Collective."""
+    def finalize(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
+        """What is computed once after the last step and kept with the export (``onecurve.json``). Collective."""
         return {}
 
     def batches(self, models: Models, engine: Engine, corpus: Corpus, plan: Plan) -> Source:
@@ -134,12 +132,19 @@ class Pipeline(Node):
         """What `loss` gets in place of a step's micro-batches: the same, with what all of them decide. Collective."""
         return micro_batches
 
-    def expected(
-        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
-    ) -> Iterator[Expectation]:
-        """What the first step of a fresh run must show, by its metrics and this rank's micro-batches. Collective."""
-        yield finite()
-        yield something_learnt(micro_batches)
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """One sentence for everything in the first step of a fresh run that contradicts the algorithm. Collective.
+
+        What is only unusual is logged.
+        """
+        remedy = "look for rows with broken values, or begin with precision=fp32 and a lower optimizer.lr"
+        problems = first.unless(math.isfinite(first.values["loss"]), "loss", "a loss is a number", remedy)
+        if first.learnt_nothing:
+            problems.append(
+                "the first step learns from nothing, since all its loss weights are 0: onecurve preview with the same "
+                "overrides shows what is learnt of each row; see data.train_on, data.truncation and batch.length"
+            )
+        return problems
 
     def loss(self, models: Models, batch: Any) -> tuple[Tensor, Metrics]:
         """The sum of the objective over a micro-batch (``batch.weight`` units), connected to the graph; and statistics."""

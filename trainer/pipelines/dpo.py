@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.pairs import PairBatch
-from trainer.diagnostics.first_step import TOLERANCE, Expectation, near
+from trainer.diagnostics.first_step import FirstStep
 from trainer.metrics import Metrics
-from trainer.models.load import ModelLoader
-from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models
 from trainer.pipelines.preference_losses import LOSSES, PairLogps, PreferenceLoss
 from trainer.pipelines.reference import ReferencePipeline, ReferenceSource, policy_logps
@@ -24,6 +23,8 @@ from trainer.pipelines.reference import ReferencePipeline, ReferenceSource, poli
 @dataclass
 class DPO(ReferencePipeline):
     """A loss of log-probabilities of preferred and rejected completions (docs/algorithms.md#preferences)."""
+
+    batch_type: ClassVar[type[Batch]] = PairBatch
 
     loss_type: str = setting("sigmoid", "the loss; sigmoid is DPO's own", choices=LOSSES)
     beta: float | None = setting(None, "how strongly to stay with the reference; null = the loss's usual", above=0)
@@ -46,10 +47,6 @@ class DPO(ReferencePipeline):
                 path = f"loss_parameters.{name}" if name in self.loss_parameters else name
                 used = ", ".join(defaults)
                 yield f"pipeline.{path} is not used by pipeline.loss_type={self.loss_type}, which has {used}; leave it out"
-
-    @property
-    def unit(self) -> str:
-        return "preference pairs"
 
     @property
     def preference_loss(self) -> PreferenceLoss:
@@ -106,16 +103,15 @@ class DPO(ReferencePipeline):
         metrics.each("rewards/margin", chosen - rejected, batch.rows)
         return metrics
 
-    def expected(
-        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
-    ) -> Iterator[Expectation]:
-        """A policy that is its own reference prefers nothing yet: the loss of a margin of 0, ln 2 for sigmoid."""
-        yield from super().expected(load, models, engine, micro_batches)
-        moved = getattr(load.adapter, "path", None) is not None and self.reference is not ReferenceSource.precomputed
-        dropped = getattr(load.adapter, "dropout", 0.0) > 0
-        if (start := self.initial_loss) is not None and not moved and not dropped:
-            tolerance = TOLERANCE[engine.precision.compute] * max(1.0, start)
-            rule = "before the first update the policy is its own reference"
-            remedy = "the reference must come from model.path itself, in the same precision and without dropout"
-            yield near("loss", start, tolerance, f"{rule}, whose loss is {start:.6f}", remedy)
-            yield near("rewards/margin", 0.0, tolerance, f"{rule}, whose margin is 0", remedy)
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """Also, a policy that is its own reference prefers nothing yet."""
+        problems = super().first_step_problems(first)
+        adapter = first.load.adapter
+        precomputed = self.reference is ReferenceSource.precomputed
+        starts_elsewhere = getattr(adapter, "path", None) is not None and not precomputed
+        if self.initial_loss is None or starts_elsewhere or getattr(adapter, "dropout", 0.0) > 0:
+            return problems
+        rule = "before the first update the policy is its own reference"
+        remedy = "the reference must come from model.path itself, in the same precision and without dropout"
+        problems += first.near("loss", self.initial_loss, f"{rule}, whose loss is {self.initial_loss:.6f}", remedy)
+        return problems + first.near("rewards/margin", 0.0, f"{rule}, whose margin is 0", remedy)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.labelled import LabelledBatch
 from trainer.metrics import Metrics
@@ -33,14 +34,12 @@ class KTO(ReferencePipeline):
     Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
     """
 
+    batch_type: ClassVar[type[Batch]] = LabelledBatch
+
     beta: float = setting(0.1, "how strongly to stay with the reference", above=0)
     desirable_weight: float = setting(1.0, "weight of desirable completions", least=0)
     undesirable_weight: float = setting(1.0, "weight of undesirable completions", least=0)
     rpo_alpha: float = setting(0.0, "weight of an added loss of the desirable completions' tokens", least=0)
-
-    @property
-    def unit(self) -> str:
-        return "labelled completions"
 
     def prepare_step(self, models: Models, engine: Engine, micro_batches: Iterable[Any]) -> list[KTOBatch]:
         """Estimate the KL divergence from the reference by mismatched completions, over all batches of all ranks."""

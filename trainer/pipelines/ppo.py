@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
-from trainer.diagnostics.first_step import Expectation, finite, same_policy, something_learnt
+from trainer.diagnostics.first_step import FirstStep
 from trainer.functional import logprobs_at
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
@@ -53,7 +52,7 @@ class Players(Models):
 class PPO(PolicyGradient):
     """Clipped policy gradients on rollouts (docs/algorithms.md#ppo; Schulman et al. 2017, arXiv:1707.06347)."""
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
+    def auxiliary_models(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.reference is Reference.model and (self.kl_price or self.kl_loss):
             yield architecture, False
         for scorer in (found for reward in self.reward.values() if (found := reward.starts_critic())):
@@ -134,17 +133,22 @@ class PPO(PolicyGradient):
             memory=self.rollout.memory, dtype=str(engine.precision.dtype).removeprefix("torch."),
         )  # fmt: skip
 
-    def expected(
-        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
-    ) -> Iterator[Expectation]:
-        """The policy that learns from its first mini-batch is still the one that sampled it."""
-        yield finite()
-        learnt = something_learnt(micro_batches)
-        if learnt.measured:
-            yield from same_policy(engine.precision.compute)
-        else:
-            remedy = "raise pipeline.rollout.tokens, or use another pipeline.unfinished than mask"
-            yield dataclasses.replace(learnt, remedy=remedy, certain=False)
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """Also, the policy that learns from its first mini-batch is still the one that sampled it."""
+        if first.learnt_nothing:
+            log.warning(
+                "the first mini-batch teaches nothing, since all its completions are masked: raise pipeline.rollout.tokens, "
+                "or use another pipeline.unfinished than mask"
+            )
+            return []
+        problems, rule = super().first_step_problems(first), "the policy has not changed since it sampled"
+        remedy = (
+            "old and new log-probabilities must come from the same ids, the same temperature and a model without dropout; "
+            "with rollouts from another engine, recompute the old ones"
+        )
+        for metric, value in (("policy/ratio_mean", 1.0), ("policy/clip_fraction", 0.0), ("policy/approx_kl", 0.0)):
+            problems += first.near(metric, value, rule, remedy)
+        return problems
 
     def learn(self, models: Models, judged: Judged, kl: float) -> Learnable:
         """What is learnt from an iteration: advantages and returns at the price ``kl``."""

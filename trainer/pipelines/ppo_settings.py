@@ -8,7 +8,9 @@ from enum import StrEnum, auto
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trainer.batch import Batch
 from trainer.config import setting
+from trainer.data.prompts import PromptBatch
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.models.lora import Adapter
 from trainer.pipelines.base import Pipeline
@@ -46,6 +48,7 @@ class PolicyGradient(Pipeline):
     """Settings of `PPO`."""
 
     learning_rate: ClassVar[float] = 1e-6
+    batch_type: ClassVar[type[Batch]] = PromptBatch
 
     advantage: str = setting("gae", "estimator of advantages; only gae needs a critic", choices=ESTIMATORS)
     samples: int | None = setting(None, "completions of a prompt; null = 1 for gae, else 8", least=1)
@@ -125,7 +128,7 @@ class PolicyGradient(Pipeline):
         if self.rollout.redraws and self.each < 2:
             yield "pipeline.rollout.redraws compares the scores of a group, and pipeline.samples=1; set it to 0"
 
-    def refusals(self, adapter: Adapter) -> Iterator[str]:
+    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
         if self.reference is Reference.adapters_off and not adapter.removable:
             yield "pipeline.reference=adapters_off needs adapter=lora; use model"
         if self.rollout.engine is Decoder.vllm and adapter.removable:
@@ -133,7 +136,7 @@ class PolicyGradient(Pipeline):
         if getattr(adapter, "dropout", 0.0):
             yield f"adapter.dropout={adapter.dropout} makes old and new probabilities differ by chance; use adapter.dropout=0"  # type: ignore[attr-defined]
 
-    def misfits(self, batch: Any, ranks: int) -> Iterator[str]:
+    def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
         if self.advantage not in ESTIMATORS:
             return
         size, prompts = self.rollout.size, self.rollout.size // self.each
@@ -148,16 +151,12 @@ class PolicyGradient(Pipeline):
                 f"use batch.length={2 * self.rollout.tokens} or fewer tokens"
             )
 
-    def unfit(self, tokenizer: Tokenizer) -> Iterator[str]:
+    def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
         folder = self.critic_path or (self.reward_folder if self.critic is Critic.reward else None)
         if self.estimator.critic and folder is not None and not open_tokenizer(folder).ids_as(tokenizer):
             yield (
                 f"the critic would begin from {folder}, which has another tokenizer; use pipeline.critic=policy or head"
             )
-
-    @property
-    def unit(self) -> str:
-        return "prompts"
 
     @property
     def estimator(self) -> Estimator:
@@ -184,7 +183,7 @@ class PolicyGradient(Pipeline):
         """The first reward model's folder."""
         return next((folder for r in self.reward.values() if (folder := r.starts_critic())), None)
 
-    def room(self, length: int) -> int:
+    def data_length(self, length: int) -> int:
         # The last id of a completion is predicted, never read.
         return length + 1 - self.rollout.tokens
 

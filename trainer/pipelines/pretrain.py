@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from trainer.batch import PackedRows
 from trainer.config import schema, setting
-from trainer.diagnostics.first_step import Expectation, plausible
+from trainer.diagnostics.first_step import FirstStep
 from trainer.functional import cross_entropy
 from trainer.metrics import Metrics
-from trainer.models.load import ModelLoader
-from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
+
+log = logging.getLogger(__name__)
 
 
 @schema("pipeline/pretrain")
@@ -44,13 +44,15 @@ class Pretrain(Pipeline):
             metrics.mean("z_loss", self.z_loss * z, batch.weight)
         return loss, metrics
 
-    def expected(
-        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
-    ) -> Iterator[Expectation]:
-        """A new model knows nothing yet: its loss is about ln(vocabulary)."""
-        yield from super().expected(load, models, engine, micro_batches)
-        if load.files is None:
-            yield plausible(load.architecture.vocab_size)
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """Also, the loss of a new model is about ln(vocabulary), plus half the variance of its logits: else a warning."""
+        chance, loss = math.log(first.load.architecture.vocab_size), first.values["loss"]
+        if first.load.files is None and not 0.8 * chance <= loss <= 1.5 * chance + 1:
+            log.warning(
+                "the first step's loss is %.6g, and chance is ln(vocabulary) = %.2f: far below it, targets are visible to "
+                "the model; far above it, model.initializer_range is too large", loss, chance,
+            )  # fmt: skip
+        return super().first_step_problems(first)
 
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
         """``loss`` in nats per token without regularisers, and ``bits_per_byte``: nll / (ln 2 * bytes)."""

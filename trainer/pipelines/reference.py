@@ -92,11 +92,11 @@ class ReferencePipeline(Pipeline):
         """Whether the loss compares with a reference at all."""
         return self.reference is not ReferenceSource.none
 
-    def refusals(self, adapter: Adapter) -> Iterator[str]:
+    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
         if self.reference is ReferenceSource.adapters_off and not adapter.removable:
             yield "pipeline.reference=adapters_off needs adapter=lora; use model or precomputed"
 
-    def beside(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
+    def auxiliary_models(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.uses_reference and self.reference is ReferenceSource.model:
             yield architecture, False
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, PairBatch
@@ -27,14 +28,11 @@ class Reward(Pipeline):
 
     learning_rate: ClassVar[float] = 1e-5
     scores: ClassVar[bool] = True
+    batch_type: ClassVar[type[Batch]] = PairBatch
 
     margin: bool = setting(True, "ask for the pair's own margin, where the data has one (arXiv:2307.09288)")
     centering: float = setting(0.0, "weight of (r_c + r_r)^2, which keeps scores near 0; 0.01 is usual", least=0)
     normalize: bool = setting(True, "store mean and deviation of the training set's scores with the model")
-
-    @property
-    def unit(self) -> str:
-        return "preference pairs"
 
     @property
     def initial_loss(self) -> float:
@@ -47,7 +45,7 @@ class Reward(Pipeline):
         losses = -logsigmoid(chosen - rejected - wanted) + self.centering * (chosen + rejected).square()
         return (losses * batch.unit_mask).sum(), report(scores.detach(), batch)
 
-    def closing(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
+    def finalize(self, models: Models, engine: Engine, corpus: Corpus) -> dict[str, Any]:
         """Mean and standard deviation of every training score; collective."""
         if not self.normalize:
             return {}

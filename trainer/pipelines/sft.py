@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trainer.batch import PackedRows
 from trainer.config import schema
-from trainer.diagnostics.first_step import Expectation, ends_learnt
+from trainer.diagnostics.first_step import FirstStep
 from trainer.functional import correct, cross_entropy
 from trainer.metrics import Metrics
-from trainer.models.load import ModelLoader
-from trainer.parallel.engine import Engine
+from trainer.parallel import distributed
 from trainer.pipelines.base import Models
 from trainer.pipelines.pretrain import Pretrain
+
+log = logging.getLogger(__name__)
 
 
 @schema("pipeline/sft")
@@ -26,12 +28,16 @@ class SFT(Pretrain):
 
     learning_rate: ClassVar[float] = 2e-5
 
-    def expected(
-        self, load: ModelLoader, models: Models, engine: Engine, micro_batches: Sequence[Any]
-    ) -> Iterator[Expectation]:
-        """Also that the end of an answer is learnt."""
-        yield from super().expected(load, models, engine, micro_batches)
-        yield ends_learnt(micro_batches, models.tokenizer.stops)
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """Also, an answer's end is among what is learnt: else a warning."""
+        ends = torch.tensor(list(first.tokenizer.stops))
+        learnt = torch.stack([(torch.isin(b.targets, ends) & (b.mask > 0)).sum() for b in first.batches]).sum()
+        if not distributed.sum_over_data(learnt):
+            log.warning(
+                "the first step learns no end-of-turn token, so the model does not learn to stop: raise batch.length if "
+                "every answer was cut, and see with onecurve preview whether the template ends an answer with an end token"
+            )
+        return super().first_step_problems(first)
 
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
         """``loss`` in nats per learnt token, and ``token_accuracy``: the part of them that is the likeliest one."""
