@@ -12,6 +12,7 @@ LAYERS = [
     "jobs",
     "compose",
     "run",
+    "step_log",
     "loop",
     "evaluate",
     "pipelines",
@@ -25,6 +26,7 @@ LAYERS = [
     "tinyworld",
     "models",
     "data",
+    "settings",
     "parallel",
     "stopping",
     "optim",
@@ -127,7 +129,7 @@ def test_nothing_is_unpickled():
 
 
 def test_files_can_be_read_at_one_sitting():
-    assert {module_name(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 370} == {}
+    assert {module_name(f): n for f in FILES if (n := len(f.read_text().splitlines())) > 350} == {}
 
 
 def test_ranks_are_asked_for_by_purpose():

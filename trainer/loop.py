@@ -92,5 +92,5 @@ def train_step(
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
-    metrics.maximum("stopping", torch.full_like(weight, stopping.wish()))
+    metrics.maximum("stopping", torch.full_like(weight, stopping.stop_request()))
     return {**metrics.reduced(distributed.stack_over_data), "grad_norm": outcome.grad_norm, **guard.metrics()}

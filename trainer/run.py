@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import stopping
 from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
 from trainer.checkpoint.run_folder import plain
 from trainer.config import ConfigError, Node, schema, setting
@@ -31,30 +30,33 @@ from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
 from trainer.export.lineage import ancestry
-from trainer.loop import train
-from trainer.metrics import Readback
+from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Adapter, Full, LoRA
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.distributed import World
 from trainer.parallel.engine import Engine
 from trainer.parallel.malloc import tune_malloc
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
 from trainer.parallel.zero import Zero1, Zero2, Zero3
-from trainer.pipelines.base import Pipeline, Plan
+from trainer.pipelines.base import Models, Pipeline, Plan
 from trainer.pipelines.dpo import DPO
 from trainer.pipelines.kto import KTO
 from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
+from trainer.settings import BatchSizes, Resume, Sweep
+from trainer.step_log import StepLog
+from trainer.stopping import StopConsensus, Stopped
 from trainer.tinyworld.data import TinyWorldData
 from trainer.tracking.profiling import Profile
-from trainer.tracking.progress import PendingStep, TokenCounter
+from trainer.tracking.progress import TokenCounter
 from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
 
@@ -63,55 +65,6 @@ SHIPPED = (
     LabelledData, PromptData,
 )  # fmt: skip
 """Choices that come with the framework: naming them here registers them."""
-
-
-class Resume(StrEnum):
-    """What to do with what is in ``run_dir``."""
-
-    auto = "auto"
-    new = "new"
-    never = "never"
-
-
-@schema("batch")
-@dataclass
-class BatchSizes(Node):
-    """How much is learnt from at once. A unit is a packed row (pretrain, sft), a pair (reward, dpo) or a completion (ppo)."""
-
-    size: int = setting(32, "units of a step, over all ranks", least=1)
-    micro: int = setting(8, "units of a forward on one rank", least=1)
-    length: int = setting(512, "tokens of a row", least=2)
-
-    def problems(self) -> Iterator[str]:
-        ranks = distributed.ranks()
-        unit = self.micro * ranks
-        if self.size % unit:
-            below = self.size // unit * unit
-            nearest = f"{below} or {below + unit}" if below else f"{unit}, or a smaller batch.micro"
-            word = "rank" if ranks == 1 else "ranks"
-            yield (
-                f"batch.size={self.size} is not a multiple of {unit} ({ranks} {word} x batch.micro={self.micro}); "
-                f"use {nearest}"
-            )
-
-
-class Direction(StrEnum):
-    """Which end of the metric is the better one."""
-
-    minimize = "minimize"
-    maximize = "maximize"
-
-
-@schema("sweep")
-@dataclass
-class Sweep(Node):
-    """How the points of a sweep run (``--multirun``)."""
-
-    ranks: int = setting(
-        1, "ranks of a point on this machine; a point that is a job of its own has one a task", least=1
-    )
-    metric: str = setting("eval/loss", "the metric that points are compared by, at the end of each")
-    direction: Direction = setting(Direction.minimize, "which end of the metric is the better one")
 
 
 @schema("run")
@@ -219,6 +172,25 @@ class Run(Node):
             adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.auxiliary_models(architecture)),
         )  # fmt: skip
 
+    def made_from(self, load: ModelLoader, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
+        """Fingerprints that a resumed run must have again, and what the report says about the start."""
+        return {
+            "data": corpus.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "floors": corpus.floors,
+            "statistics": corpus.summary,
+            "defaults": run_folder.defaults(self),
+            "initial_loss": self.pipeline.initial_loss,
+            **self.adapter.made_from(load.files),
+        }
+
+    def check_ranks(self, folder: Path, architecture: Architecture, world: World) -> Mapping[int, str]:
+        """Compare software, settings and machines of several ranks; gives where each runs, if it was asked for."""
+        if not self.preflight or world.devices == 1:
+            return {}
+        layout = self.layout(architecture, world.devices, cuda=world.device.type == "cuda")
+        return preflight.quick(folder, plain(self), architecture, layout)
+
     def length(self, corpus: Corpus) -> int:
         """Optimizer steps of the whole run."""
         return self.steps or max(
@@ -227,144 +199,152 @@ class Run(Node):
 
 
 def run(cfg: Run) -> dict[str, float]:
-    """Carry a run out, to its exported model; gives the last value of every metric, or raises `Stopped` where asked to."""
+    """Carry out a run, from its configuration to its exported model.
+
+    Returns:
+        The last value of every metric.
+
+    Raises:
+        Stopped: saved before its last step, because a signal or a time limit asked for it.
+    """
     tune_malloc()
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
-        return say_estimate(cfg, architecture)
-    loader = cfg.loader(tokenizer)
+        return print_estimate(cfg, architecture)
+    load = cfg.loader(tokenizer)
     corpus = cfg.data.open(tokenizer, cfg.pipeline.data_length(cfg.batch.length), cfg.seed)
-    made_from: dict[str, Any] = {
-        "data": corpus.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "floors": corpus.floors,
-    }
-    made_from |= {"statistics": corpus.summary, "defaults": run_folder.defaults(cfg)}
-    made_from["initial_loss"] = cfg.pipeline.initial_loss
-    made_from |= cfg.adapter.made_from(loader.files)
-    lineage = ancestry(plain(cfg))
+    made_from, lineage = cfg.made_from(load, tokenizer, corpus), ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
         Watchdog(cfg.watchdog) as watchdog,
         distributed.session() as world,
         run_folder.begin(folder, plain(cfg), made_from, world.devices) as facts,
-        ExitStack() as work,
     ):
-        layout = cfg.layout(architecture, world.devices, cuda=world.device.type == "cuda")
-        hosts = preflight.quick(folder, plain(cfg), architecture, layout) if cfg.preflight and world.devices > 1 else {}
-        models = cfg.pipeline.models(loader, tokenizer)
+        hosts = cfg.check_ranks(folder, architecture, world)
+        models = cfg.pipeline.models(load, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
         watchdog.started()
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
-        guard, seen, watch = (
-            Guard(cfg.guard, world.device),
-            TokenCounter(world.device),
-            Stopwatch(world.device, watchdog),
-        )
+        watch = Stopwatch(world.device, watchdog)
+        guard, tokens = Guard(cfg.guard, world.device), TokenCounter(world.device)
         plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, cfg.seed, watch)
-        batches = cfg.pipeline.batches(models, engine, corpus, plan)
-        work.callback(batches.close)
-        parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": seen}
-        with watchdog.phase("restore"):
-            checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
-            done, last = checkpoints.restore(), cfg.length(corpus)
-        schedule = partial(cfg.schedule, steps=last)
-        steps = train(
-            cfg.pipeline, models, engine, batches, schedule, guard, watch,
-            seed=cfg.seed, first=done + 1, last=last, accumulate=cfg.batch.size // (cfg.batch.micro * world.data.size),
-        )  # fmt: skip
-        speed = Speed(watch, architecture, world, cfg.precision.dtype, float(seen.tokens))
-        readback: Readback[PendingStep] = Readback()
-        stop = stopping.Agreement(cfg.checkpoint.before_deadline)
-        stragglers = Stragglers(engine.model, world.device, hosts)
-        with (
-            Tracker(cfg.tracking, folder, main=world.is_main, done=done, last=last, facts=facts) as tracker,
-            cfg.profile.recording(folder / "profile", done + 1) as profiler,
-            watchdog.phase("step"),  # what lies between the laps of a step: metrics meet there, and asynchronous saves
-        ):
-            tracker.say(corpus.summary)
-
-            def log(arrived: list[tuple[dict[str, float], PendingStep]]) -> None:
-                for values, step in arrived:
-                    stop.hear(values.pop("stopping"))
-                    guard.check(step.number, values, step.rows)
-                    rates = speed.figures(values["tokens"], step.timing)
-                    tracker.step(step.number, {**values, "lr": step.lr, **rates, **step.compared})
-
-            def evaluate(number: int) -> None:
-                log(readback.flush())
-                with watch.lap("evaluation"):
-                    found = cfg.evaluation.measure(cfg.pipeline, models, engine, corpus.heldout, cfg.batch.micro)
-                    judged, samples = cfg.evaluation.answer(cfg.pipeline, models, engine, corpus, number, cfg.seed)
-                tracker.log(number, {**{name: float(value) for name, value in found.values.items()}, **judged})
-                tracker.histograms(number, found.units)
-                tracker.table(number, "errors", found.errors)
-                tracker.table(number, "samples", samples)
-                tracker.report()
-
-            def save(number: int) -> None:
-                log(readback.flush())
-                tracker.sync()
-                with watch.lap("checkpoint"):
-                    checkpoints.save(number)
-
-            if cfg.evaluation.first and done == 0:
-                evaluate(0)
-            for step in steps:
-                watchdog.done(step.number, engine)
-                profiler.done(step.number)
-                checkpoints.advance()
-                tracker.table(step.number, "samples", step.shown)
-                values = {**step.metrics, "tokens": seen.add(step.metrics["tokens"])}
-                speed.count(sum(batch.pairs for batch in step.micro_batches))
-                rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
-                timing = speed.lap()
-                compared = stragglers.observe(step.number, timing.laps.get("data", 0.0))
-                lr = cfg.base_lr * schedule(step.number)
-                log(readback.push(values, PendingStep(step.number, lr, rows, timing, compared)))
-                if step.number == 1 and cfg.guard.first_step is not FirstStepPolicy.off:
-                    log(readback.flush())
-                    start = FirstStep(tracker.latest, step.micro_batches, loader, tokenizer, cfg.precision.compute)
-                    validate_first_step(cfg.pipeline.first_step_problems(start), cfg.guard.first_step)
-                stopped = stop.reached and step.number < last
-                if stopped:  # there may be no time for an evaluation
-                    save(step.number)
-                if cfg.evaluation.due(step.number, last):
-                    evaluate(step.number)
-                if cfg.checkpoint.due(step.number, last) and not stopped:
-                    save(step.number)
-                if stopped:
-                    checkpoints.close()
-                    raise stopping.Stopped(step.number, last, stop.reason)
-            log(readback.flush())
-            with watchdog.phase("export"):
-                checkpoints.close()
-                record = {
-                    "config": plain(cfg),
-                    **lineage,
-                    **cfg.pipeline.finalize(models, engine, corpus),
-                    "step": last,
-                }
-                weights = partial(exported, cfg, engine, loader)
-                if cfg.adapter.exports:
-                    cfg.export.write(folder / "export", weights, architecture, tokenizer, {**facts, **record})
-                cfg.adapter.write(folder / "adapter", engine, loader, tokenizer)
+        with closing(cfg.pipeline.batches(models, engine, corpus, plan)) as batches:
+            parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": tokens}
+            with watchdog.phase("restore"):
+                checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
+                done, last = checkpoints.restore(), cfg.length(corpus)
+            schedule = partial(cfg.schedule, steps=last)
+            speed = Speed(watch, architecture, world, cfg.precision.dtype, float(tokens.tokens))
+            with (
+                Tracker(cfg.tracking, folder, main=world.is_main, done=done, last=last, facts=facts) as tracker,
+                cfg.profile.recording(folder / "profile", done + 1) as profiler,
+                watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
+            ):
+                tracker.say(corpus.summary)
+                stop = StopConsensus(cfg.checkpoint.before_deadline)
+                log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
+                session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
+                if cfg.evaluation.first and done == 0:
+                    session.evaluate(0)
+                for step in train(
+                    cfg.pipeline, models, engine, batches, schedule, guard, watch, seed=cfg.seed, first=done + 1, last=last,
+                    accumulate=cfg.batch.size // (cfg.batch.micro * world.data.size),
+                ):  # fmt: skip
+                    watchdog.done(step.number, engine)
+                    profiler.done(step.number)
+                    log.push(step, lr=cfg.base_lr * schedule(step.number))
+                    session.after(step, last)
+                with watchdog.phase("export"):
+                    session.export(folder, {**facts, "config": plain(cfg), **lineage}, last)
         return tracker.latest
 
 
-def exported(cfg: Run, engine: Engine, loader: ModelLoader) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model that is exported; collective, complete on the first rank."""
-    return ((name, tensor) for name, tensor in cfg.adapter.weights(engine, loader) if cfg.pipeline.exports(name))
+@dataclass(frozen=True)
+class Session:
+    """The parts of a run while it trains, and what happens between its steps."""
+
+    cfg: Run
+    load: ModelLoader
+    corpus: Corpus
+    models: Models
+    engine: Engine
+    checkpoints: Checkpointer
+    tracker: Tracker
+    log: StepLog
+    watch: Stopwatch
+
+    def after(self, step: Step, last: int) -> None:
+        """Validate, evaluate and save where that is due after ``step``.
+
+        Raises:
+            Stopped: where the ranks agreed to stop; the run is saved then.
+        """
+        cfg, number = self.cfg, step.number
+        self.checkpoints.advance()
+        if number == 1 and cfg.guard.first_step is not FirstStepPolicy.off:
+            self._validate_first(step)
+        stopping = self.log.stop.reached and number < last
+        if stopping:  # there may be no time for an evaluation
+            self.save(number)
+        if cfg.evaluation.due(number, last):
+            self.evaluate(number)
+        if cfg.checkpoint.due(number, last) and not stopping:
+            self.save(number)
+        if stopping:
+            self.checkpoints.close()
+            raise Stopped(number, last, self.log.stop.reason)
+
+    def evaluate(self, step: int) -> None:
+        """Measure held-out data and answer held-out prompts; collective."""
+        self.log.flush()
+        evaluation, pipeline, tracker = self.cfg.evaluation, self.cfg.pipeline, self.tracker
+        with self.watch.lap("evaluation"):
+            measured = evaluation.measure(pipeline, self.models, self.engine, self.corpus.heldout, self.cfg.batch.micro)
+            scores, samples = evaluation.answer(pipeline, self.models, self.engine, self.corpus, step, self.cfg.seed)
+        tracker.log(step, {**{name: float(value) for name, value in measured.values.items()}, **scores})
+        tracker.histograms(step, measured.units)
+        tracker.table(step, "errors", measured.errors)
+        tracker.table(step, "samples", samples)
+        tracker.report()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint that counts on everything that was logged; collective."""
+        self.log.flush()
+        self.tracker.sync()
+        with self.watch.lap("checkpoint"):
+            self.checkpoints.save(step)
+
+    def export(self, folder: Path, record: Mapping[str, Any], step: int) -> None:
+        """Write the model in the formats that others read, with the ``record`` of how it was made; collective."""
+        self.log.flush()
+        self.checkpoints.close()
+        adapter, tokenizer = self.cfg.adapter, self.models.tokenizer
+        computed = self.cfg.pipeline.finalize(self.models, self.engine, self.corpus)
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            named = adapter.weights(self.engine, self.load)
+            return ((name, tensor) for name, tensor in named if self.cfg.pipeline.exports(name))
+
+        if adapter.exports:
+            facts = {**record, **computed, "step": step}
+            self.cfg.export.write(folder / "export", weights, self.load.architecture, tokenizer, facts)
+        adapter.write(folder / "adapter", self.engine, self.load, tokenizer)
+
+    def _validate_first(self, step: Step) -> None:
+        self.log.flush()
+        compute, tokenizer = self.cfg.precision.compute, self.models.tokenizer
+        first = FirstStep(self.tracker.latest, step.micro_batches, self.load, tokenizer, compute)
+        validate_first_step(self.cfg.pipeline.first_step_problems(first), self.cfg.guard.first_step)
 
 
-def say_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
+def print_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
     """Print what a rank of this run would hold; gives the sum as ``memory_gb``."""
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
-    found = memory(architecture, layout)
+    need = memory(architecture, layout)
     print(
         f"{parameters_of(architecture):,} parameters, strategy={cfg.strategy.name}, {layout.ranks} rank(s); memory of a rank:"
     )
-    print("\n".join(found.lines()))
+    print("\n".join(need.lines()))
     print("scripts/estimate.py does the same for other devices and ranks, with time and advice")
-    return {"memory_gb": found.total / 1e9}
+    return {"memory_gb": need.total / 1e9}

@@ -21,7 +21,7 @@ DEADLINES = ("ONECURVE_DEADLINE", "SLURM_JOB_END_TIME")
 """Variables that tell when this process will be ended, in seconds since 1970."""
 
 TIME_LIMIT = 1000
-"""What a rank wishes near the deadline, where it would be a signal's number."""
+"""A rank's stop request near the deadline, in place of a signal's number."""
 
 _asked = 0
 _process: int | None = None
@@ -66,8 +66,8 @@ def forget() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def wish(environment: Mapping[str, str] = os.environ) -> int:
-    """Why this rank wants to stop: the number of a signal, or `TIME_LIMIT`; else 0. The ranks exchange it every step."""
+def stop_request(environment: Mapping[str, str] = os.environ) -> int:
+    """Why this rank was asked to stop: a signal's number, or `TIME_LIMIT`; else 0. The ranks exchange it every step."""
     if not _asked and _before_deadline:
         end = deadline(environment)
         if end is not None and time.time() > end - _before_deadline:
@@ -75,28 +75,28 @@ def wish(environment: Mapping[str, str] = os.environ) -> int:
     return _asked
 
 
-class Agreement:
-    """What the ranks' wishes come to: all of them hear the same largest wish of the same step, and stop after it."""
+class StopConsensus:
+    """What the ranks' stop requests come to: all see the same largest request of the same step, and stop after it."""
 
     def __init__(self, before_deadline: float) -> None:
-        """``before_deadline``: seconds that are kept for the last save; 0 = do not look at the time limit."""
+        """``before_deadline``: seconds that are left for the last save; 0 = do not look at the time limit."""
         global _before_deadline
         _before_deadline = before_deadline
-        self.wish = 0
+        self.request = 0
 
-    def hear(self, wish: float) -> None:
-        """Take the largest wish of all ranks in a step."""
-        self.wish = self.wish or int(wish)
+    def update(self, request: float) -> None:
+        """Take the largest request of all ranks in a step; the first one that is none of 0 stays."""
+        self.request = self.request or int(request)
 
     @property
     def reached(self) -> bool:
         """Whether to save and end now."""
-        return self.wish > 0
+        return self.request > 0
 
     @property
     def reason(self) -> str:
         """The signal's name, or the time limit."""
-        return "the time limit is near" if self.wish == TIME_LIMIT else signal.Signals(self.wish).name
+        return "the time limit is near" if self.request == TIME_LIMIT else signal.Signals(self.request).name
 
 
 def deadline(environment: Mapping[str, str] = os.environ) -> float | None:

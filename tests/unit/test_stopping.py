@@ -1,4 +1,4 @@
-"""Signals and deadlines become one wish, which all ranks hear in the same step."""
+"""Signals and deadlines become one stop request, which all ranks see in the same step."""
 
 import signal
 import subprocess
@@ -42,7 +42,9 @@ def test_a_second_signal_ends_a_process_that_hangs_in_a_call():
 
 
 def test_a_signal_that_a_launcher_passes_on_as_well_is_the_same_request():
-    process = listening("print('ready', flush=True)\nwhile not stopping.wish(): time.sleep(0.01)\ntime.sleep(0.5)")
+    process = listening(
+        "print('ready', flush=True)\nwhile not stopping.stop_request(): time.sleep(0.01)\ntime.sleep(0.5)"
+    )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
     assert process.wait(timeout=10) == 0
@@ -66,23 +68,23 @@ def test_nothing_of_torch_is_imported_before_the_handlers_exist():
 
 
 @pytest.mark.parametrize("name", stopping.DEADLINES)
-def test_a_rank_wishes_to_stop_when_fewer_seconds_are_left_than_a_save_is_given(name):
-    stopping.Agreement(before_deadline=60)
+def test_a_rank_asks_to_stop_when_fewer_seconds_are_left_than_a_save_is_given(name):
+    stopping.StopConsensus(before_deadline=60)
     try:
-        assert stopping.wish({name: str(time.time() + 30)}) == stopping.TIME_LIMIT
-        assert stopping.wish({name: str(time.time() + 90)}) == 0
-        assert stopping.wish({name: "UNLIMITED"}) == 0
-        assert stopping.wish({}) == 0
-        stopping.Agreement(before_deadline=0)
-        assert stopping.wish({name: str(time.time() + 30)}) == 0
+        assert stopping.stop_request({name: str(time.time() + 30)}) == stopping.TIME_LIMIT
+        assert stopping.stop_request({name: str(time.time() + 90)}) == 0
+        assert stopping.stop_request({name: "UNLIMITED"}) == 0
+        assert stopping.stop_request({}) == 0
+        stopping.StopConsensus(before_deadline=0)
+        assert stopping.stop_request({name: str(time.time() + 30)}) == 0
     finally:
-        stopping.Agreement(before_deadline=0)
+        stopping.StopConsensus(before_deadline=0)
 
 
 def test_the_first_wish_that_is_heard_counts():
-    stop = stopping.Agreement(before_deadline=0)
-    stop.hear(0.0)
+    stop = stopping.StopConsensus(before_deadline=0)
+    stop.update(0.0)
     assert not stop.reached
-    stop.hear(float(signal.SIGUSR1))
-    stop.hear(float(stopping.TIME_LIMIT))
+    stop.update(float(signal.SIGUSR1))
+    stop.update(float(stopping.TIME_LIMIT))
     assert (stop.reached, stop.reason) == (True, "SIGUSR1")
