@@ -148,3 +148,13 @@ def test_ranks_are_asked_for_by_purpose():
 def test_the_parallel_package_knows_no_metric_class():
     parallel = [file for file in FILES if module_name(file).startswith("trainer.parallel")]
     assert [str(file) for file in parallel if any(n.startswith("trainer.metrics") for n in imported(file))] == []
+
+
+def test_functions_can_be_read_at_one_sight():
+    long = {
+        f"{module_name(file)}.{node.name}": lines
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+    }
+    assert long == {}
