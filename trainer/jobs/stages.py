@@ -15,8 +15,7 @@ from typing import Any, Self
 
 import rich.console
 import torch
-from rich.live import Live
-from rich.table import Table
+from rich.markup import escape
 
 from trainer import report
 from trainer.jobs.lifecycle import DONE, Lifecycle
@@ -47,12 +46,11 @@ def run_stages(life: Lifecycle, ranks: int) -> int:
     life.validate()
     started = time.monotonic()
     before = {name for name in life.stages if life.done(name)}
-    with Overview(life) as overview:
-        for stage in (stage for stage in life.recipe.stages if stage.enabled):
-            if stage.name in before:
-                overview.say(f"{stage.name}: done before, in {life.stages[stage.name]['run_dir']}")
-            elif not _run_stage(life, stage, ranks, overview):
-                return 1
+    for stage in (stage for stage in life.recipe.stages if stage.enabled):
+        if stage.name in before:
+            print(f"{stage.name}: done before, in {life.stages[stage.name]['run_dir']}", flush=True)
+        elif not _run_stage(life, stage, ranks):
+            return 1
     life.save()
     page = write_report(life)
     print("\n" + "\n".join(result_lines(life)))
@@ -60,7 +58,7 @@ def run_stages(life: Lifecycle, ranks: int) -> int:
     return 0 if all(row.get("met", True) for row in life.record["results"]) else 1
 
 
-def _run_stage(life: Lifecycle, stage: Stage, ranks: int, overview: Overview) -> bool:
+def _run_stage(life: Lifecycle, stage: Stage, ranks: int) -> bool:
     """Run a stage, and record how it ended; False where it is not done."""
     if stage.run is not None:
         life.validate(stage)  # what was still to be written when all stages were validated is there by now
@@ -68,16 +66,17 @@ def _run_stage(life: Lifecycle, stage: Stage, ranks: int, overview: Overview) ->
     status, started = "failed", time.monotonic()
     file = life.recipe.folder / "logs" / f"{stage.name}.log"
     arguments, folder = stage.command(life.places(stage.name)), Path(life.stages[stage.name]["run_dir"])
-    overview.start(stage.name, arguments)
+    print(f"{stage.name}: python {shlex.join(arguments)}", flush=True)
     try:
-        outcome = run_ranks(
-            arguments,
-            places(ranks if stage.run is not None else 1),
-            lambda _: file,
-            environment=stage_environment(ranks),
-            while_running=lambda: overview.show(folder),
-            save_seconds=SAVE_SECONDS,
-        )
+        with Display(stage.name, folder) as display:
+            outcome = run_ranks(
+                arguments,
+                places(ranks if stage.run is not None else 1),
+                lambda _: file,
+                environment=stage_environment(ranks),
+                while_running=display.update,
+                save_seconds=SAVE_SECONDS,
+            )
         if outcome.signalled:
             status = "interrupted"
         elif outcome.code == 0:
@@ -88,10 +87,11 @@ def _run_stage(life: Lifecycle, stage: Stage, ranks: int, overview: Overview) ->
         write_report(life)
     if status != "done":
         if status == "failed":
-            overview.say("\n".join(file.read_text(errors="replace").splitlines()[-25:]))
+            print("\n".join(file.read_text(errors="replace").splitlines()[-25:]))
         print(f"{stage.name} {status}; its log is {file}; the same command goes on", file=sys.stderr)
         return False
-    overview.say(f"{stage.name}: done in {time.monotonic() - started:.0f} s")
+    results = "; ".join(_result(row) for row in life.record["results"] if row["of"] == stage.name)
+    print(f"{stage.name}: done in {time.monotonic() - started:.0f} s{results and f'; {results}'}", flush=True)
     return True
 
 
@@ -104,62 +104,29 @@ def stage_environment(ranks: int) -> Mapping[str, str]:
     return environment
 
 
-class Overview:
-    """Stages with their progress: a live table on a terminal, plain lines elsewhere."""
+class Display:
+    """How far the stage in ``folder`` is: a status line on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, life: Lifecycle) -> None:
-        self.life = life
-        self._console = rich.console.Console(highlight=False)
-        self._running, self._progress = "", ""
-        self._started = self._printed = 0.0
-        self._live = Live(self.table(), console=self._console, refresh_per_second=4)
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._status = rich.console.Console(highlight=False).status(name)
+        self._printed = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
+        if sys.stdout.isatty():
+            self._status.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live.is_started:
-            self._live.update(self.table())
-            self._live.stop()
+        self._status.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        self._running = ""
-        self._console.print(text, markup=False)
-
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """A stage starts."""
-        self._running, self._progress = name, ""
-        self._started = self._printed = time.monotonic()
-        if not self._live.is_started:
-            print(f"{name}: python {shlex.join(arguments)}", flush=True)
-
-    def show(self, folder: Path) -> None:
-        """Show how far the stage in ``folder`` is."""
-        now = time.monotonic()
-        if self._live.is_started:
-            self._progress = progress(folder)
-            self._live.update(self.table())
-        elif now - self._printed >= QUIET and (text := progress(folder)):
-            self._printed = now
-            print(f"{self._running}: {text}", flush=True)
-
-    def table(self) -> Table:
-        """A row a stage: progress while it runs, results when it is done."""
-        table = Table(box=None, pad_edge=False)
-        for column in ("stage", "status", "", "seconds"):
-            table.add_column(column, justify="right" if column == "seconds" else "left")
-        results: dict[str, list[str]] = {}
-        for row in self.life.record.get("results", []):
-            results.setdefault(row["of"], []).append(f"{row['name'].partition(': ')[2]} {row['value']:.4g}")
-        for name, entry in self.life.stages.items():
-            running = name == self._running
-            seconds = time.monotonic() - self._started if running else entry.get("seconds")
-            text = self._progress if running else ", ".join(results.get(name, []))
-            table.add_row(name, entry["status"], text, f"{seconds:.0f}" if seconds is not None else "")
-        return table
+    def update(self) -> None:
+        """Show the progress anew."""
+        if sys.stdout.isatty():
+            self._status.update(escape(f"{self.name}: {progress(self.folder)}"))
+        elif time.monotonic() - self._printed >= QUIET and (text := progress(self.folder)):
+            self._printed = time.monotonic()
+            print(f"{self.name}: {text}", flush=True)
 
 
 def progress(folder: Path) -> str:
