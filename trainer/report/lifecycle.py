@@ -17,15 +17,17 @@ from trainer.report.verdict import Line, State, headline, verdict
 
 RECORD = "lifecycle.json"
 Row = Mapping[str, Any]
+STATES = {True: (State.good, "✓ met"), False: (State.bad, "✕ missed"), None: (State.note, "–")}
+"""By whether a result met its target; None: it has none."""
 
 
 def lifecycle(folder: Path) -> str:
     """The page of a folder whose ``lifecycle.json`` lists ``stages``, ``results`` and ``samples``, each if there."""
     record = read_json(folder / RECORD)
     stages, results, answers = (_rows(record, key) for key in ("stages", "results", "samples"))
-    runs = {str(stage.get("name", n)): _run(folder, stage) for n, stage in enumerate(stages)}
-    models = list(dict.fromkeys(str(key) for row in answers for key in _answers(row)))
-    prompts = [(str(row.get("prompt", "")), _answers(row)) for row in answers]
+    runs = {stage["name"]: _run(folder, stage) for stage in stages}
+    models = list(dict.fromkeys(key for row in answers for key in row["answers"]))
+    prompts = [(str(row["prompt"]), row["answers"]) for row in answers]
     parts = {
         "Results": _results(results),
         "Stages": _stages(stages, runs),
@@ -39,49 +41,23 @@ def lifecycle(folder: Path) -> str:
 
 def _rows(record: Row, key: str) -> list[dict[str, Any]]:
     """A list of objects; stages are an object by name."""
-    rows = record.get(key) or []
-    if isinstance(rows, Mapping):
-        rows = [{"name": name, **row} for name, row in rows.items() if isinstance(row, Mapping)]
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-
-
-def _answers(row: Row) -> dict[str, Any]:
-    """The answers by stage, under ``answers`` or beside the prompt."""
-    inside = row.get("answers")
-    if isinstance(inside, Mapping):
-        return dict(inside)
-    return {k: v for k, v in row.items() if k not in ("prompt", "step", "ideal")}
+    rows = record.get(key, [])
+    return [{"name": name, **row} for name, row in rows.items()] if isinstance(rows, dict) else rows
 
 
 def _run(folder: Path, stage: Row) -> Recording | None:
     """The run of a stage: its ``run_dir``, from here or from inside the folder."""
-    named = stage.get("run_dir")
-    if not isinstance(named, str):
+    if "run_dir" not in stage:
         return None
-    places = (Path(named), folder / named, folder / Path(named).name)
+    named = Path(stage["run_dir"])
+    places = (named, folder / named, folder / named.name)
     return next((read(place) for place in places if (place / "config.yaml").is_file()), None)
-
-
-def met(row: Row) -> bool | None:
-    """Whether a result reached its target; None where that cannot be told.
-
-    The way to go is ``met`` itself, ``better`` (lower, higher), or the side of the target on which the optimum lies.
-    """
-    if isinstance(row.get("met"), bool):
-        return bool(row["met"])
-    value, target, optimum = (row.get(key) for key in ("value", "target", "optimum"))
-    if not isinstance(value, int | float) or not isinstance(target, int | float):
-        return None
-    lower = row.get("better") == "lower"
-    if row.get("better") is None and isinstance(optimum, int | float):
-        lower = optimum < target
-    return value <= target if lower else value >= target
 
 
 def _results(results: Sequence[Row]) -> Html:
     rows = []
     for row in results:
-        state, word = {True: ("good", "✓ met"), False: ("bad", "✕ missed"), None: ("note", "–")}[met(row)]
+        state, word = STATES[row.get("met")]
         cells = [_shown(row.get(key)) for key in ("value", "target", "optimum")]
         rows.append([str(row.get("name", "")), *cells, tag("span", word, class_=f"state {state}")])
     columns = ["What", "Value", "Target", "Known optimum", "Target met"]
@@ -90,13 +66,11 @@ def _results(results: Sequence[Row]) -> Html:
 
 def _stages(stages: Sequence[Row], runs: Mapping[str, Recording | None]) -> Html:
     rows = []
-    for n, stage in enumerate(stages):
-        name = str(stage.get("name", n))
-        run, seconds, parents = runs[name], stage.get("seconds"), stage.get("parents") or []
-        time = duration(seconds) if isinstance(seconds, int | float) else "–"
-        parents = parents if isinstance(parents, list) else [parents]
+    for stage in stages:
+        run, seconds = runs[stage["name"]], stage.get("seconds")
+        time = "–" if seconds is None else duration(seconds)
         result = headline(figures(run)) if run is not None and run.series else "–"
-        rows.append([name, str(stage.get("status", "–")), time, ", ".join(map(str, parents)) or "–", result])
+        rows.append([stage["name"], stage["status"], time, ", ".join(stage.get("parents", [])) or "–", result])
     return table("Stages in their order", ["Stage", "Status", "Time", "Made from", "Result"], rows, numbers=(2,))
 
 
@@ -116,12 +90,12 @@ def _result_line(row: Row) -> Line:
     text = f"{row.get('name')}: {_shown(row.get('value'))}"
     for key, words in (("target", "target"), ("optimum", "best possible")):
         text += f", {words} {_shown(row[key])}" if row.get(key) is not None else ""
-    return Line({True: State.good, False: State.bad, None: State.note}[met(row)], text)
+    return Line(STATES[row.get("met")][0], text)
 
 
 def _headline(results: Sequence[Row], stages: Sequence[Row], runs: Mapping[str, Recording | None]) -> str:
     if results:
-        return f"{sum(met(row) is True for row in results)} of {len(results)} targets met."
+        return f"{sum(row.get('met') is True for row in results)} of {len(results)} targets met."
     done = sum(run is not None and run.finished for run in runs.values())
     return f"{done} of {len(stages)} stages finished."
 

@@ -18,7 +18,6 @@ from trainer.report.charts import figures
 from trainer.report.curves import WIDTH, Axes, axes_of, log_ticks, path, thinned, ticks
 from trainer.report.histograms import above_zero
 from trainer.report.html import Html, tag
-from trainer.report.lifecycle import met
 from trainer.report.live import LiveReport
 from trainer.report.readings import Trace, read_off
 from trainer.report.recording import Series, read
@@ -330,22 +329,6 @@ def test_a_comparison_tells_runs_apart_without_colour_and_shows_what_differs(tmp
     assert list(runs_in(tmp_path)) == [one, two]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"value": 0.78, "target": 0.785, "optimum": 0.76}, True),
-        ({"value": 0.79, "target": 0.785, "optimum": 0.76}, False),
-        ({"value": 0.93, "target": 0.9, "optimum": 1.0}, True),
-        ({"value": 0.93, "target": 0.95, "optimum": 1.0}, False),
-        ({"value": 0.5, "target": 0.7, "better": "lower"}, True),
-        ({"value": 0.5, "met": True}, True),
-        ({"value": 0.5}, None),
-    ],
-)
-def test_a_target_is_met_on_the_side_of_the_optimum(row, expected):
-    assert met(row) is expected
-
-
 def test_a_lifecycle_shows_results_answers_by_stage_and_the_stages_own_plots(tmp_path):
     pretraining(tmp_path / "base")
     held = {
@@ -354,8 +337,8 @@ def test_a_lifecycle_shows_results_answers_by_stage_and_the_stages_own_plots(tmp
             {"name": "ppo", "run_dir": "not-there", "status": "waiting", "parents": ["pretrain"]},
         ],
         "results": [
-            {"name": "loss", "value": 0.78, "target": 0.785, "optimum": FLOOR},
-            {"name": "gold", "value": 0.4, "target": 0.8, "optimum": 1.0},
+            {"name": "loss", "value": 0.78, "target": 0.785, "optimum": FLOOR, "met": True},
+            {"name": "gold", "value": 0.4, "target": 0.8, "optimum": 1.0, "met": False},
         ],
         "samples": [{"prompt": "Who?", "answers": {"base": "Ad", "ppo": "Ada."}}],
     }
