@@ -1,6 +1,6 @@
 """How fast Onecurve generates, beside transformers' generate: same model, same real prompts, alternating in one run.
 
-    python scripts/benchmark.py generation MODEL_DIR CHATS.jsonl [--rounds 3] [--ends scheduled|none] [--dtype fp32|bf16]
+    python scripts/benchmarks/generation.py MODEL_DIR CHATS.jsonl [--rounds 3] [--ends scheduled|none] [--dtype fp32|bf16]
 
 Greedy, at most ``--tokens`` a completion, ``--together`` at once on both sides. ``--ends scheduled``: completion n ends by an
 end token at a length that both sides are told, evenly spread from a quarter of ``--tokens`` to all of it, in an order that

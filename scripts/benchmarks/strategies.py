@@ -1,6 +1,6 @@
 """What a strategy costs: time to the first step, time of a step beside DDP's, memory of a rank.
 
-    python scripts/benchmark_strategies.py [--ranks 2] [--rounds 3] [--steps 8] [-- OVERRIDES]
+    python scripts/benchmarks/strategies.py [--ranks 2] [--rounds 3] [--steps 8] [-- OVERRIDES]
 
 Every run is a process group of its own, started as a user starts it; strategies alternate, so that a machine that slows down
 slows all of them. The figure to read is the ratio to DDP of the same round.
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = (
     "experiment=tinyworld", "tokenizer.path=null", "optimizer=adamw", "optimizer.lr=0.001", "model.vocab_size=16384",
     "model.hidden_size=512", "model.intermediate_size=1536", "model.num_hidden_layers=8", "model.num_attention_heads=8",

@@ -1,6 +1,6 @@
 """How fast Onecurve fine-tunes, beside TRL's SFTTrainer: same model, same real conversations, alternating in one run.
 
-    python scripts/benchmark.py sft MODEL_DIR CHATS.jsonl [--rounds 3] [--steps 4] [--length 512]
+    python scripts/benchmarks/sft.py MODEL_DIR CHATS.jsonl [--rounds 3] [--steps 4] [--length 512]
 
 TRL gets its own defaults with bf16, rows cut at the same length: as they come (``trl``), and packed (``trl-packed``), where
 without FlashAttention its documents see each other. What counts is real tokens a second: no padding.

@@ -1,6 +1,6 @@
-"""The times that `estimate.py --plan` foretells, beside times of real steps on 1, 2 and 4 ranks of this machine.
+"""The times that `estimate.py --plan` predicts, beside times of real steps on 1, 2 and 4 ranks of this machine.
 
-    python scripts/benchmark_scaling.py [--ranks 2 4] [--rounds 3] [--steps 12] [-- OVERRIDES]
+    python scripts/benchmarks/measured_scaling.py [--ranks 2 4] [--rounds 3] [--steps 12] [-- OVERRIDES]
 
 Speed and latency of the links are fitted to collectives of a few bytes and of 64 MiB on as many ranks, each kind to its own:
 gloo's reduce-scatter is an all-reduce. Computing is a step of the same strategy on a single rank with one thread (as often
@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_strategies import ROOT, RUN, STRATEGIES, measured
+from strategies import ROOT, RUN, STRATEGIES, measured
 
 PIECE = 64 * 2**20
 """Bytes of the tensors that speeds are taken from."""
 
 
 def main() -> None:
-    """Measure, foretell, and print both."""
+    """Measure, predict, and print both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=3)
@@ -43,13 +43,13 @@ def main() -> None:
 
     cfg = compose([*RUN, "batch.size=1", "batch.micro=1", "batch.length=64", *a.overrides], name="benchmark")
     alone = {s: statistics.median(step(s, 1, a) for _ in range(a.rounds)) for s in STRATEGIES}
-    print("| ranks | strategy | computing | exchanging, foretold | step, foretold | step, measured | of foretold |")
+    print("| ranks | strategy | computing | exchange, predicted | step, predicted | measured | measured / predicted |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for ranks in a.ranks:
         found = timed_links(ranks)
         for strategy in STRATEGIES:
             computing = alone[strategy] * max(1.0, ranks / (os.cpu_count() or 1))
-            exchanging = foretold(cfg, strategy, ranks, found)
+            exchanging = predicted(cfg, strategy, ranks, found)
             seconds = statistics.median(step(strategy, ranks, a) for _ in range(a.rounds))
             print(
                 f"| {ranks} | {strategy} | {computing:.3f} s | {exchanging:.3f} s | "
@@ -66,7 +66,7 @@ def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
     return measured(strategy, settings, threads=1)["step"]
 
 
-def foretold(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
+def predicted(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
     """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
     from trainer.diagnostics.memory import parameters_of
     from trainer.diagnostics.scaling import Cluster, exchanges

@@ -1,11 +1,6 @@
 """How fast Onecurve trains, beside Hugging Face's Trainer on the same machine, model and data.
 
-    python scripts/benchmark.py sft MODEL_DIR CHATS.jsonl    (see scripts/benchmark_sft.py)
-    python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl    (see scripts/benchmark_dpo.py)
-    python scripts/benchmark.py generation MODEL_DIR CHATS.jsonl    (see scripts/benchmark_generation.py)
-    python scripts/benchmark.py ppo update|generation        (see scripts/benchmark_ppo.py)
-    python scripts/benchmark.py scaling                      (see scripts/benchmark_scaling.py)
-    python scripts/benchmark.py pretrain [--rounds 3] [--steps 3] [--model smollm2-135m] [--length 512] [--size 8] [--micro 2]
+    python scripts/benchmarks/pretrain.py [--rounds 3] [--steps 3] [--model smollm2-135m] [--length 512] [--size 8]
 
 Both sides run in processes of their own, alternating, so that a machine that slows down slows both; the figure to read is the
 ratio of neighbours. Then one profiled step says where our time goes, beside the rate of a bare matrix product.
@@ -14,7 +9,6 @@ ratio of neighbours. Then one profiled step says where our time goes, beside the
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
@@ -31,13 +25,8 @@ ROWS = 512
 
 
 def main() -> None:
-    """Run what the command line names."""
-    if sys.argv[1:2] in (["sft"], ["dpo"], ["generation"], ["ppo"], ["scaling"]):
-        stage = sys.argv.pop(1)
-        importlib.import_module(f"benchmark_{stage}").main()
-        return
+    """Run the comparison, or one side of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["pretrain"])
     parser.add_argument(
         "--side", choices=["onecurve", "transformers", "profile", "product"], help="one process of the comparison"
     )

@@ -1,7 +1,7 @@
 """How fast Onecurve does PPO, beside TRL's experimental PPOTrainer: same models, same prompts, alternating in one run.
 
-    python scripts/benchmark.py ppo update --trl-python PYTHON
-    python scripts/benchmark.py ppo generation --trl-python PYTHON --model MODEL_DIR --prompts CHATS.jsonl
+    python scripts/benchmarks/ppo.py update --trl-python PYTHON
+    python scripts/benchmarks/ppo.py generation --trl-python PYTHON --model MODEL_DIR --prompts CHATS.jsonl
 
 ``update``: a new Llama of 6 layers x 256, four epochs of four mini-batches on every 32 episodes; most time goes into updates.
 ``generation``: a real model as policy, critic, reference and reward, one epoch; most time goes into sampling. The newest TRL

@@ -1,7 +1,7 @@
 """How fast Onecurve optimises preferences, beside TRL's DPOTrainer: same model, same real pairs, alternating in one run.
 
-    python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl [--rounds 2] [--pairs 24] [--length 512] [--sides onecurve trl]
-    python scripts/benchmark.py dpo MODEL_DIR PAIRS.jsonl --parts    (ours alone, with one idea less a side)
+    python scripts/benchmarks/dpo.py MODEL_DIR PAIRS.jsonl [--rounds 2] [--pairs 24] [--length 512] [--sides onecurve trl]
+    python scripts/benchmarks/dpo.py MODEL_DIR PAIRS.jsonl --parts    (ours alone, with one idea less a side)
 
 Every side learns from the same pairs once, in bf16, TRL with its own defaults; answers are cut at the same length. What
 counts is pairs a second, of all steps. ``-precomputed``: the reference's log-probabilities are computed before the clock
