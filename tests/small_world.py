@@ -50,5 +50,5 @@ def overrides(folder: Path, task: str) -> list[str]:
         "pipeline.critic=policy", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=2",
         "model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=16", "batch.length=16",
         "tracking.wandb.mode=disabled", "tracking.tensorboard=false", "checkpoint.every=0", "schedule=constant",
-        f"evaluation.sample_tokens={LONGEST[task]}", "pipeline.kl=0", "tracking.every=10",
+        f"evaluation.sample_tokens={LONGEST[task]}", "pipeline.kl_coef=0", "tracking.every=10",
     ]  # fmt: skip

@@ -306,10 +306,10 @@ def test_a_python_block_runs_as_it_stands(page, number, desk, monkeypatch):
 
 
 SMALL_GROUPS = [
-    "pipeline.samples=2",
+    "pipeline.samples_per_prompt=2",
     "pipeline.rollout.size=4",
     "pipeline.rollout.tokens=8",
-    "pipeline.rollout.redraws=0",
+    "pipeline.rollout.max_resample=0",
 ]
 SMALL = [
     "precision=fp32", "epochs=null", "steps=2", "batch.size=4", "batch.micro=4", "batch.length=64", "run_dir=run",

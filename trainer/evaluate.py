@@ -139,7 +139,7 @@ class Evaluation(Node):
             with engine.gathered() as module:
                 completions = generate(
                     module, [prompts[n].ids for n in mine], sampling, stops=tokenizer.stops,
-                    keys=[(seed, n) for n in mine], together=TOGETHER,
+                    keys=[(seed, n) for n in mine], max_concurrent=TOGETHER,
                 )  # fmt: skip
             answers = [
                 Response(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)

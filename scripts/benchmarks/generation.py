@@ -77,7 +77,7 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
     def run(count: int, tokens: int) -> int:
         kind = Scheduled if a.ends == "scheduled" else Decoding
         sampling = Sampling(tokens, temperature=0)
-        steps = kind(model, prompts[:count], sampling, stops=stops, together=a.together)
+        steps = kind(model, prompts[:count], sampling, stops=stops, max_concurrent=a.together)
         return sum(len(going.ids) for going in steps if going.done)
 
     run(4, 4)

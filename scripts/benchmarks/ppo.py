@@ -72,7 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="our side: a table of its operations")
     parser.add_argument("--kept-memory", action="store_true", help="TRL keeps freed memory too, as we do")
-    parser.add_argument("--no-reread", action="store_true", help="our side: pipeline.rollout.reread=false")
+    parser.add_argument("--no-reread", action="store_true", help="our side: pipeline.rollout.recompute_logprobs=false")
     parser.add_argument("--side", choices=SIDES, help="one process of the comparison")
     a = parser.parse_args()
     a.work /= a.setting
@@ -175,9 +175,9 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
                 f"data.train=[{file}]", "data.eval=[]", f"data.cache={folder}", "steps=1",
                 f"pipeline.reward.main.path={a.work / 'reward'}", f"pipeline.rollout.size={s.rollout}",
                 f"pipeline.rollout.tokens={s.tokens}", f"pipeline.rollout.temperature={TEMPERATURE}",
-                f"pipeline.update_epochs={s.epochs}", f"batch.size={s.rollout // s.parts}",
+                f"pipeline.ppo_epochs={s.epochs}", f"batch.size={s.rollout // s.parts}",
                 f"batch.micro={s.rollout // s.parts}", "batch.length=512",
-                f"pipeline.rollout.reread={not a.no_reread}",
+                f"pipeline.rollout.recompute_logprobs={not a.no_reread}",
                 *(["data.template=raw"] if a.setting == "update" else []),
             ],
             name="benchmark",

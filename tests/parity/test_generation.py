@@ -43,7 +43,7 @@ def test_greedy_equals_that_of_transformers(name, tmp_path):
     write(ours.architecture, ours, tmp_path / "export")
     draw = torch.Generator().manual_seed(4)
     prompts = [torch.randint(3, 101, (n,), generator=draw).tolist() for n in (1, 30, 70)]
-    found = generate(ours, prompts, Sampling(16, temperature=0), stops=[2], together=2)
+    found = generate(ours, prompts, Sampling(16, temperature=0), stops=[2], max_concurrent=2)
     assert [c.ids for c in found] == greedy_of(theirs_of(tmp_path / "export"), prompts, 16, 2)
 
 
@@ -57,6 +57,6 @@ def test_smollm2_answers_as_it_does_in_transformers(smollm2):
     assert max(map(len, prompts)) > min(map(len, prompts)) + 20
     ours = ModelLoader(Model(path=str(smollm2)), DDP(), 0, 1).load().eval()
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    found = generate(ours, prompts, Sampling(48, temperature=0), stops=[stop], together=5)
+    found = generate(ours, prompts, Sampling(48, temperature=0), stops=[stop], max_concurrent=5)
     assert [c.ids for c in found] == greedy_of(theirs_of(smollm2), prompts, 48, stop)
     assert {c.ended for c in found} == {True, False}

@@ -33,7 +33,7 @@ def brief(prompts, completions, rows):
 """
 SMALL = [
     "pipeline=ppo", "data=prompts", "data.template=raw", "batch.size=8", "batch.micro=2", "batch.length=40",
-    "pipeline.rollout.size=16", "pipeline.rollout.tokens=12", "pipeline.update_epochs=2", "pipeline.rollout.shown=99",
+    "pipeline.rollout.size=16", "pipeline.rollout.tokens=12", "pipeline.ppo_epochs=2", "pipeline.rollout.log_samples=99",
     "steps=20", "checkpoint.every=3", "schedule=constant", "optimizer.lr=0.001", "pipeline.critic_lr=0.001",
     "evaluation.samples=0", "tracking.wandb.mode=disabled", "tracking.tensorboard=false",
 ]  # fmt: skip
@@ -44,7 +44,7 @@ VOWELS = [
 ]
 KINDS = {
     "gae": ["pipeline.kl_target=0.02"],
-    "grpo": ["pipeline.advantage=grpo", "pipeline.samples=4", "pipeline.kl_loss=0.1"],
+    "grpo": ["pipeline.advantage=grpo", "pipeline.samples_per_prompt=4", "pipeline.kl_loss_coef=0.1"],
     "lora": ["adapter=lora", "adapter.rank=4", "pipeline.reference=adapters_off", "pipeline.critic=head"],
 }
 QUICK = [("gae", (2, "zero3")), ("grpo", (2, "ddp"))]
@@ -140,7 +140,7 @@ def test_at_first_nothing_has_moved(reference):
 )
 def test_what_the_sampler_said_serves_in_place_of_reading_again(kind, ranks, strategy, base, reference, tmp_path):
     expected, texts, _ = reference(kind)
-    alike = [*KINDS[kind], f"strategy={strategy}", "pipeline.rollout.reread=false"]
+    alike = [*KINDS[kind], f"strategy={strategy}", "pipeline.rollout.recompute_logprobs=false"]
     found = run(base, tmp_path, *alike, ranks=ranks)
     first = [row["completion"] for row in samples(tmp_path) if row["step"] == 1]
     assert first == [row["completion"] for row in texts if row["step"] == 1]
@@ -155,9 +155,9 @@ def test_what_the_sampler_said_serves_in_place_of_reading_again(kind, ranks, str
     assert found[0]["objective/entropy"] == pytest.approx(expected[0]["objective/entropy"], rel=0.2)
 
 
-def test_the_price_of_a_nat_follows_its_target(reference):
-    lines = [line for line in reference("gae")[0] if "objective/kl_price" in line]
-    prices, found = ([line[f"objective/{name}"] for line in lines] for name in ("kl_price", "kl"))
+def test_the_kl_coefficient_follows_its_target(reference):
+    lines = [line for line in reference("gae")[0] if "objective/kl_coef" in line]
+    prices, found = ([line[f"objective/{name}"] for line in lines] for name in ("kl_coef", "kl"))
     assert prices[0] == 0.05
     for n in range(1, len(prices)):
         wanted = prices[n - 1] * (1 + 0.1 * min(0.2, max(-0.2, found[n - 1] / 0.02 - 1)))
@@ -179,7 +179,7 @@ def test_a_run_that_was_killed_continues_bitwise(kind, base, reference, tmp_path
         kills += 1
     found = run(base, tmp_path, *KINDS[kind])
     assert kills == 2
-    keys = ("step", "loss", "objective/score", "policy/approx_kl", "objective/kl_price", "value/loss")
+    keys = ("step", "loss", "objective/score", "policy/approx_kl", "objective/kl_coef", "value/loss")
     assert [[line.get(k) for k in keys] for line in found] == [[line.get(k) for k in keys] for line in expected]
     assert samples(tmp_path) == texts
     ours, theirs = weights(tmp_path), weights(folder)
@@ -276,14 +276,14 @@ def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
     [
         (["pipeline.advantage=gea"], "pipeline.advantage=gea is not one of gae, grpo"),
         (["pipeline.rollout.size=20"], "pipeline.rollout.size=20 is not a multiple of batch.size=8; use 16"),
-        (["pipeline.advantage=grpo", "pipeline.samples=1"], "pipeline.advantage=grpo needs 2 or more"),
+        (["pipeline.advantage=grpo", "pipeline.samples_per_prompt=1"], "pipeline.advantage=grpo needs 2 or more"),
         (["pipeline.critic=reward"], "pipeline.critic=reward needs a reward model in pipeline.reward"),
-        (["pipeline.reward.main.function=worth.nothing"], "is no function; worth has none called nothing"),
-        (["pipeline.reward.main.weight=0"], "pipeline.reward holds nothing to learn from"),
+        (["pipeline.reward.main.function=worth.nothing"], "is not a function; worth has none called nothing"),
+        (["pipeline.reward.main.weight=0"], "pipeline.reward scores nothing"),
         (["pipeline.rollout.tokens=40"], "leaves no room for a prompt in batch.length=40"),
         (
-            ["pipeline.rollout.engine=vllm", "pipeline.rollout.reread=false"],
-            "reread=false does not work with engine=vllm",
+            ["pipeline.rollout.engine=vllm", "pipeline.rollout.recompute_logprobs=false"],
+            "recompute_logprobs=false does not work with engine=vllm",
         ),
         (["data=preference"], "the pipeline learns from prompts and the data holds preference pairs"),
     ],

@@ -6,14 +6,14 @@ from tests.small_world import overrides, write_world
 from trainer.compose import compose
 from trainer.run import run
 
-BANDIT = ["steps=100", "pipeline.rollout.size=128", "optimizer.lr=0.003", "pipeline.entropy=0.02"]
+BANDIT = ["steps=100", "pipeline.rollout.size=128", "optimizer.lr=0.003", "pipeline.entropy_coef=0.02"]
 CHAIN = ["steps=400", "pipeline.rollout.size=256", "optimizer.lr=0.002"]
 SETTINGS = {
     **dict.fromkeys([("bandit", "gae"), ("bandit", "grpo"), ("bandit", "rloo")], BANDIT),
-    ("chain", "gae"): [*CHAIN, "pipeline.entropy=0.05", "pipeline.update_epochs=2"],
+    ("chain", "gae"): [*CHAIN, "pipeline.entropy_coef=0.05", "pipeline.ppo_epochs=2"],
     # Advantages over a group's deviation are larger than those less its mean: so is the entropy that holds against them.
-    ("chain", "grpo"): [*CHAIN, "pipeline.entropy=0.08", "pipeline.samples=16"],
-    ("chain", "rloo"): [*CHAIN, "pipeline.entropy=0.03", "pipeline.samples=16"],
+    ("chain", "grpo"): [*CHAIN, "pipeline.entropy_coef=0.08", "pipeline.samples_per_prompt=16"],
+    ("chain", "rloo"): [*CHAIN, "pipeline.entropy_coef=0.03", "pipeline.samples_per_prompt=16"],
 }
 CASES = [(*task, seed) for task in SETTINGS for seed in range(3)]
 

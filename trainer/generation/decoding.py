@@ -51,7 +51,7 @@ class Decoding:
         *,
         stops: Collection[int],
         keys: Sequence[tuple[int, ...]] | None = None,
-        together: int = 64,
+        max_concurrent: int = 64,
         fixed: bool | None = None,
     ) -> None:
         keys = [(0, n) for n in range(len(prompts))] if keys is None else keys
@@ -59,8 +59,8 @@ class Decoding:
             raise ValueError(f"there are {len(keys)} keys and {len(prompts)} prompts; give one key a prompt")
         if empty := [n for n, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"prompts {empty} are empty; begin with the beginning-of-document token")
-        if together < 1:
-            raise ValueError(f"together={together} would decode nothing; use 1 or more")
+        if max_concurrent < 1:
+            raise ValueError(f"max_concurrent={max_concurrent} would decode nothing; use 1 or more")
         self.model, self.sampling, self.stops = model, sampling, frozenset(stops)
         self.device = next(model.parameters()).device
         # Equal prompts follow each other, so that the second finds the first in the cache.
@@ -71,7 +71,7 @@ class Decoding:
         self.waiting = deque(going for group in groups.values() for going in group)
         self.running: dict[int, Continuation] = {}
         self._first: dict[tuple[int, ...], Tensor] = {}
-        slots = max(1, min(together, len(prompts)))
+        slots = max(1, min(max_concurrent, len(prompts)))
         longest = max(map(len, groups), default=0) + sampling.tokens
         architecture: Architecture = model.architecture  # type: ignore[assignment]
         fixed = self.device.type != "cpu" if fixed is None else fixed

@@ -18,9 +18,9 @@ def generate(
     *,
     stops: Collection[int],
     keys: Sequence[tuple[int, ...]] | None = None,
-    together: int = 64,
+    max_concurrent: int = 64,
 ) -> list[Completion]:
-    """A completion of every prompt, in their order; at most ``together`` are decoded at once.
+    """A completion of every prompt, in their order; at most ``max_concurrent`` are decoded at once.
 
     ``keys``: what the draws of each completion depend on, beside the position; default (0, n). So a token is a function of
     its key, its position, the prompt and the model, not of what it is decoded with, in which order, or on which rank.
@@ -31,7 +31,7 @@ def generate(
         ValueError: if a prompt is empty, or there are not as many keys as prompts.
     """
     found: list[Completion | None] = [None] * len(prompts)
-    for going in Decoding(model, prompts, sampling, stops=stops, keys=keys, together=together):
+    for going in Decoding(model, prompts, sampling, stops=stops, keys=keys, max_concurrent=max_concurrent):
         if going.done:
             found[going.number] = Completion(going.ids, going.logprobs, going.ended)
     return [completion for completion in found if completion is not None]
@@ -46,5 +46,5 @@ def stream(
     key: tuple[int, ...] = (0, 0),
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is known."""
-    for going in Decoding(model, [prompt], sampling, stops=stops, keys=[key], together=1):
+    for going in Decoding(model, [prompt], sampling, stops=stops, keys=[key], max_concurrent=1):
         yield going.ids[-1]

@@ -86,14 +86,11 @@ class RewardModel:
         Raises:
             FormatError: if the folder holds no model that scores.
         """
-        if not read_architecture(folder).scores or HEAD not in WeightFiles(folder).files:
-            raise FormatError(f"{folder} holds no {HEAD}, so it scores nothing; give an export of pipeline=reward")
+        if problem := scoring_problem(folder):
+            raise FormatError(f"{folder}: {problem}")
         tokenizer = open_tokenizer(folder)
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=True).load().eval()
-        facts = json.loads((folder / "onecurve.json").read_text()) if (folder / "onecurve.json").is_file() else {}
-        usual = facts.get("reward", {})
-        template = open_template(None, tokenizer)
-        return cls(_on_device(model), tokenizer, template, usual.get("mean", 0.0), usual.get("std", 0.0) or 1.0)
+        return cls(_on_device(model), tokenizer, open_template(None, tokenizer), *score_statistics(folder))
 
     def score(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
         """The score of each conversation's last answer, in deviations from the mean unless ``raw``.
@@ -106,6 +103,23 @@ class RewardModel:
         ids = [encode(chat, self.template).ids for chat in chats]
         values = score(self.model, ids, next(self.model.parameters()).device)
         return values if raw else [(value - self.mean) / self.std for value in values]
+
+
+def scoring_problem(folder: Path) -> str | None:
+    """Why a folder holds no model that scores; None if it does."""
+    try:
+        if read_architecture(folder).scores and HEAD in WeightFiles(folder).files:
+            return None
+    except FormatError as error:
+        return str(error)
+    return f"it has no {HEAD}, so it scores nothing; give an export of pipeline=reward"
+
+
+def score_statistics(folder: Path) -> tuple[float, float]:
+    """Mean and standard deviation of the scores that a reward model was trained on; 0 and 1 where they are not recorded."""
+    record = folder / "onecurve.json"
+    statistics = json.loads(record.read_text()).get("reward", {}) if record.is_file() else {}
+    return statistics.get("mean", 0.0), statistics.get("std", 0.0) or 1.0
 
 
 def _on_device(model: nn.Module) -> nn.Module:

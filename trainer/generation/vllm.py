@@ -1,7 +1,7 @@
 """Sampling by vLLM instead of our own decoder: an engine in every rank's process, which is given the policy's weights.
 
 Its kernels and ours round differently, so what it drew with and what the trainer computes differ: `rollout/mismatch` measures
-it, and ``pipeline.correction`` weighs tokens for it (truncated importance sampling).
+it, and ``pipeline.importance_cap`` weighs tokens for it (truncated importance sampling).
 """
 
 from __future__ import annotations

@@ -1,4 +1,16 @@
-"""Proximal policy optimisation, and group-based policy gradients: a policy learns from what its own completions are worth."""
+"""Proximal policy optimisation, and group-based policy gradients: a policy is trained on rewards of its own completions.
+
+Where this differs from the papers (Schulman et al. 2017, arXiv:1707.06347; Shao et al. 2024, arXiv:2402.03300):
+
+- Actor and critic are one module under one engine, with a learning rate each; the gradient is clipped jointly.
+- The KL divergence from the reference is a penalty in the reward, token by token, as in InstructGPT; ``kl_loss_coef`` adds
+  GRPO's term to the loss.
+- The ratio's two limits may differ (DAPO's clip-higher), and tokens add up as ``aggregate`` says.
+- The old log-probabilities are computed again by the trainer, since sampler and trainer round differently;
+  ``importance_cap`` weighs tokens for what is left of that difference.
+
+What advantages deviate in stands in `trainer.rl.advantages`. Mathematics: docs/algorithms.md#ppo.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +18,17 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trainer.batch import Batch
 from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.prompts import PromptBatch
+from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.diagnostics.first_step import FirstStep
 from trainer.functional import logprobs_at
 from trainer.generation.completion import Response
@@ -23,67 +37,111 @@ from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_polic
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_architecture
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Full
+from trainer.models.lora import Adapter, Full
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.pipelines.base import Models, Plan, Source
-from trainer.pipelines.ppo_settings import Critic, PolicyGradient, Reference, Unfinished
-from trainer.rl.actor import Actor, Decoder
-from trainer.rl.advantages import AGGREGATES, KL, Discount
+from trainer.pipelines.base import Models, Pipeline, Plan, Source
+from trainer.rl.actor import Actor, Sampler
+from trainer.rl.advantages import ESTIMATORS
 from trainer.rl.experience import RolloutBatch
-from trainer.rl.learning import Learning
-from trainer.rl.losses import approx_kl, policy_loss, ratios, value_loss
-from trainer.rl.rewards import Sum
-from trainer.rl.rollouts import Judged, Learnable, Rollouts, Sampler
+from trainer.rl.judge import JudgeReward
+from trainer.rl.kl import KL_ESTIMATORS, approx_kl
+from trainer.rl.losses import Clipped, policy_loss, ratios, value_loss
+from trainer.rl.rewards import FunctionReward, ModelReward
+from trainer.rl.rollouts import Rollouts
+from trainer.rl.scoring import RewardSum, Scores
+from trainer.rl.settings import CriticInit, PolicyGradientSettings, ReferencePolicy, RolloutEngine
 
 log = logging.getLogger(__name__)
 
+REWARDS = (ModelReward, FunctionReward, JudgeReward)
+"""Rewards that come with the framework: naming them here registers them."""
+
 
 @dataclass
-class Players(Models):
-    """Besides the policy, the rewards that judge it, and the folder that it began from."""
+class PPOModels(Models):
+    """Beside the policy, the rewards that score it, and the folder that it started from."""
 
-    rewards: Sum = field(default_factory=lambda: Sum({}, {}))
+    rewards: RewardSum = field(default_factory=lambda: RewardSum({}, {}))
     folder: str = ""
 
 
 @schema("pipeline/ppo")
 @dataclass
-class PPO(PolicyGradient):
+class PPO(PolicyGradientSettings, Pipeline):
     """Clipped policy gradients on rollouts (docs/algorithms.md#ppo; Schulman et al. 2017, arXiv:1707.06347)."""
 
+    learning_rate: ClassVar[float] = 1e-6
+    batch_type: ClassVar[type[Batch]] = PromptBatch
+
+    def data_length(self, length: int) -> int:
+        # The last id of a completion is predicted, never read.
+        return length + 1 - self.rollout.tokens
+
+    def steps(self, units: int, epochs: float, size: int) -> float:
+        return units * self.group_size * epochs * self.epochs / size
+
+    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
+        if self.reference is ReferencePolicy.adapters_off and not adapter.removable:
+            yield "pipeline.reference=adapters_off needs adapter=lora; use model"
+        if self.rollout.engine is RolloutEngine.vllm and adapter.removable:
+            yield "pipeline.rollout.engine=vllm takes whole weights, which adapter=lora has not; use own"
+        if dropout := getattr(adapter, "dropout", 0.0):
+            yield f"adapter.dropout={dropout} makes old and new probabilities differ by chance; use adapter.dropout=0"
+
+    def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
+        if self.advantage not in ESTIMATORS:
+            return
+        size, prompts = self.rollout.size, self.rollout.size // self.group_size
+        if size % batch.size:
+            near = max(size // batch.size, 1) * batch.size
+            yield f"pipeline.rollout.size={size} is not a multiple of batch.size={batch.size}; use {near}"
+        if prompts % ranks:
+            yield f"pipeline.rollout.size={size} makes {prompts} prompts, not a multiple of {ranks} ranks; use another size"
+        if self.rollout.tokens >= batch.length:
+            yield (
+                f"pipeline.rollout.tokens={self.rollout.tokens} leaves no room for a prompt in batch.length={batch.length}; "
+                f"use batch.length={2 * self.rollout.tokens} or fewer tokens"
+            )
+
+    def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
+        folder = self.critic_folder
+        if self.estimator.critic and folder is not None and not open_tokenizer(folder).ids_as(tokenizer):
+            yield f"the critic would start from {folder}, which has another tokenizer; use pipeline.critic=policy or head"
+
     def auxiliary_models(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
-        if self.reference is Reference.model and (self.kl_price or self.kl_loss):
+        if self.reference is ReferencePolicy.model and self.uses_reference:
             yield architecture, False
-        for scorer in (found for reward in self.reward.values() if (found := reward.starts_critic())):
-            yield read_architecture(Path(scorer)), False
-        if self.estimator.critic and (self.critic is not Critic.head or self.critic_path):
-            folder = self.critic_path or (self.reward_folder if self.critic is Critic.reward else None)
-            shape = architecture if folder is None else read_architecture(Path(folder))
+        for folder in filter(None, (reward.model_folder() for reward in self.reward.values())):
+            yield read_architecture(Path(folder)), False
+        if self.estimator.critic and not self._critic_is_head:
+            shape = architecture if self.critic_folder is None else read_architecture(Path(self.critic_folder))
             yield dataclasses.replace(shape, scores=True), True
 
-    def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Players:
+    @property
+    def _critic_is_head(self) -> bool:
+        return self.critic is CriticInit.head and self.critic_path is None
+
+    def models(self, load: ModelLoader, tokenizer: Tokenizer) -> PPOModels:
         policy = dataclasses.replace(load, kind=ActorCritic).load() if self.estimator.critic else load.load()
         if isinstance(policy, ActorCritic):
             self._attach_critic(policy, load)
-        rewards = Sum(
-            {name: reward.open(load, tokenizer) for name, reward in self.reward.items()},
-            {name: reward.weight for name, reward in self.reward.items()},
-        )
-        models = Players(policy, tokenizer, load.fingerprint(), rewards=rewards, folder=load.config.path or "")
-        if self.reference is Reference.model and (self.kl_price or self.kl_loss):
+        scorers = {name: reward.open(load, tokenizer) for name, reward in self.reward.items()}
+        rewards = RewardSum(scorers, {name: reward.weight for name, reward in self.reward.items()})
+        models = PPOModels(policy, tokenizer, load.fingerprint(), rewards=rewards, folder=load.config.path or "")
+        if self.reference is ReferencePolicy.model and self.uses_reference:
             models.frozen["reference"] = load.frozen()
         return models
 
     def _attach_critic(self, policy: ActorCritic, load: ModelLoader) -> None:
         policy.rates = {CRITIC: self.critic_lr}
-        if self.critic is Critic.head and self.critic_path is None:
+        if self._critic_is_head:
             with load.strategy.construction():
                 policy.critic = ValueHead(policy.architecture.hidden_size)
             load.strategy.fill(policy.critic.weight, torch.zeros(1, policy.architecture.hidden_size))
             return
-        folder = self.critic_path or (self.reward_folder if self.critic is Critic.reward else load.config.path)
-        config = load.config if folder is None else dataclasses.replace(load.config, path=folder)
+        folder = self.critic_folder or load.config.path
+        config = dataclasses.replace(load.config, path=folder)
         grow = load.grow and folder == load.config.path
         policy.critic = dataclasses.replace(load, config=config, adapter=Full(), grow=grow, scores=True).load()
 
@@ -91,33 +149,29 @@ class PPO(PolicyGradient):
         return of_policy(name)
 
     def batches(self, models: Models, engine: Engine, corpus: Corpus, plan: Plan) -> Source:
-        assert isinstance(models, Players)
-        world, tokenizer = distributed.world(), models.tokenizer
-        actor = Actor(
-            engine, tokenizer.stops, self.rollout, self.estimator.critic, models.frozen.get("reference"),
-            self.reference is Reference.adapters_off and bool(self.kl_price or self.kl_loss),
-        )  # fmt: skip
+        assert isinstance(models, PPOModels)
+        world = distributed.world()
         prompts = corpus.train.loader(
-            micro=self.rollout.size // self.each // world.data.size,
+            micro=self.rollout.size // self.group_size // world.data.size,
             seed=plan.seed,
             rank=world.data.rank,
             ranks=world.data.size,
         )
-        if self.rollout.cut and world.is_main:
-            names = " and ".join(f"pipeline.rollout.{name}" for name in self.rollout.cut)
-            log.warning(
-                "%s cut the distribution that is sampled from, so ratios are biased; set them back to train", names
-            )
-        sampler: Sampler = actor.sample
-        if self.rollout.engine is Decoder.vllm:
-            sampler = self._vllm(models, engine, plan)
-        return Rollouts(
-            actor, sampler, prompts, models.rewards, partial(self.learn, models), self.adapted,
-            partial(text_of, tokenizer), plan.watch, samples=self.each, passes=self.passes, micro=plan.micro,
-            kl=self.kl_price, limit=self.kl_limit, seed=plan.seed,
-        )  # fmt: skip
+        if self.rollout.off_policy_filters and world.is_main:
+            names = " and ".join(f"pipeline.rollout.{name}" for name in self.rollout.off_policy_filters)
+            log.warning("%s change what is sampled but not the ratios, which are biased; unset them to train", names)
+        actor = Actor(
+            engine,
+            models.tokenizer,
+            self.rollout,
+            critic=self.estimator.critic,
+            reference=models.frozen.get("reference"),
+            base_is_reference=self.reference is ReferencePolicy.adapters_off and self.uses_reference,
+            sampler=self._vllm(models, engine, plan) if self.rollout.engine is RolloutEngine.vllm else None,
+        )
+        return Rollouts(self, prompts, actor, models.rewards, plan.watch, micro=plan.micro, seed=plan.seed)
 
-    def _vllm(self, models: Players, engine: Engine, plan: Plan) -> Sampler:
+    def _vllm(self, models: PPOModels, engine: Engine, plan: Plan) -> Sampler:
         from trainer.generation.vllm import VLLMSampler
 
         if not models.folder:
@@ -129,12 +183,17 @@ class PPO(PolicyGradient):
             return ((name, tensor) for name, tensor in engine.weights() if of_policy(name))
 
         return VLLMSampler(
-            Path(models.folder), weights, self.rollout.sampling, models.tokenizer.stops, length=plan.length,
-            memory=self.rollout.memory, dtype=str(engine.precision.dtype).removeprefix("torch."),
-        )  # fmt: skip
+            Path(models.folder),
+            weights,
+            self.rollout.sampling,
+            models.tokenizer.stops,
+            length=plan.length,
+            memory=self.rollout.gpu_memory_utilization,
+            dtype=str(engine.precision.dtype).removeprefix("torch."),
+        )
 
     def first_step_problems(self, first: FirstStep) -> list[str]:
-        """Also, the policy that learns from its first mini-batch is still the one that sampled it."""
+        """Also, the policy that is trained on its first mini-batch is still the one that sampled it."""
         if first.learnt_nothing:
             log.warning(
                 "the first mini-batch teaches nothing, since all its completions are masked: raise pipeline.rollout.tokens, "
@@ -150,71 +209,51 @@ class PPO(PolicyGradient):
             problems += first.near(metric, value, rule, remedy)
         return problems
 
-    def learn(self, models: Models, judged: Judged, kl: float) -> Learnable:
-        """What is learnt from an iteration: advantages and returns at the price ``kl``."""
-        return Learning(
-            estimator=self.estimator, discount=Discount(self.gamma, self.lam), kl=kl, kl_of=KL[self.kl_estimator],
-            aggregate=AGGREGATES[self.aggregate or self.estimator.aggregate], score_clip=self.score_clip,
-            penalty=self.penalty, masks=self.unfinished is Unfinished.mask,
-            bootstraps=self.unfinished is Unfinished.bootstrap, longest=self.rollout.tokens, shown=self.rollout.shown,
-            decode=partial(text_of, models.tokenizer),
-        ).of(judged)  # fmt: skip
-
-    def adapted(self, kl: float, found: float) -> float:
-        """The price of a nat after an iteration that was ``found`` nats a completion away from the reference."""
-        if self.kl_target is None:
-            return kl
-        return kl * (1 + 0.1 * min(0.2, max(-0.2, found / self.kl_target - 1)))
-
     def loss(self, models: Models, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
-        read = logprobs_at(batch.places, batch.targets, self.rollout.temperature)
+        read, values = logprobs_at(batch.logit_index, batch.targets, self.rollout.temperature), None
         if self.estimator.critic:
-            (logprobs, entropy), values = models.trained(batch.tokens, batch.documents, read, values_at(batch.places))
+            (logprobs, entropy), values = models.trained(
+                batch.tokens, batch.documents, read, values_at(batch.logit_index)
+            )
         else:
             logprobs, entropy = models.trained(batch.tokens, batch.documents, read)
         w, metrics = batch.weights, Metrics()
         ratio = ratios(logprobs, batch.logprobs)
         policy = policy_loss(ratio, batch.advantages, self.clip_low, self.clip_high)
-        if self.correction:
-            policy = policy._replace(
-                loss=policy.loss * ratios(batch.logprobs, batch.sampled).clamp(max=self.correction)
-            )
+        if self.importance_cap:
+            importance = ratios(batch.logprobs, batch.sampled).clamp(max=self.importance_cap)
+            policy = policy._replace(loss=policy.loss * importance)
         loss = (w * policy.loss).sum()
-        if self.entropy:
-            loss = loss - self.entropy * (w * entropy).sum()
-        if self.kl_loss:
-            away = (w * KL[self.kl_loss_estimator](logprobs - batch.reference)).sum()
-            loss = loss + self.kl_loss * away
-            metrics.mean("policy/kl_loss", away, batch.weight)
-        if self.estimator.critic:
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * (w * entropy).sum()
+        if self.kl_loss_coef:
+            kl = (w * KL_ESTIMATORS[self.kl_loss_estimator](logprobs - batch.reference)).sum()
+            loss = loss + self.kl_loss_coef * kl
+            metrics.mean("policy/kl_loss", kl, batch.weight)
+        if values is not None:
             value = value_loss(values, batch.values, batch.returns, self.clip_value)
-            loss = loss + self.value_weight * (w * value.loss).sum()
-            self._report_values(metrics, values.detach(), batch, value.loss.detach(), value.clipped)
-        tokens = w.detach()
-        count = tokens.sum().double()
-        metrics.mean("policy/loss", (w * policy.loss).sum(), batch.weight)
-        for name, column in {
-            "policy/approx_kl": approx_kl(ratio), "policy/clip_fraction": policy.clipped, "policy/ratio_mean": ratio,
-            "policy/entropy": entropy, "rollout/mismatch": (batch.logprobs - batch.sampled).abs(),
-        }.items():  # fmt: skip
-            metrics.mean(name, (tokens * column.detach()).sum(), count)
-        for name, number in batch.made.items():
+            loss = loss + self.value_coef * (w * value.loss).sum()
+            metrics.mean("value/loss", (w * value.loss.detach()).sum(), batch.weight)
+            metrics.mean("value/clip_fraction", (w * value.clipped).sum(), w.sum())
+            metrics.mean("value/mean", (w * values.detach()).sum(), w.sum())
+        self._measure(metrics, batch, policy, ratio, entropy)
+        for name, number in batch.rollout_metrics.items():
             metrics.mean(name, loss.new_tensor(number, dtype=torch.float64), 1.0)
         return loss, metrics
 
-    def _report_values(
-        self, metrics: Metrics, values: Tensor, batch: RolloutBatch, loss: Tensor, clipped: Tensor
-    ) -> None:
+    def _measure(self, metrics: Metrics, batch: RolloutBatch, policy: Clipped, ratio: Tensor, entropy: Tensor) -> None:
         w = batch.weights
-        metrics.mean("value/loss", (w * loss).sum(), batch.weight)
-        metrics.mean("value/clip_fraction", (w * clipped).sum(), w.sum())
-        metrics.mean("value/mean", (w * values).sum(), w.sum())
+        metrics.mean("policy/loss", (w * policy.loss).sum(), batch.weight)
+        columns = {
+            "policy/approx_kl": approx_kl(ratio),
+            "policy/clip_fraction": policy.clipped,
+            "policy/ratio_mean": ratio,
+            "policy/entropy": entropy,
+            "rollout/mismatch": (batch.logprobs - batch.sampled).abs(),
+        }
+        for name, column in columns.items():
+            metrics.mean(name, (w * column.detach()).sum(), w.sum().double())
 
-    def judge(self, models: Models, answers: Sequence[Response]) -> dict[str, list[float | None]]:
-        assert isinstance(models, Players)
-        return models.rewards(answers)
-
-
-def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """A completion without the token that ended it."""
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stops else ids)
+    def judge(self, models: Models, responses: Sequence[Response]) -> Scores:
+        assert isinstance(models, PPOModels)
+        return models.rewards(responses)

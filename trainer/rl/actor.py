@@ -1,187 +1,116 @@
-"""A policy that is being trained, what it samples, and what policy, reference and critic say of it."""
+"""The policy as an actor: it samples, and gives the log-probabilities of what it sampled, beside reference and critic."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import StrEnum, auto
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.batch import Branches, Documents
-from trainer.config import Node, schema, setting
 from trainer.data.corpus import Prompt
 from trainer.data.pairs import collate_shared_prefix
 from trainer.data.rows import Encoded
+from trainer.data.tokenizer import Tokenizer
 from trainer.functional import logprobs_at
 from trainer.generation.completion import Completion
 from trainer.generation.generate import generate
-from trainer.generation.sampling import Sampling
 from trainer.generation.scoring import in_forwards
 from trainer.models.actor_critic import of_policy, values_at
 from trainer.models.lora import adapters_off
-from trainer.models.transformer import Read
 from trainer.parallel.engine import Engine
 from trainer.rl.experience import unshared
+from trainer.rl.scoring import PromptGroup, RolloutLogprobs
+from trainer.rl.settings import RolloutSettings
+
+PADDING = PromptGroup(-1, -1, Prompt([0], ""), [Completion([0], [0.0], True)])
+"""What a rank without groups of its own passes through, since a forward is collective."""
 
 
-class Decoder(StrEnum):
-    """What samples."""
+class Sampler(Protocol):
+    """Completes this rank's prompts with the policy as it is now; collective. ``keys``: the seed of each completion."""
 
-    own = auto()
-    vllm = auto()
-
-
-@schema("rollout")
-@dataclass
-class Rollout(Node):
-    """How completions are sampled."""
-
-    size: int = setting(128, "completions of an iteration, over all ranks", least=1)
-    tokens: int = setting(64, "longest completion, tokens", least=1)
-    temperature: float = setting(1.0, "divides the logits, in sampling and in all log-probabilities", above=0)
-    top_k: int = setting(0, "sample from the k likeliest tokens; 0 = all", least=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability", above=0, most=1)
-    min_p: float = setting(0.0, "leave out tokens less likely than this part of the likeliest", least=0, below=1)
-    together: int = setting(64, "completions that a rank samples at once", least=1)
-    redraws: int = setting(
-        0, "further draws of prompts in place of groups whose scores are all equal (DAPO, arXiv:2503.14476)", least=0
-    )
-    reread: bool = setting(
-        True, "compute the policy's log-probabilities of samples again, as training does; false = take the sampler's"
-    )
-    engine: Decoder = setting(Decoder.own, "what samples: own, or vllm where it is installed (NVIDIA GPUs)")
-    memory: float = setting(0.3, "vllm: part of a GPU's memory that it may take", above=0, below=1)
-    shown: int = setting(4, "completions of an iteration that are written to samples.jsonl", least=0)
-
-    def problems(self) -> Iterator[str]:
-        if self.engine is Decoder.vllm and importlib.util.find_spec("vllm") is None:
-            yield "pipeline.rollout.engine=vllm needs the package vllm, which is not installed; install it, or use own"
-        if self.engine is Decoder.vllm and not self.reread:
-            yield "pipeline.rollout.reread=false does not work with engine=vllm, whose numbers are corrected; use true"
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are drawn."""
-        return Sampling(self.tokens, self.temperature, self.top_k, self.top_p, self.min_p)
-
-    @property
-    def cut(self) -> list[str]:
-        """Settings under which samples do not follow the distribution that the ratio is taken of."""
-        usual = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return [name for name, value in usual.items() if getattr(self, name) != value]
-
-
-class Group(NamedTuple):
-    """A prompt with its completions. ``row``: its number in the data. ``number``: its place in the iteration."""
-
-    row: int
-    number: int
-    prompt: Prompt
-    completions: list[Completion]
-
-    def as_json(self) -> list[Any]:
-        """For the other ranks."""
-        return [self.row, self.number, vars(self.prompt), [vars(completion) for completion in self.completions]]
-
-    @classmethod
-    def from_json(cls, value: list[Any]) -> Group:
-        """What `as_json` gave."""
-        row, number, prompt, completions = value
-        return cls(row, number, Prompt(**prompt), [Completion(**completion) for completion in completions])
-
-
-class Reading(NamedTuple):
-    """What the models say of a group's completions, tokens end to end. ``beyond``: values behind each, ``(samples,)``.
-
-    ``entropy``: of the distribution at each token; where log-probabilities are not read again, their negatives, whose mean
-    estimates it.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor
-    reference: Tensor
-    values: Tensor
-    beyond: Tensor
+    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int, ...]]) -> list[Completion]: ...
 
 
 @dataclass
 class Actor:
-    """A policy that is being trained, with all that judges it. ``reference``: None = there is none, or its base is it."""
+    """A policy that is being trained, and what is asked beside it.
+
+    engine: holds the policy, and the critic where there is one
+    tokenizer: the policy's
+    settings: how completions are sampled
+    critic: whether the engine's module has a critic
+    reference: a frozen reference policy
+    base_is_reference: the policy without its adapters is the reference
+    sampler: samples in place of our own decoder
+    """
 
     engine: Engine
-    stops: Sequence[int]
-    settings: Rollout
+    tokenizer: Tokenizer
+    settings: RolloutSettings
     critic: bool
     reference: nn.Module | None = None
     base_is_reference: bool = False
+    sampler: Sampler | None = None
 
     def sample(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int, ...]]) -> list[Completion]:
-        """Completions of this rank's prompts. Inside, ranks need not keep step; collective at both ends."""
+        """Completions of this rank's prompts; collective, though ranks may decode for different numbers of steps."""
+        if self.sampler is not None:
+            return self.sampler(prompts, keys)
         with self.engine.evaluating(), self.engine.gathered(only=of_policy) as module:
             return generate(
-                module, prompts, self.settings.sampling, stops=self.stops, keys=keys, together=self.settings.together
+                module,
+                prompts,
+                self.settings.sampling,
+                stops=self.tokenizer.stops,
+                keys=keys,
+                max_concurrent=self.settings.max_concurrent,
             )
 
-    def read(self, groups: Sequence[Group]) -> list[Reading]:
-        """What policy, reference and critic say of every completion, as in training; collective."""
-        found: list[Reading | None] = [None] * len(groups)
+    def logprobs(self, groups: Sequence[PromptGroup]) -> list[RolloutLogprobs]:
+        """Log-probabilities and values of every completion, computed as in training; collective."""
+        by_number: dict[int, RolloutLogprobs] = {}
         sizes = [len(g.prompt.ids) + sum(len(c.ids) for c in g.completions) for g in groups]
         with self.engine.evaluating():
             for numbers in in_forwards(sizes):
-                for n, reading in zip(numbers, self._forward([groups[n] for n in numbers]), strict=False):
-                    found[n] = reading
-        return [reading for reading in found if reading is not None]
+                chunk = [groups[n] for n in numbers]
+                by_number.update(zip(numbers, self._forward(chunk or [PADDING]), strict=False))
+        return [by_number[n] for n in range(len(groups))]
 
-    def _forward(self, groups: Sequence[Group]) -> list[Reading]:
-        filler = Group(-1, -1, Prompt([0], ""), [Completion([0], [0.0], True)])
-        laid = collate_shared_prefix(
-            [(len(g.prompt.ids), [_side(g.prompt.ids, c.ids) for c in g.completions]) for g in groups or [filler]], [0]
+    def _forward(self, groups: Sequence[PromptGroup]) -> list[RolloutLogprobs]:
+        collated = collate_shared_prefix(
+            [(len(g.prompt.ids), [_sequence(g.prompt.ids, c.ids) for c in g.completions]) for g in groups], [0]
         )
         device = self.engine.device
-        tokens, documents = laid["tokens"].to(device), unshared(laid["documents"]).to(device)
-        places, last = laid["logit_index"].to(device), laid["final_index"].to(device)
-        read = logprobs_at(places, laid["targets"].to(device), self.settings.temperature)
-        values_read = values_at(torch.cat([places, last])) if self.critic else None
-        said, values = self._trained(tokens, documents, read, values_read)
-        if values is None:
-            values = tokens.new_zeros(len(places) + len(last))
-        if said is None:
-            sampled = [value for g in groups or [filler] for c in g.completions for value in c.logprobs]
-            policy = torch.tensor(sampled, device=device)
-            said = policy, -policy
-        policy, entropy = said
-        reference = self._referenced(tokens, documents, read, policy)
-        columns = [t.float().cpu() for t in (policy, entropy, reference, values[: len(places)])]
-        sizes = [sum(len(c.ids) for c in g.completions) for g in groups]
-        pieces = [column[: sum(sizes)].split(sizes) for column in columns]
-        beyond = values[len(places) :].float().cpu()[: sum(len(g.completions) for g in groups)]
-        ends = beyond.split([len(g.completions) for g in groups])
-        return [Reading(*parts) for parts in zip(*pieces, ends, strict=True)]
-
-    def _trained(
-        self, tokens: Tensor, documents: Documents | Branches, read: Read, values: Read | None
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """The policy's log-probabilities and entropies (None: the sampler's serve), and the critic's values."""
-        model = self.engine.model
-        if values is not None:
-            return model(tokens, documents, read if self.settings.reread else None, values)  # type: ignore[no-any-return]
-        return (model(tokens, documents, read) if self.settings.reread else None), None
-
-    def _referenced(
-        self, tokens: Tensor, documents: Documents | Branches, read: Callable[..., Any], policy: Tensor
-    ) -> Tensor:
-        if self.reference is None and not self.base_is_reference:
-            return policy
-        model = self.engine.model if self.reference is None else self.reference
-        off: AbstractContextManager[Any] = adapters_off(model) if self.reference is None else nullcontext()
-        with off:
-            return model(tokens, documents, read)[0]  # type: ignore[no-any-return]
+        tokens, documents = collated["tokens"].to(device), unshared(collated["documents"]).to(device)
+        logit_index, final_index = collated["logit_index"].to(device), collated["final_index"].to(device)
+        read_policy = logprobs_at(logit_index, collated["targets"].to(device), self.settings.temperature)
+        model, read = self.engine.model, read_policy if self.settings.recompute_logprobs else None
+        policy, values = None, tokens.new_zeros(len(logit_index) + len(final_index))
+        if self.critic:
+            policy, values = model(tokens, documents, read, values_at(torch.cat([logit_index, final_index])))
+        elif read is not None:
+            policy = model(tokens, documents, read)
+        if policy is None:
+            sampled = torch.tensor(
+                [value for g in groups for c in g.completions for value in c.logprobs], device=device
+            )
+            policy = sampled, -sampled
+        logprobs, entropy = policy
+        reference = logprobs
+        if self.reference is not None or self.base_is_reference:
+            frozen = model if self.reference is None else self.reference
+            with adapters_off(model) if self.reference is None else nullcontext():
+                reference = frozen(tokens, documents, read_policy)[0]
+        columns = logprobs, entropy, reference, values[: len(logit_index)]
+        lengths = [sum(len(c.ids) for c in g.completions) for g in groups]
+        per_group = [column.float().cpu().split(lengths) for column in columns]
+        bootstrap = values[len(logit_index) :].float().cpu().split([len(g.completions) for g in groups])
+        return [RolloutLogprobs(*parts) for parts in zip(*per_group, bootstrap, strict=True)]
 
 
-def _side(prompt: Sequence[int], completion: Sequence[int]) -> Encoded:
+def _sequence(prompt: Sequence[int], completion: Sequence[int]) -> Encoded:
     return Encoded([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))

@@ -1,43 +1,48 @@
-"""Questions to a language model behind an OpenAI-compatible HTTP endpoint: many at once, with patience, never a guess."""
+"""A language model behind an OpenAI-compatible HTTP endpoint as a judge: it grades responses, or compares two of them."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-PATIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+from trainer.config import schema, setting
+from trainer.data.tokenizer import Tokenizer
+from trainer.generation.completion import Response
+from trainer.models.load import ModelLoader
+from trainer.rl.rewards import Reward, RewardError, Scorer
+
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses after which asking again may help."""
+
+Messages = Sequence[dict[str, Any]]
 
 
 class JudgeError(RuntimeError):
     """The endpoint refuses, or cannot be reached at all."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Endpoint:
-    """``url``: up to and with ``/v1``. ``key_variable``: the environment variable that holds the key, if one is needed.
+    """Where a judge is asked: many questions at once, with retries."""
 
-    ``timeout``: seconds for an answer. ``attempts``: how often a question is asked at most; the wait between doubles from
-    ``backoff`` seconds. ``together``: questions under way at once.
-    """
+    url: str = setting(doc="the endpoint up to and with /v1")
+    model: str = setting(doc="the model's name there")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable with the key; it is never logged")
+    timeout: float = setting(60.0, "seconds for an answer", above=0)
+    max_attempts: int = setting(5, "how often a question is asked; the wait between doubles", least=1)
+    backoff: float = setting(1.0, "first wait between attempts, seconds", least=0)
+    max_concurrent: int = setting(16, "questions under way at once, on each rank", least=1)
+    max_tokens: int = setting(256, "longest verdict, tokens", least=1)
 
-    url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 60.0
-    attempts: int = 5
-    backoff: float = 1.0
-    together: int = 16
-    tokens: int = 256
-
-    def ask(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[str | None]:
+    def ask(self, conversations: Sequence[Messages]) -> list[str | None]:
         """The answer to each conversation; None for one that was not answered after all attempts.
 
         Raises:
@@ -45,21 +50,21 @@ class Endpoint:
         """
         key = os.environ.get(self.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=self.together)
+        limits = httpx.Limits(max_connections=self.max_concurrent)
         with (
             httpx.Client(headers=headers, timeout=self.timeout, limits=limits) as client,
-            ThreadPoolExecutor(self.together) as pool,
+            ThreadPoolExecutor(self.max_concurrent) as pool,
         ):
-            found = list(pool.map(lambda messages: self._answer(client, messages), conversations))
-        if conversations and not any(answer for answer, _ in found):
-            raise JudgeError(f"{self.url} answered none of {len(found)} questions ({found[0][1]}); is it up?")
-        return [answer for answer, _ in found]
+            answers = list(pool.map(lambda messages: self._answer(client, messages), conversations))
+        if conversations and not any(answer for answer, _ in answers):
+            raise JudgeError(f"{self.url} answered none of {len(answers)} questions ({answers[0][1]}); is it up?")
+        return [answer for answer, _ in answers]
 
-    def _answer(self, client: httpx.Client, messages: Sequence[dict[str, Any]]) -> tuple[str | None, str]:
+    def _answer(self, client: httpx.Client, messages: Messages) -> tuple[str | None, str]:
         """The answer, else what went wrong last."""
-        question = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.tokens}
+        question = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self.max_tokens}
         wrong = ""
-        for attempt in range(self.attempts):
+        for attempt in range(self.max_attempts):
             if attempt:
                 # Spread, so that questions that failed together do not come again together.
                 time.sleep(self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
@@ -68,7 +73,7 @@ class Endpoint:
             except httpx.TransportError as error:
                 wrong = type(error).__name__
                 continue
-            if reply.status_code in PATIENT:
+            if reply.status_code in RETRIED:
                 wrong = f"status {reply.status_code}"
                 continue
             if reply.is_error:
@@ -85,6 +90,68 @@ def _text(reply: httpx.Response) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
+GRADE = """\
+Grade the last answer to a conversation: is it correct, to the point and well written? Its length does not count.
+
+{conversation}
+
+[Answer]
+{answer}
+
+Say why in a sentence, then end with a grade from 0 to {max_grade} in double brackets, such as [[{max_grade}]]."""
+
+
+@schema("reward/judge")
+@dataclass
+class JudgeReward(Endpoint, Reward):
+    """A language model behind an OpenAI-compatible endpoint grades answers: RLAIF (Lee et al. 2023, arXiv:2309.00267)."""
+
+    question: str | None = setting(
+        None, "what is asked, with {conversation}, {answer} and {max_grade}; null = a general rubric"
+    )
+    max_grade: float = setting(10.0, "the best grade; grades are divided by it", above=0)
+    max_missing: float = setting(0.5, "part of the verdicts that may be missing; more is an error", least=0, most=1)
+
+    def problems(self) -> Iterator[str]:
+        if not self.url.startswith(("http://", "https://")):
+            yield f"the judge's url={self.url} does not begin with http:// or https://"
+        if self.question is not None and "{answer}" not in self.question:
+            yield "the judge's question lacks {answer}; write it where the answer is to stand"
+
+    def open(self, load: ModelLoader, tokenizer: Tokenizer) -> Scorer:
+        def scorer(responses: Sequence[Response]) -> list[float | None]:
+            if not responses:
+                return []
+            grades = [self.grade(text) for text in self.ask([self._question(r) for r in responses])]
+            missing = sum(grade is None for grade in grades)
+            if missing > self.max_missing * len(grades):
+                raise RewardError(
+                    f"{self.url} gave no grade for {missing} of {len(grades)} answers, more than the judge's "
+                    f"max_missing={self.max_missing:g} allows; can the model judge, and is the endpoint well?"
+                )
+            return grades
+
+        return scorer
+
+    def grade(self, text: str | None) -> float | None:
+        """The grade in a verdict, 0 to 1; None where there is none or it is out of range."""
+        marks = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text or "")
+        grade = float(marks[-1]) / self.max_grade if marks else None
+        return grade if grade is not None and grade <= 1 else None
+
+    def _question(self, response: Response) -> Messages:
+        messages = response.prompt.messages or [{"role": "user", "content": response.prompt.text}]
+        parts = {
+            "{conversation}": transcript(messages),
+            "{answer}": response.text,
+            "{max_grade}": f"{self.max_grade:g}",
+        }
+        # Not str.format: a question may hold braces of its own; and in one pass, since a conversation may, too.
+        pattern = "|".join(map(re.escape, parts))
+        filled = re.sub(pattern, lambda match: parts[match[0]], self.question or GRADE)
+        return [{"role": "user", "content": filled}]
+
+
 COMPARE = """\
 Two answers to the last message of a conversation follow. Judge which helps more: correct, to the point, well written. \
 Neither their order nor their length counts. Say why in a sentence, then end with [[A]] or [[B]].
@@ -98,17 +165,15 @@ Neither their order nor their length counts. Say why in a sentence, then end wit
 {second}"""
 
 
-def compare(
-    endpoint: Endpoint, prompts: Sequence[Sequence[dict[str, Any]]], pairs: Sequence[tuple[str, str]]
-) -> list[int | None]:
+def compare(endpoint: Endpoint, prompts: Sequence[Messages], answers: Sequence[tuple[str, str]]) -> list[int | None]:
     """Which of two answers is better, 0 or 1; None where the judge does not say so in both orders (Zheng et al. 2023,
     arXiv:2306.05685, section 3.4).
     """
     questions = []
-    for prompt, (first, second) in zip(prompts, pairs, strict=True):
-        said = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+    for prompt, (first, second) in zip(prompts, answers, strict=True):
         for a, b in ((first, second), (second, first)):
-            questions.append([{"role": "user", "content": COMPARE.format(conversation=said, first=a, second=b)}])
+            text = COMPARE.format(conversation=transcript(prompt), first=a, second=b)
+            questions.append([{"role": "user", "content": text}])
     verdicts = [verdict(answer) for answer in endpoint.ask(questions)]
     return [
         first if first is not None and second == 1 - first else None
@@ -118,5 +183,10 @@ def compare(
 
 def verdict(text: str | None) -> int | None:
     """0 for ``[[A]]``, 1 for ``[[B]]``; None for neither or both."""
-    found = [mark in (text or "") for mark in ("[[A]]", "[[B]]")]
-    return found.index(True) if sum(found) == 1 else None
+    marks = [mark in (text or "") for mark in ("[[A]]", "[[B]]")]
+    return marks.index(True) if sum(marks) == 1 else None
+
+
+def transcript(messages: Messages) -> str:
+    """A conversation as plain text."""
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

@@ -31,8 +31,3 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Cli
     held = old + (values - old).clamp(-clip, clip)
     free, kept = (values - returns).square(), (held - returns).square()
     return Clipped(torch.maximum(free, kept) / 2, (kept > free).float())
-
-
-def approx_kl(ratio: Tensor) -> Tensor:
-    """KL(old || new) of every token from ratios of samples of the old policy: never negative (Schulman 2020, k3)."""
-    return ratio - 1 - ratio.log()

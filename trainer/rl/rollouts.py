@@ -1,4 +1,6 @@
-"""Reinforcement learning as a source of batches: sample with the current policy, score, find advantages, hand out.
+"""Reinforcement learning as a source of batches. An iteration is one straight line:
+
+    prompts -> sample -> score -> log-probabilities -> advantages -> experience -> mini-batches
 
 An iteration's experience is the same on all ranks and on any number of them. So mini-batches are cut out of it like out of
 any data, and a checkpoint in the middle of an iteration holds it.
@@ -7,124 +9,164 @@ any data, and a checkpoint in the middle of an iteration holds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.data.loader import Prefetched, permuted
-from trainer.generation.completion import Completion, Response
+from trainer.data.tokenizer import Tokenizer
+from trainer.generation.completion import Response
 from trainer.parallel import distributed
-from trainer.rl.actor import Actor, Group, Reading
-from trainer.rl.experience import Experience, RolloutBatch
+from trainer.rl.actor import Actor
+from trainer.rl.experience import AdvantageComputer, Experience, RolloutBatch
+from trainer.rl.kl import KLController
+from trainer.rl.rollout_metrics import explained_variance, rollout_metrics, rollout_samples
+from trainer.rl.scoring import PromptGroup, ScoredRollouts, Scores
+from trainer.rl.settings import PolicyGradientSettings
 from trainer.tracking.throughput import Stopwatch
-
-
-class Sampler(Protocol):
-    """Completes prompts with the policy as it is now; collective. ``keys``: what each completion's draws depend on."""
-
-    def __call__(self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[int, ...]]) -> list[Completion]: ...
-
-
-class Learnable(NamedTuple):
-    """An iteration, ready to be learnt from: its experience, metrics, and texts to be seen."""
-
-    experience: Experience
-    made: dict[str, float]
-    samples: list[dict[str, Any]]
-
-
-class Judged(NamedTuple):
-    """Groups of an iteration with what models and rewards say of them; scores by name, None where one is missing."""
-
-    groups: list[Group]
-    readings: list[Reading]
-    scores: dict[str, list[float | None]]
-
-    def but(self, kept: Sequence[int]) -> Judged:
-        """These groups alone."""
-        each = len(self.groups[0].completions) if self.groups else 1
-        chosen = [n * each + k for n in kept for k in range(each)]
-        scores = {name: [values[n] for n in chosen] for name, values in self.scores.items()}
-        return Judged([self.groups[n] for n in kept], [self.readings[n] for n in kept], scores)
-
-    def __add__(self, other: object) -> Judged:
-        assert isinstance(other, Judged)
-        scores = {name: self.scores.get(name, []) + values for name, values in other.scores.items()}
-        return Judged(self.groups + other.groups, self.readings + other.readings, scores)
 
 
 class Rollouts:
     """Endless micro-batches of what the current policy does (a `Source`).
 
-    ``judge``: scores by name of this rank's answers, ``score`` among them. ``learn``: what is learnt from an iteration, at
-    the price ``kl`` of leaving the reference. ``adapt``: that price after an iteration. ``passes``: over an iteration.
+    settings: of the pipeline
+    prompts: endless batches of this rank's prompts, each what an iteration needs
+    actor: the policy, which samples, with reference and critic
+    rewards: scores by name of this rank's responses, ``score`` among them; collective
+    watch: times sampling and scoring
+    micro: completions of a micro-batch
+    seed: of sampling and of the order of mini-batches
     """
 
     def __init__(
         self,
-        actor: Actor,
-        sampler: Sampler,
+        settings: PolicyGradientSettings,
         prompts: Prefetched,
-        judge: Callable[[Sequence[Response]], Mapping[str, list[float | None]]],
-        learn: Callable[[Judged, float], Learnable],
-        adapt: Callable[[float, float], float],
-        decode: Callable[[Sequence[int]], str],
+        actor: Actor,
+        rewards: Callable[[Sequence[Response]], Scores],
         watch: Stopwatch,
         *,
-        samples: int,
-        passes: int,
         micro: int,
-        kl: float,
-        limit: float | None,
         seed: int,
     ) -> None:
-        self.actor, self.sampler, self.prompts, self.judge, self.learn = actor, sampler, prompts, judge, learn
-        self.adapt, self.decode, self.watch = adapt, decode, watch
-        self.samples, self.passes, self.micro, self.limit, self.seed = samples, passes, micro, limit, seed
-        self.size = actor.settings.size
-        self.iteration, self.position, self.kl = 0, 0, kl
+        self.settings, self.prompts, self.actor, self.rewards, self.watch = settings, prompts, actor, rewards, watch
+        self.micro, self.seed = micro, seed
+        self.size, self.group_size = settings.rollout.size, settings.group_size
+        self.advantages = AdvantageComputer(settings)
+        self.kl = KLController(settings.initial_kl_coef, settings.kl_target)
+        self.iteration, self.position = 0, 0
         self.experience: Experience | None = None
-        self._said: Learnable | None = None
+        self._metrics: dict[str, float] = {}
+        self._samples: list[dict[str, Any]] = []
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         return self
 
     def __next__(self) -> RolloutBatch:
         if self.experience is None:
-            learnable = self._collect()
-            self.experience, self._said = learnable.experience, learnable
-            self.kl = self.adapt(self.kl, learnable.made["objective/kl"])
+            self.experience = self._collect()
         data = distributed.world().data
-        turn, place = divmod(self.position, self.size)
-        batch = self.experience.batch([self._number(turn, n) for n in data.block(place, self.micro)])
-        if self._said is not None:
-            batch.made, batch.samples, self._said = self._said.made, self._said.samples, None
+        epoch, index = divmod(self.position, self.size)
+        batch = self.experience.batch([self._shuffled(epoch, n) for n in data.block(index, self.micro)])
+        batch.rollout_metrics, batch.samples = self._metrics, self._samples
+        self._metrics, self._samples = {}, []
         self.position += self.micro * data.size
-        if self.position >= self.size * self.passes:
-            self._end()
+        if self.position >= self.size * self.settings.epochs:
+            self._end_iteration()
         return batch
 
     def observe(self, metrics: Mapping[str, Tensor]) -> None:
-        """Leave the rest of an iteration out once the policy has moved too far in it."""
-        if self.limit is not None and self.position and float(metrics["policy/approx_kl"]) > self.limit:
-            self._end()
+        """Skip the rest of an iteration once the policy has moved too far in it."""
+        limit = self.settings.kl_limit
+        if limit is not None and self.position and float(metrics["policy/approx_kl"]) > limit:
+            self._end_iteration()
+
+    def _collect(self) -> Experience:
+        rollouts, metrics = self._scored_rollouts()
+        inputs = self.advantages.inputs(rollouts, self.kl.coef)
+        experience = self.advantages.experience(rollouts, inputs)
+        metrics |= rollout_metrics(rollouts, inputs, experience)
+        metrics["objective/kl_coef"] = self.kl.coef
+        if self.settings.estimator.critic:
+            metrics["value/explained_variance"] = explained_variance(
+                experience.values, experience.returns, experience.weights
+            )
+        self.kl.update(metrics["objective/kl"])
+        self._metrics = metrics
+        self._samples = rollout_samples(rollouts, experience, self._decode, self.settings.rollout.log_samples)
+        return experience
+
+    def _scored_rollouts(self) -> tuple[ScoredRollouts, dict[str, float]]:
+        """An iteration's groups; those whose scores are all equal only where further draws did not replace them."""
+        count, draws = self.size // self.group_size, self.settings.rollout.max_resample
+        if not draws:
+            return self._score(self._sample(0)), {}
+        useful = equal = ScoredRollouts([], [], {})
+        for draw in range(1 + draws):
+            rollouts = self._score(self._sample(draw * count))
+            differing = rollouts.differing()
+            useful = useful.joined(rollouts.select(differing))
+            equal = equal.joined(rollouts.select([n for n in range(count) if n not in differing]))
+            if len(useful.groups) >= count:
+                break
+        share = len(equal.groups) / (len(useful.groups) + len(equal.groups))
+        return useful.joined(equal).select(range(count)), {"rollout/equal_groups": share}
+
+    def _sample(self, drawn: int) -> list[PromptGroup]:
+        """This rank's prompts of a draw with their completions; ``drawn``: prompts that this iteration drew before."""
+        batch: Any = next(self.prompts)
+        numbers = distributed.world().data.share(range(drawn, drawn + self.size // self.group_size))
+        # A completion's random draws depend on its key alone: the same on any number of ranks.
+        keys = [(self.seed, self.iteration, number, k) for number in numbers for k in range(self.group_size)]
+        with self.watch.lap("rollout"):
+            completions = self.actor.sample([p.ids for p in batch.prompts for _ in range(self.group_size)], keys)
+        groups = [completions[n : n + self.group_size] for n in range(0, len(completions), self.group_size)]
+        return [
+            PromptGroup(row, number, prompt, group)
+            for row, number, prompt, group in zip(batch.rows.tolist(), numbers, batch.prompts, groups, strict=True)
+        ]
+
+    def _score(self, groups: list[PromptGroup]) -> ScoredRollouts:
+        """This rank's groups with their scores and log-probabilities, and those of all other ranks."""
+        responses = [Response(g.prompt, c.ids, self._decode(c.ids), g.row) for g in groups for c in g.completions]
+        with self.watch.lap("score"):
+            scores = self.rewards(responses)
+            logprobs = self.actor.logprobs(groups)
+        return ScoredRollouts(groups, logprobs, scores).gathered()
+
+    def _shuffled(self, epoch: int, index: int) -> int:
+        """The completion at an index of a pass: prompts in a new order each pass, their completions next to each other."""
+        group, sample = divmod(index, self.group_size)
+        key = f"{self.seed}:{self.iteration}:{epoch}"
+        return permuted(group, self.size // self.group_size, key) * self.group_size + sample
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return text_of(self.actor.tokenizer, ids)
+
+    def _end_iteration(self) -> None:
+        self.experience, self.position = None, 0
+        self.iteration += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "prompts": self.prompts.state_dict(),
             "iteration": self.iteration,
             "position": self.position,
-            "kl": self.kl,
+            "kl": self.kl.coef,
         }
+        if hasattr(self.advantages.estimator, "state_dict"):
+            state["advantage"] = self.advantages.estimator.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.prompts.load_state_dict(state["prompts"])
-        self.iteration, self.position, self.kl = state["iteration"], state["position"], state["kl"]
+        self.iteration, self.position, self.kl.coef = state["iteration"], state["position"], state["kl"]
+        if "advantage" in state:
+            self.advantages.estimator.load_state_dict(state["advantage"])  # type: ignore[attr-defined]
         self.experience = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What of this iteration is still to be learnt from."""
+        """What of this iteration is still to be trained on (docs/algorithms.md#ppo)."""
         return {} if self.experience is None else self.experience.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -135,66 +177,7 @@ class Rollouts:
         """Stop reading ahead."""
         self.prompts.close()
 
-    def _end(self) -> None:
-        self.experience, self.position = None, 0
-        self.iteration += 1
 
-    def _number(self, turn: int, place: int) -> int:
-        """The completion at a place of a pass: prompts in a new order each time, their completions together."""
-        group, sample = divmod(place, self.samples)
-        return (
-            permuted(group, self.size // self.samples, f"{self.seed}:{self.iteration}:{turn}") * self.samples + sample
-        )
-
-    def _collect(self) -> Learnable:
-        """Sample, score and read an iteration, all of which every rank then holds."""
-        wanted, kept, equal = self.size // self.samples, Judged([], [], {}), Judged([], [], {})
-        for draw in range(1 + self.actor.settings.redraws):
-            judged = self._judged(self._sampled(draw * wanted))
-            every, scores = range(len(judged.groups)), judged.scores["score"]
-            differ = [n for n in every if not self.actor.settings.redraws or len(set(self._of(scores, n))) > 1]
-            kept += judged.but(differ)
-            equal += judged.but([n for n in every if n not in differ])
-            if len(kept.groups) >= wanted:
-                break
-        whole = kept + equal.but(range(max(0, min(wanted - len(kept.groups), len(equal.groups)))))
-        learnable = self.learn(whole.but(range(wanted)), self.kl)
-        if self.actor.settings.redraws:
-            learnable.made["rollout/equal_groups"] = len(equal.groups) / (len(kept.groups) + len(equal.groups))
-        return learnable
-
-    def _of(self, values: list[float | None], group: int) -> list[float | None]:
-        """What of values of completions is a group's."""
-        return values[group * self.samples : (group + 1) * self.samples]
-
-    def _sampled(self, before: int) -> list[Group]:
-        """This rank's groups of a draw; ``before``: prompts that this iteration drew earlier."""
-        batch: Any = next(self.prompts)
-        places = distributed.world().data.share(range(before, before + self.size // self.samples))
-        keys = [(self.seed, self.iteration, place, k) for place in places for k in range(self.samples)]
-        with self.watch.lap("rollout"):
-            found = self.sampler([p.ids for p in batch.prompts for _ in range(self.samples)], keys)
-        rows = batch.rows.tolist()
-        return [
-            Group(rows[n], place, batch.prompts[n], found[n * self.samples : (n + 1) * self.samples])
-            for n, place in enumerate(places)
-        ]
-
-    def _judged(self, groups: list[Group]) -> Judged:
-        """Groups of all ranks in their order, judged where they were sampled."""
-        answers = [Response(g.prompt, c.ids, self.decode(c.ids), g.row) for g in groups for c in g.completions]
-        with self.watch.lap("score"):
-            scores = self.judge(answers)
-            readings = self.actor.read(groups)
-        mine: list[list[Any]] = [
-            [g.as_json(), [t.tolist() for t in reading], {name: self._of(values, n) for name, values in scores.items()}]
-            for n, (g, reading) in enumerate(zip(groups, readings, strict=True))
-        ]
-        gathered = (item for part in distributed.gather_over_data(mine) for item in part)
-        every = sorted(((Group.from_json(g), *rest) for g, *rest in gathered), key=lambda item: item[0].number)
-        names = list(scores)
-        return Judged(
-            [g for g, _, _ in every],
-            [Reading(*(torch.tensor(values) for values in read)) for _, read, _ in every],
-            {name: [value for _, _, found in every for value in found[name]] for name in names},
-        )
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A completion without the token that ended it."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stops else ids)

@@ -61,8 +61,8 @@ def test_what_is_drawn_does_not_depend_on_what_it_is_decoded_with(model, prompts
     whole = ids(generate(model, prompts, sampling, stops=STOPS, keys=keys))
     assert len({len(completion) for completion in whole}) > 3 or temperature == 0
     for together in (1, 4):
-        assert ids(generate(model, prompts, sampling, stops=STOPS, keys=keys, together=together)) == whole
-    assert ids(generate(model, prompts[::-1], sampling, stops=STOPS, keys=keys[::-1], together=5)) == whole[::-1]
+        assert ids(generate(model, prompts, sampling, stops=STOPS, keys=keys, max_concurrent=together)) == whole
+    assert ids(generate(model, prompts[::-1], sampling, stops=STOPS, keys=keys[::-1], max_concurrent=5)) == whole[::-1]
     for rank in (0, 1):
         part = generate(model, prompts[rank::2], sampling, stops=STOPS, keys=keys[rank::2])
         assert ids(part) == whole[rank::2]
@@ -70,7 +70,7 @@ def test_what_is_drawn_does_not_depend_on_what_it_is_decoded_with(model, prompts
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
 def test_logprobs_are_those_of_a_teacher_forced_forward(model, prompts, temperature):
-    found = generate(model, prompts, Sampling(70, temperature, top_k=20), stops=STOPS, together=6)
+    found = generate(model, prompts, Sampling(70, temperature, top_k=20), stops=STOPS, max_concurrent=6)
     for prompt, completion in zip(prompts, found, strict=True):
         expected = teacher_forced(model, prompt, completion.ids, temperature or 1.0)
         # 1e-5: the last bits of sums over other shapes.
@@ -89,7 +89,7 @@ def test_windows_and_heads_are_decoded_as_they_are_trained(shape, fixed, prompts
     monkeypatch.setattr(decoding, "CHUNK", 100)
     model = ModelLoader(Model(**{**SMALL, "initializer_range": 0.3, **SHAPES[shape]}), DDP(), 1, 50).load().eval()
     done = 0
-    for going in Decoding(model, prompts[2:7], Sampling(70), stops=(), together=4, fixed=fixed):
+    for going in Decoding(model, prompts[2:7], Sampling(70), stops=(), max_concurrent=4, fixed=fixed):
         if going.done:
             expected = teacher_forced(model, going.prompt, going.ids, 1.0)
             # Weights as large as these move log-probabilities by whole nats where a token too many is seen.
@@ -101,7 +101,7 @@ def test_windows_and_heads_are_decoded_as_they_are_trained(shape, fixed, prompts
 def test_fixed_shapes_give_what_blocks_give(model, prompts):
     sampling = Sampling(80, 0.9)
     whole = ids(generate(model, prompts, sampling, stops=STOPS))
-    steps = Decoding(model, prompts, sampling, stops=STOPS, together=3, fixed=True)
+    steps = Decoding(model, prompts, sampling, stops=STOPS, max_concurrent=3, fixed=True)
     assert {going.number: going.ids for going in steps if going.done} == dict(enumerate(whole))
 
 
@@ -123,13 +123,13 @@ def test_a_completion_ends_by_a_stop_token_or_by_the_limit(model, prompts):
         assert not set(completion.ids[:-1]) & set(STOPS)
         assert len(completion.logprobs) == len(completion.ids)
     assert {completion.ended for completion in found} == {True, False}
-    short = generate(model, prompts, Sampling(1), stops=STOPS, together=2)
+    short = generate(model, prompts, Sampling(1), stops=STOPS, max_concurrent=2)
     assert ids(short) == [completion.ids[:1] for completion in found]
     assert all(c.ended == (c.ids[0] in STOPS) for c in short)
 
 
 def test_a_model_that_ends_at_once_is_served(model, prompts):
-    found = generate(model, prompts, Sampling(30), stops=range(50), together=3)
+    found = generate(model, prompts, Sampling(30), stops=range(50), max_concurrent=3)
     assert [len(completion.ids) for completion in found] == [1] * len(prompts)
     assert all(completion.ended for completion in found)
 
@@ -153,12 +153,12 @@ def test_equal_prompts_pass_through_once_and_are_continued_differently(model, pr
     alone = [generate(model, [prompts[4]], Sampling(8), stops=(), keys=[(0, n)])[0] for n in range(6)]
     assert ids(found[:6]) == ids(alone)
     # Fewer slots than the group: those that follow are copied from one that still runs.
-    copied = generate(model, [*group, prompts[1]], Sampling(8), stops=(found[0].ids[2],), together=3)
+    copied = generate(model, [*group, prompts[1]], Sampling(8), stops=(found[0].ids[2],), max_concurrent=3)
     assert [c.ids for c in copied[1:]] == [_until(c.ids, found[0].ids[2]) for c in found[1:]]
 
 
 def test_the_cache_is_bounded_by_what_is_decoded_together(model, prompts):
-    steps = Decoding(model, prompts, Sampling(40), stops=STOPS, together=3)
+    steps = Decoding(model, prompts, Sampling(40), stops=STOPS, max_concurrent=3)
     # The longest prompt has 130 tokens: 170 with its completion, 3 blocks of 64.
     assert steps.cache.width == 3
     for _ in steps:
@@ -198,7 +198,7 @@ def test_a_graph_decodes_what_the_cpu_decodes(model, prompts):
     sampling = Sampling(80, 0.9, top_p=0.9)
     expected = ids(generate(model, prompts, sampling, stops=STOPS))
     there = ModelLoader(Model(**SMALL), DDP(), 1, 50).load().eval().cuda()
-    assert ids(generate(there, prompts, sampling, stops=STOPS, together=4)) == expected
+    assert ids(generate(there, prompts, sampling, stops=STOPS, max_concurrent=4)) == expected
 
 
 def _until(tokens: list[int], stop: int) -> list[int]:

@@ -23,7 +23,7 @@ def test_completions_of_one_prompt_compute_it_once():
     assert isinstance(batch.documents, Branches)
     assert batch.tokens.tolist() == [[1, 2, 6, 7, 8]]
     assert batch.documents.lengths == (3, 4)
-    assert batch.places.tolist() == [1, 1, 3]
+    assert batch.logit_index.tolist() == [1, 1, 3]
     assert batch.targets.tolist() == [6, 7, 8]
 
 
@@ -33,7 +33,7 @@ def test_completions_of_different_prompts_are_plain_documents():
     assert batch.tokens.tolist() == [[3, 4, 5, 8, 1, 2, 7, 8]]
     assert batch.documents.lengths == (4, 4)
     assert batch.documents.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
-    assert batch.places.tolist() == [2, 5, 6]
+    assert batch.logit_index.tolist() == [2, 5, 6]
     assert batch.targets.tolist() == [8, 7, 8]
     assert batch.rows.tolist() == [10, 20]
     assert batch.sampled.tolist() == [5, 1, 2]

@@ -13,7 +13,7 @@ def ask(url: str, *questions: str, **settings) -> list[str | None]:
 
 def test_answers_come_in_the_order_of_the_questions_with_what_was_asked_for():
     with serving(lambda question, before: (200, question.upper())) as (url, seen):
-        assert ask(url, *"abcdefgh", together=4) == list("ABCDEFGH")
+        assert ask(url, *"abcdefgh", max_concurrent=4) == list("ABCDEFGH")
     assert {body["model"] for _, body in seen} == {"judge"}
     assert {body["temperature"] for _, body in seen} == {0}
 
@@ -23,7 +23,7 @@ def test_a_busy_endpoint_is_asked_again_and_what_stays_unanswered_is_missing():
         return (200, "yes") if question == "soon" and before == 2 else (503, {})
 
     with serving(reply) as (url, seen):
-        assert ask(url, "soon", "never", attempts=3) == ["yes", None]
+        assert ask(url, "soon", "never", max_attempts=3) == ["yes", None]
     assert len(seen) == 6
 
 
@@ -38,7 +38,7 @@ def test_a_refusal_and_silence_are_errors():
             ask(url, "a")
         assert len(seen) == 1
     with pytest.raises(JudgeError, match=r"answered none of 1 questions \(ConnectError\); is it up"):
-        ask(url, "a", attempts=2)
+        ask(url, "a", max_attempts=2)
 
 
 def test_the_key_comes_from_the_environment_and_is_not_part_of_an_error(monkeypatch):

@@ -10,7 +10,9 @@ import pytest
 from tests.endpoint import serving
 from trainer.data.corpus import Prompt
 from trainer.generation.completion import Response
-from trainer.rl.rewards import FunctionReward, JudgeReward, RewardError, Sum, exact_match
+from trainer.rl.judge import JudgeReward
+from trainer.rl.rewards import FunctionReward, RewardError, exact_match
+from trainer.rl.scoring import RewardSum
 
 ANSWERS = [
     Response(Prompt([1], f"question {n}", row={"ideal": [str(n)]}), [2, 3], str(n) if n != 1 else "no", n)
@@ -67,7 +69,7 @@ def test_a_function_that_cannot_be_called_is_refused():
         return problem
 
     assert "nowhere.reward cannot be imported" in said("nowhere.reward")
-    assert "is no function" in said(f"{__name__}.ANSWERS")
+    assert "is not a function" in said(f"{__name__}.ANSWERS")
     assert "does not take (prompts, completions, rows)" in said(f"{__name__}.numbers", wrong=1)
 
 
@@ -80,10 +82,10 @@ def test_an_exact_match_is_letter_for_letter():
 
 def test_a_sum_weighs_its_parts_and_is_missing_where_one_of_them_is():
     parts = {"a": lambda _: [1.0, None, 3.0], "b": lambda _: [10.0, 20.0, 30.0], "c": lambda _: [None, None, None]}
-    found = Sum(parts, {"a": 2.0, "b": 0.5, "c": 0.0})(ANSWERS)
+    found = RewardSum(parts, {"a": 2.0, "b": 0.5, "c": 0.0})(ANSWERS)
     assert found["score"] == [7.0, None, 21.0]
     assert found["b"] == [10.0, 20.0, 30.0]
-    assert Sum({"a": parts["a"]}, {"a": 2.0})(ANSWERS) == {"score": [2.0, None, 6.0]}
+    assert RewardSum({"a": parts["a"]}, {"a": 2.0})(ANSWERS) == {"score": [2.0, None, 6.0]}
 
 
 def judge(url: str, **settings) -> JudgeReward:
@@ -142,7 +144,7 @@ def test_a_judge_that_drops_connections_is_asked_again():
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    assert graded(judge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", together=1), ANSWERS[:1]) == [0.4]
+    assert graded(judge(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", max_concurrent=1), ANSWERS[:1]) == [0.4]
     thread.join(timeout=5)
     listener.close()
 
@@ -154,12 +156,12 @@ def test_a_judge_that_is_too_slow_is_missing():
         return 200, "[[10]]"
 
     with serving(reply) as (url, _):
-        assert graded(judge(url, timeout=0.2, attempts=1)) == [1.0, None, 1.0]
+        assert graded(judge(url, timeout=0.2, max_attempts=1)) == [1.0, None, 1.0]
 
 
 def test_a_judge_that_mostly_raves_is_an_error():
     with (
         serving(lambda question, before: (200, "[[10]]" if "[Answer]\n0" in question else "hm")) as (url, _),
-        pytest.raises(RewardError, match=r"no grade for 2 of 3 answers, more than the judge's missing=0.5 allows"),
+        pytest.raises(RewardError, match=r"no grade for 2 of 3 answers, more than the judge's max_missing=0.5 allows"),
     ):
         graded(judge(url))

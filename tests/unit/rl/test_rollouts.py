@@ -30,8 +30,8 @@ def learn(folder, sampler, *settings, steps=3, judge=None) -> tuple[list[dict], 
         models.trained = engine.model
         watch = Stopwatch(world.device)
         batches = cfg.pipeline.batches(models, engine, corpus, Plan(8, 4, 16, cfg.seed, watch))
-        batches.sampler = sampler
-        batches.judge = judge or batches.judge
+        batches.actor.sampler = sampler
+        batches.rewards = judge or batches.rewards
         steps_taken = train(
             cfg.pipeline, models, engine, batches, lambda n: 1.0, Guard(cfg.guard, world.device), watch,
             seed=0, first=1, last=steps, accumulate=2,
@@ -52,7 +52,7 @@ def always(ids, prompts, keys, ended=True):
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo"])
 def test_a_policy_that_says_nothing_does_not_end_a_run(advantage, world):
-    values, texts = learn(world, partial(always, [EOS]), f"pipeline.advantage={advantage}", "pipeline.update_epochs=1")
+    values, texts = learn(world, partial(always, [EOS]), f"pipeline.advantage={advantage}", "pipeline.ppo_epochs=1")
     assert all(torch.isfinite(torch.tensor(list(v.values()))).all() for v in values)
     assert values[0]["completion/length_mean"] == 1
     assert values[0]["completion/eos_fraction"] == 1
@@ -61,10 +61,10 @@ def test_a_policy_that_says_nothing_does_not_end_a_run(advantage, world):
 
 def test_a_policy_that_never_ends_does_not_end_a_run_and_what_is_masked_is_a_step_not_taken(world):
     endless = partial(always, [A, A], ended=False)
-    values, _ = learn(world, endless, "pipeline.update_epochs=1", "pipeline.penalty=1")
+    values, _ = learn(world, endless, "pipeline.ppo_epochs=1", "pipeline.missing_eos_penalty=1")
     assert values[0]["completion/eos_fraction"] == 0
     assert values[0]["skipped"] == 0
-    values, _ = learn(world, endless, "pipeline.update_epochs=1", "pipeline.unfinished=mask")
+    values, _ = learn(world, endless, "pipeline.ppo_epochs=1", "pipeline.unfinished=mask")
     assert [v["skipped"] for v in values] == [1, 2, 3]
     assert all(v["loss"] == 0 for v in values)
 
@@ -78,7 +78,12 @@ def test_groups_of_equal_scores_are_drawn_again(world):
         return [Completion([A if len(draws) == 1 or key[3] % 2 else B], [-1.0], True) for key in keys]
 
     values, _ = learn(
-        world, sampler, "pipeline.advantage=grpo", "pipeline.samples=4", "pipeline.rollout.redraws=2", steps=1
+        world,
+        sampler,
+        "pipeline.advantage=grpo",
+        "pipeline.samples_per_prompt=4",
+        "pipeline.rollout.max_resample=2",
+        steps=1,
     )
     # Two prompts an iteration, numbered on through its draws; the third draw is not needed.
     assert draws == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
@@ -93,8 +98,8 @@ def test_when_no_group_differs_the_iteration_is_taken_as_it_is(world):
         world,
         partial(always, [A]),
         "pipeline.advantage=grpo",
-        "pipeline.samples=4",
-        "pipeline.rollout.redraws=1",
+        "pipeline.samples_per_prompt=4",
+        "pipeline.rollout.max_resample=1",
         steps=1,
     )
     assert values[0]["rollout/equal_groups"] == 1
@@ -118,7 +123,7 @@ def test_what_is_sampled_depends_on_seed_iteration_place_and_sample(world):
         seen.extend(keys)
         return always([A], prompts, keys)
 
-    learn(world, sampler, "pipeline.advantage=rloo", "pipeline.samples=2", "seed=5", steps=2)
+    learn(world, sampler, "pipeline.advantage=rloo", "pipeline.samples_per_prompt=2", "seed=5", steps=2)
     assert seen[:3] == [(5, 0, 0, 0), (5, 0, 0, 1), (5, 0, 1, 0)]
     assert seen[8] == (5, 1, 0, 0)
     assert len(set(seen)) == 16
