@@ -153,15 +153,18 @@ class Run(Node):
             tokenizer = tokenizer.with_own_pad()
         longest = architecture.max_position_embeddings
         if self.batch.length > longest:
-            raise ConfigError(
-                [
-                    f"batch.length={self.batch.length} is more than the model's {longest} positions; use at most {longest}"
-                ]
-            )
+            rule = f"more than the model's {longest} positions; use at most {longest}"
+            raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.check(architecture)
         if problems := list(self.pipeline.validate_tokenizer(tokenizer)):
             raise ConfigError(problems)
         return tokenizer, architecture
+
+    def summary(self, architecture: Architecture) -> str:
+        """What is trained, and how, in a line."""
+        pipeline, dtype = type(self.pipeline).__name__.lower(), str(self.precision.dtype).removeprefix("torch.")
+        how = f"{dtype}, strategy={self.strategy.name}, {distributed.ranks()} rank(s)"
+        return f"{pipeline}: {parameters_of(architecture):,} parameters, {how}"
 
     def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
         """What the estimate of memory and time needs to know, on ``ranks`` ranks."""
@@ -241,7 +244,7 @@ def run(cfg: Run) -> dict[str, float]:
                 cfg.profile.recording(folder / "profile", done + 1) as profiler,
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
-                tracker.say(corpus.summary)
+                tracker.say([cfg.summary(architecture), *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
@@ -342,9 +345,6 @@ def print_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
     """Print what a rank of this run would hold; gives the sum as ``memory_gb``."""
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
     need = memory(architecture, layout)
-    print(
-        f"{parameters_of(architecture):,} parameters, strategy={cfg.strategy.name}, {layout.ranks} rank(s); memory of a rank:"
-    )
-    print("\n".join(need.lines()))
+    print("\n".join([f"{cfg.summary(architecture)}; memory of a rank:", *need.lines()]))
     print("scripts/estimate.py does the same for other devices and ranks, with time and advice")
     return {"memory_gb": need.total / 1e9}

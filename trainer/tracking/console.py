@@ -30,8 +30,6 @@ class Console:
         self._started, self._shown = time.monotonic(), 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if done:
-            self.say(f"{name}: continuing after step {done} of {last}")
         if self._console.is_terminal:
             figures = TextColumn("{task.fields[figures]}")
             times = (TimeElapsedColumn(), TimeRemainingColumn())

@@ -16,6 +16,8 @@ from trainer.report.live import LiveReport
 from trainer.tracking.console import Console
 from trainer.tracking.wandb import BINS, WandB, WandBSink, wandb_mode
 
+RESULTS = ("export", "adapter", "report.html")
+"""What a finished run leaves for its user, in its folder."""
 COUNTS = ("tokens", "skipped", "skipped_in_a_row")
 PROGRESS = "progress.json"
 """Steps ``done`` when an attempt begins, and its ``last`` one: with metrics.jsonl it tells how far a run is."""
@@ -126,6 +128,7 @@ class Tracker:
         facts: Mapping[str, Any],
     ) -> None:
         self.config, self.last, self.latest = config, last, dict[str, float]()
+        self._folder = folder
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         self._console: Console | None = None
@@ -142,6 +145,8 @@ class Tracker:
             self._sinks.append(WandBSink(config.wandb, mode, folder, facts))
         self._console = Console(folder.name, done, last)
         self._sinks.append(self._console)
+        steps = f"continuing after step {done} of {last}" if done else f"{last} steps"
+        self.say([f"{folder}: {steps} on {facts.get('device', 'an unknown device')}"])
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +157,9 @@ class Tracker:
             sink.close()
         if self._report is not None:
             self._report.close(error)
+        if error is None:
+            left = [str(self._folder / name) for name in RESULTS if (self._folder / name).exists()]
+            self.say([f"done: {', '.join(left)}"] if left else [])
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
         """Log an optimizer step, if it is one of those that are logged."""

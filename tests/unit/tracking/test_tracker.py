@@ -9,7 +9,7 @@ import yaml
 from trainer.tracking.tracker import Tracker, Tracking
 from trainer.tracking.wandb import Mode, WandB, wandb_mode
 
-FACTS = {"identity": "abc123", "git": None}
+FACTS = {"identity": "abc123", "git": None, "device": "a CPU"}
 STEP = {"loss": 2.0, "lr": 0.1, "tokens": 64.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": 0.0}
 
 
@@ -158,3 +158,11 @@ def test_an_evaluation_without_values_prints_no_empty_line(tmp_path, capsys):
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 0")] == [
         "step 0: eval/loss 1.5"
     ]
+
+
+def test_the_console_begins_with_the_run_and_ends_with_its_results(tmp_path, capsys):
+    with tracker(tmp_path, done=2):
+        (tmp_path / "export").mkdir()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}: continuing after step 2 of 9 on a CPU"
+    assert last == f"done: {tmp_path}/export, {tmp_path}/report.html"
