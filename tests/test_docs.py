@@ -23,17 +23,21 @@ from tests.test_imports import LAYERS
 from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError
+from trainer.data.chats import CHAT_FORMATS
 from trainer.pipelines.preference_losses import LOSSES
 from trainer.rl.advantages import ESTIMATORS
 from trainer.run import run
 
 README = ROOT / "README.md"
-REGISTRIES = [LOSSES, ESTIMATORS]
+REGISTRIES = [LOSSES, ESTIMATORS, CHAT_FORMATS]
 """To which a page's modules add; emptied of that after each test."""
 ROWS = [
-    {"text": f"{word}.", "prompt": f"Say {word}.", "completion": word, "chosen": word, "rejected": "no", "ideal": word}
+    {
+        "text": f"{word}.", "prompt": f"Say {word}.", "completion": word, "chosen": word, "rejected": "no", "ideal": word,
+        "dialogue": [f"Say {word}.", word],
+    }
     for word in ("red", "green", "blue", "black")
-]
+]  # fmt: skip
 
 
 def load(script: str):
@@ -70,7 +74,7 @@ def desk(models, tmp_path, monkeypatch):
     """A working folder in which every file and folder that a command names has a stand-in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    before = [dict(registry) for registry in REGISTRIES]
+    before = [registry.copy() for registry in REGISTRIES]
     for page in PAGES:
         for name, block in {**named_blocks(page, "python"), **named_blocks(page, "yaml")}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ def desk(models, tmp_path, monkeypatch):
     yield place
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
-        registry.update(entries)
+        (registry.extend if isinstance(registry, list) else registry.update)(entries)
 
 
 # ---- commands
