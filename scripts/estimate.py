@@ -8,7 +8,7 @@ the nearest configuration that does is named. Time is what the operations need a
     python scripts/estimate.py --plan experiment=7b
 
 is a table for all strategies on 8 to 4,096 GPUs: what is exchanged, how long a step, a checkpoint and a start take
-(docs/scaling.md has the formulas). Speeds of links and storage are options, in GB/s.
+(docs/traffic.md has the formulas). Speeds of links and storage are options, in GB/s.
 """
 
 from __future__ import annotations

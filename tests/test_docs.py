@@ -19,7 +19,6 @@ import pytest
 from tests.chats import write_jsonl
 from tests.command import ROOT, TINY
 from tests.doc_blocks import DOCS, PAGES, blocks, commands, inline, named_blocks, text
-from tests.test_imports import LAYERS
 from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError
@@ -404,11 +403,6 @@ def test_no_reference_leads_out_of_the_repository():
     """Codes such as G5 in brackets belonged to a list of invariants that was never published."""
     unpublished = re.compile(r"ALGORITHMS[,.]|\([PDSGR][1-9]\)")
     assert [f"{file.relative_to(ROOT)}" for file in sources() if unpublished.search(text(file))] == []
-
-
-def test_the_rooms_of_the_architecture_are_in_the_order_that_imports_keep():
-    rooms = re.findall(r"^\| `(\w+)` \|", text(ROOT / "ARCHITECTURE.md"), re.M)
-    assert rooms == LAYERS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """The layering of ARCHITECTURE.md: an import never points up, and only trainer/parallel/ talks to other ranks."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "trainer"
@@ -74,6 +75,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def test_every_module_has_its_layer():
     rooms = {room(module_name(file)) for file in FILES} - {"", "configs"}
     assert sorted(rooms - set(LAYERS)) == []
+
+
+def test_the_architecture_page_has_the_layers_in_their_order():
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == LAYERS, "correct the table of rooms in ARCHITECTURE.md"
 
 
 def test_no_import_points_up():

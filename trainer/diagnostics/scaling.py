@@ -1,6 +1,6 @@
 """What ranks exchange in a step, what a checkpoint and a start take, and how all of it grows with the number of GPUs.
 
-Formulas and their sources: docs/scaling.md. Bytes are exact (tests/distributed/test_scaling.py counts them), times are a
+Formulas and their sources: docs/traffic.md. Bytes are exact (tests/distributed/test_scaling.py counts them), times are a
 model's.
 """
 
