@@ -56,26 +56,26 @@ def cross_entropy(
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     weights = mask.reshape(-1).float()
-    kept = weights.nonzero().squeeze(1) if weights.device.type == "cpu" else None
-    whole = kept is None or len(kept) == len(weights)
-    picked, ids, w = (
-        (flat, targets.reshape(-1), weights) if whole else (flat[kept], targets.reshape(-1)[kept], weights[kept])
-    )
+    states, ids, w = flat, targets.reshape(-1), weights
+    # Masked tokens are left out where looking for them does not wait for the device.
+    counted = weights.nonzero().squeeze(1) if weights.device.type == "cpu" else None
+    if counted is not None and len(counted) < len(weights):
+        states, ids, w = flat[counted], ids[counted], weights[counted]
     loss, nll, z = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        picked, weight, ids, w, z_loss, label_smoothing, working_dtype(hidden)
+        states, weight, ids, w, z_loss, label_smoothing, working_dtype(hidden)
     )
-    if not whole:
-        nll = torch.zeros_like(weights).index_copy_(0, kept, nll)  # type: ignore[arg-type]
+    if counted is not None and len(counted) < len(weights):
+        nll = torch.zeros_like(weights).index_copy_(0, counted, nll)
     return loss, (nll * (weights != 0)).view(mask.shape), z
 
 
 def correct(hidden: Tensor, weight: Tensor, *, targets: Tensor, mask: Tensor) -> Tensor:
     """How many targets with a mask are the likeliest token: a float64 scalar, without a gradient."""
-    flat, ids, kept = hidden.detach().reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1) != 0
-    found = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    flat, ids, counts = hidden.detach().reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1) != 0
+    hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part in _blocks(len(ids), weight):
-        found += ((flat[part] @ weight.detach().to(flat.dtype).T).argmax(1) == ids[part])[kept[part]].sum()
-    return found
+        hits += ((flat[part] @ weight.detach().to(flat.dtype).T).argmax(1) == ids[part])[counts[part]].sum()
+    return hits
 
 
 def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -87,9 +87,9 @@ def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: fl
     dtype = working_dtype(hidden)
     learnt = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # In float16 probabilities that a loss scale has not yet raised would lose their small entries.
-    keeps = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
+    keep = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
     values, entropy = _LogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keeps
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keep
     )
     return values.view(targets.shape), entropy.view(targets.shape)
 
@@ -129,7 +129,7 @@ def _blocks(tokens: int, weight: Tensor) -> list[slice]:
     return _split(tokens, BLOCK_BYTES[weight.device.type] // (4 * weight.shape[0]))
 
 
-class _Room:
+class _LogitsBuffer:
     """Memory for a block of logits, used again for every block: fresh pages cost more than the arithmetic."""
 
     def __init__(self, tokens: int, weight: Tensor, dtype: torch.dtype) -> None:
@@ -170,13 +170,13 @@ class _CrossEntropy(torch.autograd.Function):
         nll, lse_squares = hidden.new_empty(len(ids), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            room = _Room(len(ids), weight, dtype)
+            logits_of = _LogitsBuffer(len(ids), weight, dtype)
             for group in _groups(len(ids), weight, dtype):
                 states, targets, scales = hidden[group].detach().to(dtype), ids[group, None], w[group]
                 gradient = states.new_empty(len(states), vocabulary) if wants_hidden or wants_weight else None
                 for part in _blocks(len(states), weight):
                     target, scale = targets[part], scales[part]
-                    scores = room(states[part], compute)
+                    scores = logits_of(states[part], compute)
                     chosen = scores.gather(1, target).squeeze(1)
                     mean = scores.mean(1) if smoothing else chosen
                     top = scores.amax(1, keepdim=True)
@@ -225,16 +225,16 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, keeps: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, keep: bool
     ) -> tuple[Tensor, Tensor]:
         values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
         compute = weight.detach().to(dtype)
-        kept = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keeps else None
+        probabilities = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keep else None
         with torch.autocast(hidden.device.type, enabled=False):
-            room = _Room(len(ids), weight, dtype)
+            logits_of = _LogitsBuffer(len(ids), weight, dtype)
             for part in _blocks(len(ids), weight):
                 target = ids[part, None]
-                scores = room(hidden[part].detach().to(dtype), compute)
+                scores = logits_of(hidden[part].detach().to(dtype), compute)
                 if temperature != 1.0:
                     scores.div_(temperature)
                 top = scores.amax(1, keepdim=True)
@@ -246,10 +246,10 @@ class _LogProbs(torch.autograd.Function):
                 # H = log sum exp s - E[s], for s = logits less their largest.
                 entropies[part] = (norm - scores.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
                 lses[part] = (norm + top).squeeze(1)
-                if kept is not None:
+                if probabilities is not None:
                     # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
-                    kept[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
-        ctx.save_for_backward(hidden, weight, ids, lses, entropies, kept)
+                    probabilities[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+        ctx.save_for_backward(hidden, weight, ids, lses, entropies, probabilities)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.dtype = temperature, dtype
         return values, entropies
@@ -257,26 +257,26 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, up_values: Tensor | None, up_entropies: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, ids, lses, entropies, kept = ctx.saved_tensors
+        hidden, weight, ids, lses, entropies, probabilities = ctx.saved_tensors
         dtype, compute = ctx.dtype, weight.detach().to(ctx.dtype)
         up_values = torch.zeros_like(lses) if up_values is None else up_values
-        if kept is not None and up_entropies is None:
+        if probabilities is not None and up_entropies is None:
             with torch.autocast(hidden.device.type, enabled=False):
                 factor = (up_values / -ctx.temperature)[:, None]
-                grad_hidden = ((kept @ compute) * factor).to(hidden.dtype)
-                grad_weight = kept.T @ (hidden * factor).to(dtype)
+                grad_hidden = ((probabilities @ compute) * factor).to(hidden.dtype)
+                grad_weight = probabilities.T @ (hidden * factor).to(dtype)
             return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
         up_entropies = torch.zeros_like(lses) if up_entropies is None else up_entropies
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            room = _Room(len(ids), weight, dtype)
+            logits_of = _LogitsBuffer(len(ids), weight, dtype)
             for group in _groups(len(ids), weight, dtype):
                 states = hidden[group].to(dtype)
                 gradient = states.new_empty(len(states), weight.shape[0])
                 for part in _blocks(len(states), weight):
                     lse, entropy, target = lses[group][part, None], entropies[group][part, None], ids[group][part, None]
                     up_value, up_entropy = up_values[group][part, None], up_entropies[group][part, None]
-                    log_p = room(states[part], compute).div_(ctx.temperature).sub_(lse)
+                    log_p = logits_of(states[part], compute).div_(ctx.temperature).sub_(lse)
                     p = log_p.exp()
                     # d entropy / d logit = -p (log p + H); d logprob / d logit = onehot - p.
                     scores = p.mul_(log_p.add_(entropy).mul_(up_entropy).add_(up_value).neg_())

@@ -16,6 +16,7 @@ from trainer.batch import Branches, Documents
 from trainer.functional import At, working_dtype
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend
+from trainer.models.cpu_kernels import embed
 from trainer.models.norm import RMSNorm
 from trainer.models.rope import angles, frequencies, rotate
 
@@ -108,9 +109,7 @@ class TokenEmbedding(nn.Embedding):
         self.tied = a.tie_word_embeddings and not a.scores
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # A tied embedding's gradient is added to that of the projection, which is dense: a dense one would first fill a whole
-        # table with zeros.
-        return F.embedding(tokens, self.weight, sparse=self.tied and self.weight.device.type == "cpu")
+        return embed(tokens, self.weight, tied=self.tied)
 
 
 class Decoder(nn.Module):
@@ -203,7 +202,7 @@ def _attend_packed(
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is dear to compute (matrix products, attention); norms, activations and rotations are computed again."""
-    dear = ("mm", "addmm", "bmm", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn")
+    """Save expensive ops (matrix products, attention); norms, activations and rotations are computed again."""
+    expensive = ("mm", "addmm", "bmm", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn")
     name = str(operation).removeprefix("aten.").partition(".")[0]
-    return CheckpointPolicy.MUST_SAVE if name.startswith(dear) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name.startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE
