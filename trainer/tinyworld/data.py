@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,8 +18,7 @@ from trainer.data.loader import Mixture
 from trainer.data.rows import RowStore, prepare_rows, tokenize
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.data.tokenizer_training import train
-from trainer.tinyworld import language as tinyworld
-from trainer.tinyworld.language import TinyWorld
+from trainer.tinyworld.language import VERSION, TinyWorld
 
 HELDOUT = 1 << 40
 """Held-out documents are counted from here."""
@@ -45,7 +45,7 @@ class TinyWorldData(Data):
 
     def default_tokenizer(self) -> Tokenizer:
         """SentencePiece BPE of 512 pieces, trained once and kept in the cache."""
-        key = f"{Path(tinyworld.__file__).read_text()}:{sorted(TOKENIZER.items())}:{self.world}"
+        key = f"{VERSION}:{sorted(TOKENIZER.items())}:{self.world}"
         folder = self.cache_folder / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:24]
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,22 +63,16 @@ class TinyWorldData(Data):
     def floor_bits_per_byte(self) -> float:
         """The same in bits per byte of text."""
         texts = list(self._documents(HELDOUT, self.heldout))
-        return -sum(map(TinyWorld.log_probability, texts)) / 0.6931471805599453 / sum(len(t.encode()) for t in texts)
+        return -sum(map(TinyWorld.log_probability, texts)) / math.log(2) / sum(len(t.encode()) for t in texts)
 
     def _documents(self, first: int, count: int) -> Iterator[str]:
         world = TinyWorld(self.world)
         return (world.document(number) for number in range(first, first + count))
 
     def _rows(self, tokenizer: Tokenizer, length: int, first: int, count: int) -> RowStore:
-        source = hashlib.sha256(Path(tinyworld.__file__).read_bytes()).hexdigest()
-        key = ["tinyworld", source, str(self.world), str(first), str(count)]
-        return prepare_rows(
-            self.cache_folder / "rows",
-            key,
-            lambda: tokenize(self._documents(first, count), tokenizer),
-            tokenizer,
-            length,
-        )
+        key = ["tinyworld", VERSION, str(self.world), str(first), str(count)]
+        documents = self._documents(first, count)
+        return prepare_rows(self.cache_folder / "rows", key, lambda: tokenize(documents, tokenizer), tokenizer, length)
 
     def train_tokenizer(self, folder: Path) -> None:
         """Train the language's own tokenizer into ``folder``, which appears whole or not at all.
@@ -90,10 +84,8 @@ class TinyWorldData(Data):
             raise FileExistsError(f"{folder} exists already; name another folder")
         partial_folder = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
-            train(
-                self._documents(2 * HELDOUT, TOKENIZER["documents"]), partial_folder,
-                vocab_size=TOKENIZER["vocab_size"], specials=CHAT_SPECIALS,
-            )  # fmt: skip
+            texts = self._documents(2 * HELDOUT, TOKENIZER["documents"])
+            train(texts, partial_folder, vocab_size=TOKENIZER["vocab_size"], specials=CHAT_SPECIALS)
             partial_folder.rename(folder)
         except BaseException:
             shutil.rmtree(partial_folder, ignore_errors=True)

@@ -16,10 +16,13 @@ from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
+VERSION = "e0fd7733eb3c080163bd1f7e8d538601d09e693e204364b75f68838238420085"
+"""Names what the generator writes; prepared data and checkpoints know it by this. Change it with any change of the texts."""
+
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack")
 PLACES = ("Berlin", "Cairo", "Delhi", "Lima", "Oslo", "Paris", "Rome", "Tokyo")
 MOODS = ("angrily", "calmly", "happily", "proudly", "sadly", "shyly")
-DEEDS = ("builds", "buys", "draws", "finds", "hides", "paints", "sells", "steals")
+VERBS = ("builds", "buys", "draws", "finds", "hides", "paints", "sells", "steals")
 COLORS = ("black", "blue", "green", "red", "white", "yellow")
 THINGS = ("apples", "balls", "books", "coins", "drums", "kites", "lamps", "rings")
 DIGITS = tuple(range(10))
@@ -63,7 +66,7 @@ class Chooser(Protocol):
         ...
 
 
-class NotOfThisWorldError(ValueError):
+class OutOfLanguageError(ValueError):
     """A text that the generator never writes; the message says where it leaves the language."""
 
 
@@ -93,11 +96,11 @@ class _Reader:
                 self.at += len(words)
                 self.log_probability += math.log(weight / sum(weights))
                 return option
-        raise NotOfThisWorldError(f"at {self.at}: none of {', '.join(map(repr, spelt))}: {self.text[self.at :][:40]!r}")
+        raise OutOfLanguageError(f"at {self.at}: none of {', '.join(map(repr, spelt))}: {self.text[self.at :][:40]!r}")
 
     def write(self, text: str) -> None:
         if not self.text.startswith(text, self.at):
-            raise NotOfThisWorldError(f"at {self.at}: not {text!r}: {self.text[self.at :][:40]!r}")
+            raise OutOfLanguageError(f"at {self.at}: not {text!r}: {self.text[self.at :][:40]!r}")
         self.at += len(text)
 
 
@@ -110,7 +113,7 @@ class TinyWorld:
     def document(self, number: int) -> str:
         """The ``number``-th document."""
         writer = _Writer(hashlib.sha256(f"tinyworld:{self.seed}:{number}".encode()).hexdigest())
-        _tell(writer)
+        _generate(writer)
         return writer.text
 
     @staticmethod
@@ -118,12 +121,12 @@ class TinyWorld:
         """The exact natural logarithm of the probability of a document.
 
         Raises:
-            NotOfThisWorldError: if it has none.
+            OutOfLanguageError: if it has none.
         """
         reader = _Reader(text)
-        _tell(reader)
+        _generate(reader)
         if reader.at != len(text):
-            raise NotOfThisWorldError(f"at {reader.at}: the story had ended: {text[reader.at :][:40]!r}")
+            raise OutOfLanguageError(f"at {reader.at}: the story had ended: {text[reader.at :][:40]!r}")
         return reader.log_probability
 
     @staticmethod
@@ -138,23 +141,23 @@ class TinyWorld:
         sentences = sum((1 - likely["ends"]) ** n for n in range(LONGEST))
         total = math.log(len(CAST))
         for cast in CAST:
-            sets = (PLACES, NAMES, MOODS, DEEDS, COLORS, THINGS)
+            sets = (PLACES, NAMES, MOODS, VERBS, COLORS, THINGS)
             opening = sum(math.log(len(options) - n) for n in range(cast) for options in sets)
             subject = (1 - likely["ends"]) * math.log(cast)
-            acting = likely["acts"] * (4 * math.log(cast) + math.log(len(DEEDS)))
+            acting = likely["acts"] * (4 * math.log(cast) + math.log(len(VERBS)))
             counting = likely["counts"] * 2 * math.log(len(DIGITS))
             total += (opening + sentences * (kind + subject + acting + counting)) / len(CAST)
         return total
 
 
-def _tell(story: Chooser) -> None:
+def _generate(story: Chooser) -> None:
     cast = story.pick(CAST, ["Two friends.", "Three friends."])
-    scene, deeds = Scene([], [], [], [], []), list[str]()
+    scene, verbs = Scene([], [], [], [], []), list[str]()
     for _ in range(cast):
         place = _new(story, PLACES, scene.places, " In {}")
         name = _new(story, NAMES, [f.name for f in scene.friends], " {}")
         _new(story, MOODS, scene.moods, " {}")
-        _new(story, DEEDS, deeds, " {}")
+        _new(story, VERBS, verbs, " {}")
         _new(story, COLORS, scene.colors, " {}")
         thing = _new(story, THINGS, scene.things, " {}.")
         scene.friends.append(Character(name, place, thing))
@@ -163,7 +166,7 @@ def _tell(story: Chooser) -> None:
         kind = story.pick(list(KINDS), starts, list(KINDS.values()))
         if kind == "ends":
             return
-        _happen(story, kind, scene)
+        _sentence(story, kind, scene)
     story.write(" The end.")
 
 
@@ -174,12 +177,12 @@ def _new(story: Chooser, options: Sequence[str], taken: list[str], form: str) ->
     return taken[-1]
 
 
-def _happen(story: Chooser, kind: str, scene: Scene) -> None:
+def _sentence(story: Chooser, kind: str, scene: Scene) -> None:
     """The rest of one sentence, after its kind."""
     friend = story.pick(scene.friends, [f" {f.name}" for f in scene.friends])
     if kind == "acts":
         story.pick(scene.moods, [f" {m}" for m in scene.moods])
-        story.pick(DEEDS, [f" {d}" for d in DEEDS])
+        story.pick(VERBS, [f" {v}" for v in VERBS])
         story.pick(scene.colors, [f" {c}" for c in scene.colors])
         friend.thing = story.pick(scene.things, [f" {t}" for t in scene.things])
         friend.place = story.pick(scene.places, [f" in {p}." for p in scene.places])
