@@ -150,6 +150,14 @@ class AdvantageComputer:
         self.settings = settings
         self.estimator: Compute = settings.estimator.build()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the estimator remembers from iteration to iteration; empty for a function."""
+        return self.estimator.state_dict() if hasattr(self.estimator, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if hasattr(self.estimator, "load_state_dict"):
+            self.estimator.load_state_dict(state)
+
     def inputs(self, rollouts: ScoredRollouts, kl_coef: float) -> AdvantageInputs:
         """What the estimator sees; completions without a score, or masked ones, have weight 0 in the loss."""
         s, completions = self.settings, rollouts.completions

@@ -154,15 +154,15 @@ class Rollouts:
             "position": self.position,
             "kl": self.kl.coef,
         }
-        if hasattr(self.advantages.estimator, "state_dict"):
-            state["advantage"] = self.advantages.estimator.state_dict()
+        if remembered := self.advantages.state_dict():
+            state["advantage"] = remembered
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.prompts.load_state_dict(state["prompts"])
         self.iteration, self.position, self.kl.coef = state["iteration"], state["position"], state["kl"]
         if "advantage" in state:
-            self.advantages.estimator.load_state_dict(state["advantage"])  # type: ignore[attr-defined]
+            self.advantages.load_state_dict(state["advantage"])
         self.experience = None
 
     def tensors(self) -> dict[str, Tensor]:
