@@ -20,23 +20,33 @@ from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
 
-TOGETHER = 32
+MAX_CONCURRENT = 32
 """Prompts that are answered at once."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What held-out data showed. ``values`` by metric; ``units``: a metric's value of every unit; ``errors``: the worst."""
+class HeldOutMetrics:
+    """What held-out data showed.
+
+    ``values``: by metric, scalars on the device.
+    ``units``: by metric, its value of every unit.
+    ``errors``: the units with the worst values, as texts.
+    """
 
     values: dict[str, Tensor]
     units: dict[str, list[float]]
     errors: list[dict[str, Any]]
 
 
-class Answered(NamedTuple):
-    """A held-out prompt's completion, whether it came to an end by itself, and its scores by name."""
+class ScoredResponse(NamedTuple):
+    """A held-out prompt's completion.
 
-    answer: Response
+    ``response``: the prompt and its completion.
+    ``ended``: whether the completion came to an end by itself.
+    ``scores``: by name; None where a reward has none.
+    """
+
+    response: Response
     ended: bool
     scores: dict[str, float | None]
 
@@ -65,7 +75,7 @@ class Evaluation(Node):
 
     def measure(
         self, pipeline: Pipeline, models: Models, engine: Engine, heldout: Mapping[str, UnitStore], micro: int
-    ) -> Measured:
+    ) -> HeldOutMetrics:
         """``eval/<metric>`` over all sources, and ``eval/<source>/<metric>`` where there are several.
 
         Every rank runs the same number of forwards, the last ones on rows of weight 0: a ZeRO-3 forward is collective.
@@ -81,13 +91,13 @@ class Evaluation(Node):
                     values.update(
                         {f"eval/{name}/{key}": v for key, v in metrics.reduced(distributed.stack_over_data).items()}
                     )
-                for key, found in _of_units(metrics).items():
-                    units.setdefault(f"eval/{key}", []).extend(found.values())
-                    for number in sorted(found, key=lambda n: found[n])[: self.errors]:
-                        shown = rows.preview(number, models.tokenizer)
-                        errors.append({"source": name, "row": number, key: found[number], **shown})
+                for key, by_unit in _per_unit(metrics).items():
+                    units.setdefault(f"eval/{key}", []).extend(by_unit.values())
+                    for number in sorted(by_unit, key=lambda n: by_unit[n])[: self.errors]:
+                        texts = rows.preview(number, models.tokenizer)
+                        errors.append({"source": name, "row": number, key: by_unit[number], **texts})
         values.update({f"eval/{key}": v for key, v in overall.reduced(distributed.stack_over_data).items()})
-        return Measured(values, units, errors)
+        return HeldOutMetrics(values, units, errors)
 
     def answer(
         self, pipeline: Pipeline, models: Models, engine: Engine, corpus: Corpus, step: int, seed: int
@@ -97,39 +107,39 @@ class Evaluation(Node):
         Without held-out prompts, ``prompts`` are continued and nothing is measured.
         """
         prompts = corpus.prompts(self.answers)
+        if not prompts:
+            return {}, self._continuations(models, engine, step, seed)
         answers = self._complete(pipeline, models, engine, prompts, seed)
-        values = {}
-        if prompts:
-            values["eval/ended"] = statistics.fmean(found.ended for found in answers)
-            values["eval/length"] = statistics.fmean(len(found.answer.ids) for found in answers)
-        if ideal := [a for a, _, _ in answers if a.prompt.ideal]:
-            values["eval/exact_match"] = statistics.fmean(a.prompt.right(a.text) for a in ideal)
+        values = {
+            "eval/ended": statistics.fmean(answer.ended for answer in answers),
+            "eval/length": statistics.fmean(len(answer.response.ids) for answer in answers),
+        }
+        if checkable := [r for r, _, _ in answers if r.prompt.ideal]:
+            values["eval/exact_match"] = statistics.fmean(r.prompt.right(r.text) for r in checkable)
         for name in sorted({name for _, _, scores in answers for name in scores}):
             known = [value for _, _, scores in answers if (value := scores[name]) is not None]
             values[f"eval/{name}"] = statistics.fmean(known) if known else 0.0
-        shown = [
-            {"step": step, "prompt": a.prompt.text, "completion": a.text, "ended": ended, **scores}
-            | ({"ideal": a.prompt.ideal} if a.prompt.ideal else {})
-            for a, ended, scores in answers[: self.samples]
+        samples = [
+            {"step": step, "prompt": r.prompt.text, "completion": r.text, "ended": ended, **scores}
+            | ({"ideal": r.prompt.ideal} if r.prompt.ideal else {})
+            for r, ended, scores in answers[: self.samples]
         ]
-        return values, shown if prompts else self._continued(models, engine, step, seed)
+        return values, samples
 
-    def _continued(self, models: Models, engine: Engine, step: int, seed: int) -> list[dict[str, Any]]:
+    def _continuations(self, models: Models, engine: Engine, step: int, seed: int) -> list[dict[str, Any]]:
         if not self.samples:
             return []
         tokenizer = models.tokenizer
         start = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
         texts = (self.prompts or [""])[: self.samples]
         prompts = [Prompt(start + tokenizer.encode(t), t) for t in (texts[i % len(texts)] for i in range(self.samples))]
-        found = self._complete(Pipeline(), models, engine, prompts, seed)
-        return [{"step": step, "prompt": f.answer.prompt.text, "completion": f.answer.text} for f in found]
+        answers = self._complete(Pipeline(), models, engine, prompts, seed)
+        return [{"step": step, "prompt": r.prompt.text, "completion": r.text} for r, _, _ in answers]
 
     def _complete(
         self, pipeline: Pipeline, models: Models, engine: Engine, prompts: list[Prompt], seed: int
-    ) -> list[Answered]:
+    ) -> list[ScoredResponse]:
         """Each prompt's completion, judged by the pipeline; shared among the ranks."""
-        if not prompts:
-            return []
         tokenizer = models.tokenizer
         # In order of length, so that every rank has short and long ones.
         by_length = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
@@ -139,7 +149,7 @@ class Evaluation(Node):
             with engine.gathered() as module:
                 completions = generate(
                     module, [prompts[n].ids for n in mine], sampling, stops=tokenizer.stops,
-                    keys=[(seed, n) for n in mine], max_concurrent=TOGETHER,
+                    keys=[(seed, n) for n in mine], max_concurrent=MAX_CONCURRENT,
                 )  # fmt: skip
             answers = [
                 Response(prompts[n], c.ids, tokenizer.decode(c.ids), n) for n, c in zip(mine, completions, strict=True)
@@ -150,7 +160,7 @@ class Evaluation(Node):
             for at, (a, completion) in enumerate(zip(answers, completions, strict=True))
         ]
         every = sorted(item for part in distributed.gather_over_data(own) for item in part)
-        return [Answered(Response(prompts[n], ids, text, n), ended, by) for n, ids, text, ended, by in every]
+        return [ScoredResponse(Response(prompts[n], ids, text, n), ended, by) for n, ids, text, ended, by in every]
 
     def _batches(self, rows: UnitStore, micro: int) -> Iterator[Any]:
         data = distributed.world().data
@@ -159,11 +169,11 @@ class Evaluation(Node):
             yield rows.collate([n if n < count else -1 for n in data.block(first, micro)])
 
 
-def _of_units(metrics: Metrics) -> dict[str, dict[int, float]]:
+def _per_unit(metrics: Metrics) -> dict[str, dict[int, float]]:
     """By metric every unit's value by its number, from all ranks; those that only filled up a forward are left out."""
     mine = {
-        name: [(n, v) for rows, values in kept for n, v in zip(rows.tolist(), values.tolist(), strict=True) if n >= 0]
-        for name, kept in metrics.units.items()
+        name: [(n, v) for rows, values in parts for n, v in zip(rows.tolist(), values.tolist(), strict=True) if n >= 0]
+        for name, parts in metrics.units.items()
     }
     ranks = distributed.gather_over_data(mine)
     return {name: {n: v for rank in ranks for n, v in rank[name]} for name in mine}

@@ -56,7 +56,7 @@ def test_a_run_that_was_continued_is_the_run_that_was_not(tmp_path):
 
 def test_a_stop_request_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_asked", 15)
-    with pytest.raises(Stopped, match="stopped after step 1 of 3 .SIGTERM"):
+    with pytest.raises(Stopped, match=r"stopped after step 1 of 3 \(SIGTERM"):
         go("run_dir=r", "steps=3")
     assert json.loads((tmp_path / "r" / "stopped.json").read_text()) == {"step": 1, "last": 3, "reason": "SIGTERM"}
     monkeypatch.setattr(stopping, "_asked", 0)
@@ -70,7 +70,7 @@ def test_a_first_step_that_contradicts_the_algorithm_ends_the_run(tmp_path, monk
     from trainer.pipelines.pretrain import Pretrain
 
     monkeypatch.setattr(Pretrain, "first_step_problems", lambda self, first: first.near("loss", 0, "it is 0", "look"))
-    with pytest.raises(TrainingError, match="the first step's loss is .*, and it is 0: look"):
+    with pytest.raises(TrainingError, match=r"the first step's loss is .*, and it is 0: look"):
         go("run_dir=r", "steps=2")
     go("run_dir=r", "steps=2", "guard.first_step=warn", "resume=new")
     go("run_dir=r", "steps=2", "guard.first_step=off", "resume=new")

@@ -24,12 +24,14 @@ from trainer.stopping import Stopped
 RECORD = "config.yaml"
 STOPPED = "stopped.json"
 """What a run leaves that stopped early and waits to be continued; whoever starts the run again looks for it."""
-BESIDE = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
+LEFT_BY_LAUNCHERS = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
 """What may lie in the folder before the run begins."""
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for the folder: a launcher may restart a run while the attempt before is still going down."""
 FREE_TO_CHANGE = (
     "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
     "evaluation", "export", "profile", "watchdog", "preflight",
-    "estimate", "sweep", "data.workers", "data.cache", "guard.max_bad_steps", "guard.first_step",
+    "estimate", "sweep", "data.cache", "guard.max_bad_steps", "guard.first_step",
     "model.compile",
     "model.activation_checkpointing",
 )  # fmt: skip
@@ -45,7 +47,9 @@ def choose(run_dir: str, policy: str, config: Mapping[str, Any], made_from: Mapp
         ConfigError: if the policy is ``never`` and the folder holds something, or one problem for every difference.
     """
     folder = Path(run_dir)
-    taken = folder.exists() and (not folder.is_dir() or any(entry.name not in BESIDE for entry in folder.iterdir()))
+    taken = folder.exists() and (
+        not folder.is_dir() or any(entry.name not in LEFT_BY_LAUNCHERS for entry in folder.iterdir())
+    )
     if policy == "never" and taken:
         raise ConfigError(
             [f"run_dir={run_dir} holds a run already and resume=never; use another run_dir, or resume=new"]
@@ -53,7 +57,7 @@ def choose(run_dir: str, policy: str, config: Mapping[str, Any], made_from: Mapp
     if policy == "new" and taken:
         return next(p for p in (Path(f"{run_dir}-{n}") for n in range(2, 1_000_000)) if not p.exists())
     if taken and not (folder / RECORD).is_file():
-        raise ConfigError([f"run_dir={run_dir} holds something that is no run; use another run_dir, or resume=new"])
+        raise ConfigError([f"run_dir={run_dir} is not a run directory; use another run_dir, or resume=new"])
     if taken:
         _refuse_changes(folder, config, made_from)
     return folder
@@ -71,8 +75,7 @@ def begin(
     Raises:
         RankError: if another process holds the folder.
     """
-    # A launcher that restarts a run may start it while the attempt before is still going down.
-    lock = FileLock(folder / ".lock", timeout=5)
+    lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT)
     facts = distributed.run_on_main(lambda: _begin(folder, lock, config, made_from, ranks))
     try:
         yield facts
@@ -96,8 +99,7 @@ def _begin(
     now = environment_facts(ranks)
     file = folder / RECORD
     if file.is_file():
-        held = yaml.safe_load(file.read_text())
-        facts: dict[str, Any] = held["facts"]
+        facts: dict[str, Any] = yaml.safe_load(file.read_text())["facts"]
         facts.setdefault("attempts", []).append(now)
     else:
         facts = {**made_from, **now, "identity": uuid.uuid4().hex[:12]}
@@ -143,17 +145,17 @@ def plain(node: Any) -> Any:
 
 def defaults(node: Any, path: str = "") -> dict[str, Any]:
     """The defaults of all settings that have another value, by full name; None for those without a default."""
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(node):
         value, name = getattr(node, field.name), f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
-            found |= defaults(value, f"{name}.")
+            changed |= defaults(value, f"{name}.")
             continue
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         default = None if made in (dataclasses.MISSING, MISSING) else plain(made)
         if plain(value) != default:
-            found[name] = default
-    return found
+            changed[name] = default
+    return changed
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
