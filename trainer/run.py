@@ -52,11 +52,10 @@ from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reward import Reward
 from trainer.pipelines.sft import SFT
 from trainer.settings import BatchSizes, Resume, Sweep
-from trainer.step_log import StepLog
+from trainer.step_log import StepLog, TokenCounter
 from trainer.stopping import StopConsensus, Stopped
 from trainer.tinyworld.data import TinyWorldData
 from trainer.tracking.profiling import Profile
-from trainer.tracking.progress import TokenCounter
 from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
 

@@ -58,7 +58,7 @@ class Level:
 
     Attributes:
         value: where it lies; None: the value of ``setting``, and no line where that is 0 or null.
-        label: written beside it.
+        label: written at it.
         kind: what it stands for.
         setting: full name of a setting of the run.
     """

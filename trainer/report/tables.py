@@ -147,7 +147,7 @@ def ancestry(run: Recording) -> Html:
     for ancestor in run.ancestors:
         facts = ancestor.facts
         how = [markup(f"{words} ", code(facts[key])) for key, words in shown.items() if facts.get(key) is not None]
-        rows.append([code(str(ancestor.folder)), joined(how, BREAK) or "no record beside it"])
+        rows.append([code(str(ancestor.folder)), joined(how, BREAK) or "no record in its folder"])
     recorded = [
         details(f"Recorded {key}", _nested(run.export[key])) for key in ("ancestry", "parents") if run.export.get(key)
     ]

@@ -1,4 +1,4 @@
-"""A trace of a few steps, and where the memory was."""
+"""Profiler traces and memory snapshots of a few steps."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 @schema("profile")
 @dataclass
 class Profile(Node):
-    """Which steps to look into."""
+    """Which steps to profile."""
 
     steps: str | None = setting(None, "A-B: write a trace and a memory snapshot of steps A to B; null = none")
 
     def problems(self) -> Iterator[str]:
         if self.steps is not None:
-            found = RANGE.fullmatch(self.steps)
-            if not found or not 1 <= int(found[1]) <= int(found[2]):
+            span = RANGE.fullmatch(self.steps)
+            if not span or not 1 <= int(span[1]) <= int(span[2]):
                 yield f"profile.steps={self.steps} is not A-B with 1 <= A <= B; use for example 10-12"
 
     @contextmanager
     def recording(self, folder: Path, first: int) -> Iterator[Recorder]:
-        """A recorder that is told of every step, beginning with ``first``; it writes to ``folder``."""
+        """A recorder that is called after every step, beginning with ``first``; it writes to ``folder``."""
         span = tuple(map(int, self.steps.split("-"))) if self.steps else (0, 0)
         recorder = Recorder((span[0], span[-1]), folder)
         recorder.begins(first)

@@ -82,10 +82,18 @@ class WandBSink:
     def _begin(self, config: WandB, folder: Path, facts: Mapping[str, Any]) -> Any:
         settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.timeout)
         return self._wandb.init(
-            project=config.project, entity=config.entity, group=config.group, tags=config.tags or None, id=facts["identity"],
-            name=folder.name, dir=str(folder), mode=cast(Any, self.mode), resume="allow", config=dict(facts),
+            id=facts["identity"],
+            name=folder.name,
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=config.tags or None,
+            dir=str(folder),
+            mode=cast(Any, self.mode),
+            resume="allow",
+            config=dict(facts),
             settings=settings,
-        )  # fmt: skip
+        )
 
     def catch_up(self) -> None:
         """Upload what attempts have recorded offline, in their order, as far as there is time."""
