@@ -61,12 +61,14 @@ class Level:
         label: written at it.
         kind: what it stands for.
         setting: full name of a setting of the run.
+        name: what it is called in a sentence; only an optimum that the data knows has one.
     """
 
     value: float | None = None
     label: str = ""
     kind: Kind = Kind.reference
     setting: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _optima(run: Recording, chart: Chart) -> Iterator[Level]:
         floor = run.floors.get(held_out(name), run.floors.get(name))
         if floor is not None:
             label = "entropy of the language" if name in ("loss", "bits_per_byte") else "known optimum"
-            yield Level(floor, label, Kind.optimum)
+            yield Level(floor, f"{label} {floor:.4g}", Kind.optimum, name=label)
 
 
 def levels_of(run: Recording, chart: Chart) -> Iterator[Level]:

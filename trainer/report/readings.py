@@ -118,7 +118,7 @@ def compared(value: float, levels: Sequence[Level], better: Better) -> str:
         return f"{value:.3g} of 1.0" if value < 0.9995 else "1.0 of 1.0"
     if best.value > 0 and better is Better.lower:
         share = value / best.value - 1
-        return f"{value:.4f}, {abs(share):.1%} {'above' if share >= 0 else 'below'} the {best.label}"
+        return f"{value:.4f}, {abs(share):.1%} {'above' if share >= 0 else 'below'} the {best.name}"
     return f"{number(value)} of {number(best.value)} possible"
 
 

@@ -61,6 +61,7 @@ def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(
     states = {line.text.split(":")[0].split(" ")[0]: line.state for line in verdict(recording, drawn)}
     assert states["Finished"] is State.good
     assert "0.7500" not in headline(drawn)
+    assert ">entropy of the language 0.75</text>" in text_of(write(tmp_path / "r"))
 
 
 def test_the_time_of_a_run_is_that_of_its_laps(tmp_path):
