@@ -54,7 +54,8 @@ def main() -> None:
 
 def ours(a: argparse.Namespace) -> dict[str, Any]:
     """Continuous batching."""
-    from trainer.generation.decoding import Continuation, Decoding
+    from trainer.generation.completion import RunningSequence
+    from trainer.generation.decoding import Decoding
     from trainer.generation.sampling import Sampling
     from trainer.models.load import Model, ModelLoader
     from trainer.parallel.ddp import DDP
@@ -64,12 +65,12 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
     class Scheduled(Decoding):
         """Ends every completion where the schedule says."""
 
-        def _taken(self, slots: Sequence[int], chosen: torch.Tensor) -> Iterator[Continuation]:
+        def _append(self, slots: Sequence[int], chosen: torch.Tensor) -> Iterator[RunningSequence]:
             for column, slot in enumerate(slots):
                 going = self.running[slot]
                 if len(going.ids) + 1 == lengths[going.number]:
                     chosen[0, column] = END
-            yield from super()._taken(slots, chosen)
+            yield from super()._append(slots, chosen)
 
     model = ModelLoader(Model(path=str(a.model)), DDP(), 0, 1).load().eval().to(device(), dtype(a))
     prompts, stops = prompts_of(a), [END] if a.ends == "scheduled" else []

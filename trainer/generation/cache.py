@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trainer.batch import Documents
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend
+from trainer.models.cpu_kernels import attend_blocks
 
 BLOCK = 64
 """Tokens of a block."""
@@ -35,7 +36,7 @@ class Cache:
         self.slots, self.device, self.fixed = slots, device, fixed
         self.groups = np.arange(a.num_key_value_heads)
         self.lengths = np.zeros(slots, np.int64)
-        self.held: list[list[int]] = [[slot] if fixed else [] for slot in range(slots)]
+        self.blocks_of: list[list[int]] = [[slot] if fixed else [] for slot in range(slots)]
         self._shape = (a.num_hidden_layers, slots * self.width, a.num_key_value_heads, self.block, a.head_dim)
         self._tensors: tuple[Tensor, Tensor] | None = None
         self.used = slots if fixed else 0
@@ -57,16 +58,16 @@ class Cache:
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for a sequence of ``length`` tokens."""
-        held = self.held[slot]
-        while len(held) * self.block < length:
-            held.append(self.used)
+        blocks = self.blocks_of[slot]
+        while len(blocks) * self.block < length:
+            blocks.append(self.used)
             self.used += 1
         self.lengths[slot] = length
 
     def places(self, slot: int, first: int, last: int) -> Tensor:
         """A layer's `flat` rows ``(last - first, Hkv)`` for the tokens ``first`` to ``last - 1`` of a sequence."""
         at = np.arange(first, last)
-        return torch.from_numpy(self.rows(np.asarray(self.held[slot])[at // self.block], at)).to(self.device)
+        return torch.from_numpy(self.rows(np.asarray(self.blocks_of[slot])[at // self.block], at)).to(self.device)
 
     def rows(self, blocks: Numbers, positions: Numbers) -> Numbers:
         """The rows ``(n, Hkv)`` of tokens at ``positions`` ``(n,)`` of their sequences, whose blocks there are ``blocks``."""
@@ -77,7 +78,7 @@ class Cache:
         self._wipe()
         assert self._tensors is not None
         count = -(-length // self.block)
-        self._move(self.held[source][:count], self.held[target][:count])
+        self._move(self.blocks_of[source][:count], self.blocks_of[target][:count])
 
     def release(self, slots: Sequence[int]) -> None:
         """Forget sequences, and close the gaps that they leave."""
@@ -85,16 +86,16 @@ class Cache:
             self.lengths[slot] = 0
         if self.fixed:
             return
-        holes = {block for slot in slots for block in self.held[slot]}
+        holes = {block for slot in slots for block in self.blocks_of[slot]}
         for slot in slots:
-            self.held[slot] = []
+            self.blocks_of[slot] = []
         end = self.used - len(holes)
         free = sorted(block for block in holes if block < end)
         moves: dict[int, int] = {}
-        for held in self.held:
-            for n, block in enumerate(held):
+        for blocks in self.blocks_of:
+            for n, block in enumerate(blocks):
                 if block >= end:
-                    moves[block] = held[n] = free[len(moves)]
+                    moves[block] = blocks[n] = free[len(moves)]
         self.used = end
         self._move(list(moves), list(moves.values()))
 
@@ -113,7 +114,7 @@ class Cache:
             self._clean = self.used
 
 
-class Prompts:
+class PackedPrefill:
     """Whole prompts that pass through packed, and are written to their slots."""
 
     def __init__(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> None:
@@ -127,13 +128,13 @@ class Prompts:
         return attend(q, k, v, self.documents, window=window, scale=scale)
 
 
-class Piece:
+class ChunkedPrefill:
     """The tokens ``first`` to ``last - 1`` of one prompt, which see those before them in the cache."""
 
     def __init__(self, cache: Cache, slot: int, first: int, last: int) -> None:
         self.cache = cache
-        whole = cache.places(slot, 0, last)
-        self.seen, self.places = whole, whole[first:]
+        self.seen = cache.places(slot, 0, last)
+        self.places = self.seen[first:]
         self.positions = torch.arange(first, last, device=cache.device)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
@@ -149,7 +150,7 @@ class Piece:
         return out.transpose(1, 2)
 
 
-class Step:
+class BlockDecode:
     """One token of each of ``active`` slots, on CPU: attention block by block over the blocks in use, then merged.
 
     A block's query attends to that block alone; the log of each block's normaliser then weighs what it gave
@@ -161,12 +162,12 @@ class Step:
         lengths = cache.lengths[list(active)]
         for slot in active:
             cache.reserve(slot, int(cache.lengths[slot]) + 1)
-        held = [cache.held[slot] for slot in active]
+        tables = [cache.blocks_of[slot] for slot in active]
         self.positions = torch.from_numpy(lengths)[:, None]
-        self.places = torch.from_numpy(cache.rows(np.array([blocks[-1] for blocks in held]), lengths))
+        self.places = torch.from_numpy(cache.rows(np.array([blocks[-1] for blocks in tables]), lengths))
         owner, first = np.empty(cache.used, np.int64), np.empty(cache.used, np.int64)
-        table = np.full((len(held), max(map(len, held))), cache.used)
-        for row, blocks in enumerate(held):
+        table = np.full((len(tables), max(map(len, tables))), cache.used)
+        for row, blocks in enumerate(tables):
             owner[blocks], first[blocks] = row, np.arange(len(blocks)) * BLOCK
             table[row, : len(blocks)] = blocks
         self.owner, self.table = torch.from_numpy(owner), torch.from_numpy(table)
@@ -179,7 +180,7 @@ class Step:
         rows, _, heads, size = q.shape
         groups, blocks = k.shape[2], self.cache.used
         queries = q.view(rows, groups, heads // groups, size)[self.owner]
-        out, normalisers = _of_blocks(queries, keys[:blocks], values[:blocks], self._mask(window), scale)
+        out, normalisers = attend_blocks(queries, keys[:blocks], values[:blocks], self._mask(window), scale)
         out = out.view(blocks, heads, size)
         if self.table.shape[1] == 1:
             return out[self.table[:, 0], None]
@@ -198,29 +199,12 @@ class Step:
         return self._masks[window]
 
 
-def _of_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What each block's own queries ``(n, Hkv, G, D)`` find in it, and the log of its normaliser ``(n, Hkv, G)``."""
-    if q.dtype is not torch.float32:
-        # Scores in float32.
-        out, normalisers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask[:, None, None], scale=scale
-        )
-        return out.contiguous(), normalisers
-    # Products of a few queries with a block: half the time that the fused kernel takes for so few.
-    scores = torch.bmm(k.flatten(0, 1), q.flatten(0, 1).transpose(1, 2)).view(*k.shape[:3], -1)
-    scores.mul_(scale).add_(mask[:, None, :, None])
-    normalisers = scores.logsumexp(2)
-    weights = scores.sub_(normalisers[:, :, None]).exp_()
-    out = torch.bmm(weights.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)).view(q.shape)
-    return out, normalisers
-
-
 def flat(tensor: Tensor) -> Tensor:
     """Keys or values of a layer by rows, ``(blocks * Hkv * block, D)``."""
     return tensor.view(-1, tensor.shape[-1])
 
 
-class FixedStep:
+class FixedDecode:
     """One token of every slot, whatever it holds: shapes and addresses that a CUDA graph can repeat.
 
     ``lengths`` ``(slots,)`` int64 on the device: tokens before this one. ``span``: places that are looked at.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from trainer.data.corpus import Prompt
@@ -20,6 +20,32 @@ class Completion:
     ids: list[int]
     logprobs: list[float]
     ended: bool
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A prompt and what has followed it so far.
+
+    number: the prompt's place among all that are decoded
+    prompt: its ids
+    bits: seed its random draws
+    ids, logprobs: as in `Completion`
+    ended: by a stop token
+    done: ended, or as long as it may become
+    """
+
+    number: int
+    prompt: tuple[int, ...]
+    bits: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    done: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache: all but the last one, which passes through next."""
+        return len(self.prompt) + len(self.ids) - 1
 
 
 class Response(NamedTuple):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trainer.functional import logits
-from trainer.generation.cache import BLOCK, Cache, FixedStep
+from trainer.generation.cache import BLOCK, Cache, FixedDecode
+from trainer.generation.completion import RunningSequence
 from trainer.generation.sampling import Sampling, choose, uniform
-
-if TYPE_CHECKING:
-    from trainer.generation.decoding import Continuation
 
 SPAN = 4 * BLOCK
 """A graph looks at a multiple of this many places of every slot: a new one when the longest sequence outgrows it."""
@@ -31,11 +28,11 @@ class FixedDecoder:
         self.stale = True
         """Whether the host knows better which slots hold what: a sequence came or went."""
 
-    def step(self, running: Mapping[int, Continuation]) -> Tensor:
+    def step(self, running: Mapping[int, RunningSequence]) -> Tensor:
         """The next ids and their log-probabilities, float64 ``(2, slots)``."""
         if self.stale:
             self._load(running)
-        longest = max(going.cached for going in running.values()) + 1
+        longest = max(sequence.cached for sequence in running.values()) + 1
         span = min(-(-longest // SPAN) * SPAN, self.cache.block)
         if self.cache.device.type != "cuda":
             self._compute(span)
@@ -45,17 +42,17 @@ class FixedDecoder:
             self._graphs[span].replay()
         return self._out
 
-    def _load(self, running: Mapping[int, Continuation]) -> None:
+    def _load(self, running: Mapping[int, RunningSequence]) -> None:
         rows = [(0, 0, 0, 0)] * self.cache.slots
-        for slot, going in running.items():
-            rows[slot] = (going.ids[-1], going.cached, going.bits, len(going.ids))
+        for slot, sequence in running.items():
+            rows[slot] = (sequence.ids[-1], sequence.cached, sequence.bits, len(sequence.ids))
         columns = torch.tensor(rows, dtype=torch.int64).T.to(self.cache.device)
-        for held, column in zip((self._tokens, self._lengths, self._bits, self._drawn), columns, strict=True):
-            held.copy_(column)
+        for tensor, column in zip((self._tokens, self._lengths, self._bits, self._drawn), columns, strict=True):
+            tensor.copy_(column)
         self.stale = False
 
     def _compute(self, span: int) -> None:
-        scores = self.model(self._tokens[:, None], FixedStep(self.cache, self._lengths, span), logits)[:, 0].float()
+        scores = self.model(self._tokens[:, None], FixedDecode(self.cache, self._lengths, span), logits)[:, 0].float()
         ids, logprobs = choose(scores, self.sampling, uniform(self._bits, self._drawn))
         self._out.copy_(torch.stack([ids.double(), logprobs.double()]))
         self._tokens.copy_(ids)
@@ -64,9 +61,9 @@ class FixedDecoder:
 
     def _captured(self, span: int) -> torch.cuda.CUDAGraph:
         """The step as a graph; what the runs before capture advance is put back."""
-        held = (self._tokens, self._lengths, self._drawn)
-        before = [t.clone() for t in held]
-        # Weights that autocast has cast must not be remembered beyond the graph that casts them.
+        advanced = (self._tokens, self._lengths, self._drawn)
+        before = [t.clone() for t in advanced]
+        # Weights that autocast has cast must not be remembered after the graph that casts them.
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -79,6 +76,6 @@ class FixedDecoder:
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
             with torch.cuda.graph(graph, pool=pool):
                 self._compute(span)
-        for tensor, value in zip(held, before, strict=True):
+        for tensor, value in zip(advanced, before, strict=True):
             tensor.copy_(value)
         return graph

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from trainer.functional import At, logits
-from trainer.generation.cache import Cache, Piece, Prompts, Step
+from trainer.generation.cache import BlockDecode, Cache, ChunkedPrefill, PackedPrefill
+from trainer.generation.completion import RunningSequence
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.sampling import Sampling, choose, key_bits, uniform
 from trainer.models.architecture import Architecture
@@ -19,26 +19,8 @@ CHUNK = 2048
 """Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
 
 
-@dataclass(eq=False)
-class Continuation:
-    """A prompt and what has followed it so far. ``bits`` seed its draws; ``ended`` by a stop token."""
-
-    number: int
-    prompt: tuple[int, ...]
-    bits: int
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ended: bool = False
-    done: bool = False
-
-    @property
-    def cached(self) -> int:
-        """Tokens in the cache: all but the last one, which passes through next."""
-        return len(self.prompt) + len(self.ids) - 1
-
-
 class Decoding:
-    """Iterate to decode: every continuation is yielded after each of its tokens. See `generate`.
+    """Iterate to decode: every sequence is yielded after each of its tokens. See `generate`.
 
     ``fixed``: decode with fixed shapes, which on CUDA become graphs; default where the model is not on the CPU.
     """
@@ -64,12 +46,12 @@ class Decoding:
         self.model, self.sampling, self.stops = model, sampling, frozenset(stops)
         self.device = next(model.parameters()).device
         # Equal prompts follow each other, so that the second finds the first in the cache.
-        groups: dict[tuple[int, ...], list[Continuation]] = {}
+        groups: dict[tuple[int, ...], list[RunningSequence]] = {}
         for number, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            whole = tuple(prompt)
-            groups.setdefault(whole, []).append(Continuation(number, whole, key_bits(key)))
-        self.waiting = deque(going for group in groups.values() for going in group)
-        self.running: dict[int, Continuation] = {}
+            ids = tuple(prompt)
+            groups.setdefault(ids, []).append(RunningSequence(number, ids, key_bits(key)))
+        self.waiting = deque(sequence for group in groups.values() for sequence in group)
+        self.running: dict[int, RunningSequence] = {}
         self._first: dict[tuple[int, ...], Tensor] = {}
         slots = max(1, min(max_concurrent, len(prompts)))
         longest = max(map(len, groups), default=0) + sampling.tokens
@@ -78,30 +60,30 @@ class Decoding:
         self.cache = Cache(architecture, slots, longest, self.device, fixed=fixed)
         self._decoder = FixedDecoder(model, self.cache, sampling) if fixed else None
 
-    def __iter__(self) -> Iterator[Continuation]:
+    def __iter__(self) -> Iterator[RunningSequence]:
         # A few free slots are filled at once: one prompt alone reads all the weights for its few tokens.
         enough = max(1, self.cache.slots // 16)
         while self.waiting or self.running:
             if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
-                yield from self._taken(*self._admit())
+                yield from self._append(*self._admit())
             if self.running:
-                yield from self._taken(*self._step())
+                yield from self._append(*self._step())
 
     @torch.no_grad()
     def _admit(self) -> tuple[list[int], Tensor]:
         """Give the free slots to waiting prompts; their first tokens."""
         free = [slot for slot in range(self.cache.slots) if slot not in self.running]
-        holders = {going.prompt: slot for slot, going in self.running.items()}
+        slot_of_prompt = {sequence.prompt: slot for slot, sequence in self.running.items()}
         fresh, copies, slots = list[int](), list[tuple[int, int]](), list[int]()
         for slot in free[: len(self.waiting)]:
-            going = self.waiting.popleft()
-            self.running[slot] = going
-            self.cache.reserve(slot, len(going.prompt))
+            sequence = self.waiting.popleft()
+            self.running[slot] = sequence
+            self.cache.reserve(slot, len(sequence.prompt))
             slots.append(slot)
-            if going.prompt in holders:
-                copies.append((holders[going.prompt], slot))
+            if sequence.prompt in slot_of_prompt:
+                copies.append((slot_of_prompt[sequence.prompt], slot))
             else:
-                holders[going.prompt] = slot
+                slot_of_prompt[sequence.prompt] = slot
                 fresh.append(slot)
         self._prefill(fresh)
         for source, target in copies:
@@ -135,7 +117,7 @@ class Decoding:
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        scores = self.model(tokens, Prompts(self.cache, slots, lengths), At(last, logits))[0]
+        scores = self.model(tokens, PackedPrefill(self.cache, slots, lengths), At(last, logits))[0]
         self._first.update(zip(prompts, scores.float(), strict=True))
 
     def _prefill_long(self, slot: int) -> None:
@@ -143,8 +125,8 @@ class Decoding:
         for first in range(0, len(prompt), CHUNK):
             tokens = torch.tensor([prompt[first : first + CHUNK]], device=self.device)
             last = torch.tensor([tokens.shape[1] - 1], device=self.device)
-            piece = Piece(self.cache, slot, first, first + tokens.shape[1])
-            scores = self.model(tokens, piece, At(last, logits))
+            chunk = ChunkedPrefill(self.cache, slot, first, first + tokens.shape[1])
+            scores = self.model(tokens, chunk, At(last, logits))
         self._first[prompt] = scores[0, 0].float()
 
     @torch.no_grad()
@@ -154,7 +136,7 @@ class Decoding:
         if self._decoder is not None:
             return slots, self._decoder.step(self.running)[:, slots]
         tokens = torch.tensor([[self.running[slot].ids[-1]] for slot in slots])
-        scores = self.model(tokens, Step(self.cache, slots), logits)[:, 0]
+        scores = self.model(tokens, BlockDecode(self.cache, slots), logits)[:, 0]
         return slots, self._choose(scores.float(), slots)
 
     def _choose(self, scores: Tensor, slots: Sequence[int]) -> Tensor:
@@ -164,17 +146,17 @@ class Decoding:
         draws = uniform(torch.tensor(bits, device=self.device), places)
         return torch.stack([t.double() for t in choose(scores, self.sampling, draws)])
 
-    def _taken(self, slots: Sequence[int], chosen: Tensor) -> Iterator[Continuation]:
+    def _append(self, slots: Sequence[int], chosen: Tensor) -> Iterator[RunningSequence]:
         """Append what was drawn, free the slots of those that are done, then yield each."""
         grown, done = [], []
         for slot, token, logprob in zip(slots, *chosen.tolist(), strict=True):
-            going = self.running[slot]
-            going.ids.append(int(token))
-            going.logprobs.append(logprob)
-            going.ended = token in self.stops
-            going.done = going.ended or len(going.ids) == self.sampling.tokens
-            grown.append(going)
-            if going.done:
+            sequence = self.running[slot]
+            sequence.ids.append(int(token))
+            sequence.logprobs.append(logprob)
+            sequence.ended = token in self.stops
+            sequence.done = sequence.ended or len(sequence.ids) == self.sampling.tokens
+            grown.append(sequence)
+            if sequence.done:
                 done.append(slot)
                 del self.running[slot]
         if done:

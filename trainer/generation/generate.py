@@ -22,7 +22,7 @@ def generate(
 ) -> list[Completion]:
     """A completion of every prompt, in their order; at most ``max_concurrent`` are decoded at once.
 
-    ``keys``: what the draws of each completion depend on, beside the position; default (0, n). So a token is a function of
+    ``keys``: what the draws of each completion depend on, with the position; default (0, n). So a token is a function of
     its key, its position, the prompt and the model, not of what it is decoded with, in which order, or on which rank.
     (Sums of other shapes may differ in the last bits of a logit; what is drawn then changes only if the draw falls between
     the two, in float32 about once in 10^6 tokens.) Equal prompts pass through the model once and are copied.
@@ -30,11 +30,11 @@ def generate(
     Raises:
         ValueError: if a prompt is empty, or there are not as many keys as prompts.
     """
-    found: list[Completion | None] = [None] * len(prompts)
-    for going in Decoding(model, prompts, sampling, stops=stops, keys=keys, max_concurrent=max_concurrent):
-        if going.done:
-            found[going.number] = Completion(going.ids, going.logprobs, going.ended)
-    return [completion for completion in found if completion is not None]
+    done = {}
+    for sequence in Decoding(model, prompts, sampling, stops=stops, keys=keys, max_concurrent=max_concurrent):
+        if sequence.done:
+            done[sequence.number] = Completion(sequence.ids, sequence.logprobs, sequence.ended)
+    return [done[n] for n in range(len(prompts))]
 
 
 def stream(
@@ -46,5 +46,5 @@ def stream(
     key: tuple[int, ...] = (0, 0),
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is known."""
-    for going in Decoding(model, [prompt], sampling, stops=stops, keys=[key], max_concurrent=1):
-        yield going.ids[-1]
+    for sequence in Decoding(model, [prompt], sampling, stops=stops, keys=[key], max_concurrent=1):
+        yield sequence.ids[-1]

@@ -42,31 +42,31 @@ class ChatModel:
             TemplateError: if there is no template, or none that fits the tokenizer.
         """
         tokenizer = open_tokenizer(folder)
-        found = open_template(template, tokenizer)
+        chat = open_template(template, tokenizer)
         config = folder / "generation_config.json"
         ends = json.loads(config.read_text()).get("eos_token_id", []) if config.is_file() else []
-        tokenizer.stops = (found.end, tokenizer.eos, *(ends if isinstance(ends, list) else [ends]))
+        tokenizer.stops = (chat.end, tokenizer.eos, *(ends if isinstance(ends, list) else [ends]))
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
-        return cls(_on_device(model), tokenizer, found)
+        return cls(_on_device(model), tokenizer, chat)
 
     def stream(self, messages: Messages, sampling: Sampling, key: tuple[int, ...]) -> Iterator[str]:
         """The answer to a conversation, piece by piece; what is drawn depends on ``key``."""
-        ids, shown = list[int](), ""
+        ids, printed = list[int](), ""
         for token in stream(self.model, self.template.prompt(messages), sampling, stops=self.tokenizer.stops, key=key):
             ids.append(token)
-            whole = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode(ids)
             # A character of several tokens is shown when it is complete.
-            if not whole.endswith("\ufffd"):
-                yield whole[len(shown) :]
-                shown = whole
+            if not text.endswith("\ufffd"):
+                yield text[len(printed) :]
+                printed = text
 
     def complete(
         self, conversations: Sequence[Messages], sampling: Sampling, keys: Sequence[tuple[int, ...]]
     ) -> list[str]:
         """An answer to each conversation; what is drawn depends on its key, not on what is decoded with it."""
         prompts = [self.template.prompt(messages) for messages in conversations]
-        found = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
-        return [self.tokenizer.decode(completion.ids) for completion in found]
+        completions = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
+        return [self.tokenizer.decode(completion.ids) for completion in completions]
 
 
 @dataclass(frozen=True)

@@ -89,26 +89,26 @@ def least_kept(scores: Tensor, mass: Tensor, sampling: Sampling) -> Tensor:
 
 def _nucleus(scores: Tensor, mass: Tensor, least: Tensor, top_p: float) -> Tensor:
     """The last score of the smallest set of likeliest tokens that holds ``top_p`` of what is not below ``least``."""
-    wanted = top_p * mass.mul(scores >= least).sum(1, keepdim=True, dtype=torch.float64)
+    target = top_p * mass.mul(scores >= least).sum(1, keepdim=True, dtype=torch.float64)
     size = scores.shape[1]
     # A nucleus is small: a sorted prefix grows until it holds it. On a GPU asking whether it does costs more than sorting.
     first = min(PREFIX, size) if scores.device.type == "cpu" else size
     while True:
         values = scores.topk(first).values
-        held = values.exp().mul_(values >= least).cumsum(1, dtype=torch.float64) >= wanted
-        if first == size or bool(held[:, -1].all()):
+        inside = values.exp().mul_(values >= least).cumsum(1, dtype=torch.float64) >= target
+        if first == size or bool(inside[:, -1].all()):
             break
         first = min(8 * first, size)
-    # Rounding may leave the whole a little short of what is wanted.
-    held[:, -1] = True
-    return values.gather(1, held.int().argmax(1, keepdim=True))
+    # Rounding may leave the whole a little short of the target.
+    inside[:, -1] = True
+    return values.gather(1, inside.int().argmax(1, keepdim=True))
 
 
 def _tiles(mass: Tensor) -> Tensor:
     """Sums ``(n, ceil(V / TILE))`` float64 of neighbouring tokens."""
-    whole = mass.shape[1] // TILE
-    sums = mass[:, : whole * TILE].view(len(mass), whole, TILE).sum(2).double()
-    rest = mass[:, whole * TILE :]
+    count = mass.shape[1] // TILE
+    sums = mass[:, : count * TILE].view(len(mass), count, TILE).sum(2).double()
+    rest = mass[:, count * TILE :]
     return torch.cat([sums, rest.sum(1, keepdim=True).double()], 1) if rest.shape[1] else sums
 
 

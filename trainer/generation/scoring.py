@@ -32,7 +32,7 @@ def in_forwards(lengths: Sequence[int]) -> list[list[int]]:
 
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> list[float]:
     """A scoring model's score of every sequence, off its last token; collective."""
-    found = [0.0] * len(sequences)
+    by_sequence = [0.0] * len(sequences)
     for numbers in in_forwards([len(ids) for ids in sequences]):
         # An empty group still takes part: a token of no meaning.
         chosen = [sequences[n] for n in numbers] or [[0]]
@@ -42,5 +42,5 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.de
         with torch.no_grad():
             scores = model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last))
         for n, value in zip(numbers, scores.tolist(), strict=False):
-            found[n] = value
-    return found
+            by_sequence[n] = value
+    return by_sequence

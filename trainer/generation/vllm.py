@@ -46,8 +46,8 @@ class VLLMSampler:
         """Completions of this rank's prompts under the policy's weights as they are now; collective."""
         self._hand_over()
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        found = self._engine.generate(requests, [self._asked(key) for key in keys], use_tqdm=False)
-        return [self._completion(request.outputs[0]) for request in found]
+        outputs = self._engine.generate(requests, [self._parameters(key) for key in keys], use_tqdm=False)
+        return [self._completion(request.outputs[0]) for request in outputs]
 
     def _hand_over(self) -> None:
         model = self._engine.llm_engine.model_executor.driver_worker.model_runner.model
@@ -56,7 +56,7 @@ class VLLMSampler:
         # Keys and values of the policy before are of no use to this one.
         self._engine.reset_prefix_cache()
 
-    def _asked(self, key: tuple[int, ...]) -> Any:
+    def _parameters(self, key: tuple[int, ...]) -> Any:
         from vllm import SamplingParams
 
         s = self._sampling

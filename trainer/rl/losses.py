@@ -22,12 +22,12 @@ def ratios(logprobs: Tensor, old: Tensor) -> Tensor:
 
 def policy_loss(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Clipped:
     """PPO's surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7); two limits as in DAPO (arXiv:2503.14476)."""
-    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    return Clipped(torch.maximum(free, held), (held > free).float())
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
+    return Clipped(torch.maximum(unclipped, clipped), (clipped > unclipped).float())
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Clipped:
     """Half the squared error, the larger one of a value and of one that stays within ``clip`` of the old one."""
-    held = old + (values - old).clamp(-clip, clip)
-    free, kept = (values - returns).square(), (held - returns).square()
-    return Clipped(torch.maximum(free, kept) / 2, (kept > free).float())
+    near = old + (values - old).clamp(-clip, clip)
+    unclipped, clipped = (values - returns).square(), (near - returns).square()
+    return Clipped(torch.maximum(unclipped, clipped) / 2, (clipped > unclipped).float())

@@ -163,9 +163,9 @@ def test_the_cache_is_bounded_by_what_is_decoded_together(model, prompts):
     assert steps.cache.width == 3
     for _ in steps:
         assert len(steps.running) <= 3
-        held = [block for blocks in steps.cache.held for block in blocks]
+        in_use = [block for blocks in steps.cache.blocks_of for block in blocks]
         # In use are always the first blocks, without a gap.
-        assert sorted(held) == list(range(steps.cache.used))
+        assert sorted(in_use) == list(range(steps.cache.used))
         assert steps.cache.of(0)[0].shape == (3 * 3, 2, 64, 8)
     assert steps.cache.used == 0
 
