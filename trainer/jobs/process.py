@@ -26,7 +26,7 @@ GRACE = 15.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExitStatus:
     """How processes ended.
 
     Attributes:
@@ -56,7 +56,7 @@ def run_ranks(
     failed_elsewhere: Callable[[], bool] = lambda: False,
     while_running: Callable[[], None] = lambda: None,
     save_seconds: float = math.inf,
-) -> Outcome:
+) -> ExitStatus:
     """Run ``python ARGUMENTS`` on every rank, and wait for all of them.
 
     Signals to this process are passed on: the ranks save and stop. When a rank fails, the others are killed after `GRACE`.
@@ -84,10 +84,9 @@ def run_ranks(
             if signals:
                 signalled = min(signalled, now)
             if now > failed + GRACE or now > signalled + save_seconds:
-                for process in running:
-                    process.kill()
+                _kill(running)
     failures = failures or _failures(running)
-    return Outcome(failures[0] if failures else max(process.wait() for process in running), bool(signals))
+    return ExitStatus(failures[0] if failures else max(process.wait() for process in running), bool(signals))
 
 
 def _start(
@@ -110,6 +109,13 @@ def _die_with_parent() -> None:
     """Let a rank stop when the process that watches it is killed, or it would hold the folder of its run (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _kill(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the ranks at once, and the processes that they started."""
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failures(running: Sequence[subprocess.Popen[bytes]]) -> list[int]:

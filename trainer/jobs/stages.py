@@ -69,7 +69,7 @@ def _run_stage(life: Lifecycle, stage: Stage, ranks: int) -> bool:
     print(f"{stage.name}: python {shlex.join(arguments)}", flush=True)
     try:
         with Display(stage.name, folder) as display:
-            outcome = run_ranks(
+            ended = run_ranks(
                 arguments,
                 places(ranks if stage.run is not None else 1),
                 lambda _: file,
@@ -77,9 +77,9 @@ def _run_stage(life: Lifecycle, stage: Stage, ranks: int) -> bool:
                 while_running=display.update,
                 save_seconds=SAVE_SECONDS,
             )
-        if outcome.signalled:
+        if ended.signalled:
             status = "interrupted"
-        elif outcome.code == 0:
+        elif ended.code == 0:
             # A run that was told to stop may end well without having come to its end.
             status = "done" if stage.run is None or life.exported(stage.name) else "interrupted"
     finally:

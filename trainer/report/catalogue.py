@@ -39,7 +39,7 @@ class Curve(StrEnum):
     """Noise around one value, such as the throughput."""
 
 
-class Kind(StrEnum):
+class LevelKind(StrEnum):
     """What a level in a plot stands for."""
 
     reference = "reference"
@@ -66,7 +66,7 @@ class Level:
 
     value: float | None = None
     label: str = ""
-    kind: Kind = Kind.reference
+    kind: LevelKind = LevelKind.reference
     setting: str = ""
     name: str = ""
 
@@ -113,7 +113,7 @@ class Chart:
     def from_yaml(cls, section: str, entry: dict[str, Any]) -> Chart:
         """A chart from its entry in the file."""
         levels = tuple(
-            Level(**{**level, "kind": Kind(level.get("kind", "reference"))}) for level in entry.get("levels", [])
+            Level(**{**level, "kind": LevelKind(level.get("kind", "reference"))}) for level in entry.get("levels", [])
         )
         typed = {"better": Better[entry.get("better", "neither")], "curve": Curve(entry.get("curve", "noisy"))}
         band = tuple(entry["band"]) if "band" in entry else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from trainer.report.catalogue import CHARTS, HIDDEN, SAMPLED, SECTIONS, Better, Chart, Curve, Kind, Level, held_out
+from trainer.report.catalogue import CHARTS, HIDDEN, SAMPLED, SECTIONS, Better, Chart, Curve, Level, LevelKind, held_out
 from trainer.report.curves import Figure
 from trainer.report.html import anchor
 from trainer.report.readings import Trace, read_off
@@ -88,13 +88,13 @@ def _optima(run: Recording, chart: Chart) -> Iterator[Level]:
         floor = run.floors.get(held_out(name), run.floors.get(name))
         if floor is not None:
             label = "entropy of the language" if name in ("loss", "bits_per_byte") else "known optimum"
-            yield Level(floor, f"{label} {floor:.4g}", Kind.optimum, name=label)
+            yield Level(floor, f"{label} {floor:.4g}", LevelKind.optimum, name=label)
 
 
 def levels_of(run: Recording, chart: Chart) -> Iterator[Level]:
     """The levels of a chart with their values in this run."""
     for level in chart.levels:
-        if level.kind is Kind.no_preference:
+        if level.kind is LevelKind.no_preference:
             start = run.facts.get("initial_loss")
             if start is not None:
                 yield dataclasses.replace(level, value=start, label=f"{start:.3g}: {level.label}")

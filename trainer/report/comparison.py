@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.report.catalogue import SECTIONS, Better, Chart, Curve, Kind, Level, held_out
+from trainer.report.catalogue import SECTIONS, Better, Chart, Curve, Level, LevelKind, held_out
 from trainer.report.charts import by_section, charts_for, figures, is_hidden, levels_of
 from trainer.report.curves import Figure
 from trainer.report.html import Html, anchor, markup, number, tag
@@ -63,7 +63,7 @@ def _shared_levels(runs: Sequence[Recording], name: str, chart: Chart) -> list[L
     """Levels that are the same for all runs."""
     floors = {run.floors.get(f"eval/{name.removeprefix('eval/')}") for run in runs}
     optimum = floors.pop() if len(floors) == 1 else None
-    shared = [] if optimum is None else [Level(optimum, f"best possible {optimum:.4g}", Kind.optimum)]
+    shared = [] if optimum is None else [Level(optimum, f"best possible {optimum:.4g}", LevelKind.optimum)]
     of_runs = [list(levels_of(run, chart)) for run in runs]
     return shared + [level for level in of_runs[0] if all(level in levels for levels in of_runs)]
 

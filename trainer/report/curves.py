@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.report.catalogue import Better, Chart, Kind, Level
+from trainer.report.catalogue import Better, Chart, Level, LevelKind
 from trainer.report.html import Html, markup, tag
 from trainer.report.readings import Reading, Trace
 from trainer.report.recording import Floats, Series
@@ -208,7 +208,7 @@ def style_of(trace: Trace) -> str:
 
 
 def _level(axes: Axes, level: Level, taken: list[float]) -> Html:
-    y, best = float(axes.up(level.value or 0.0)), level.kind is Kind.optimum
+    y, best = float(axes.up(level.value or 0.0)), level.kind is LevelKind.optimum
     # Away from the curves: below an optimum at the bottom, else above, and never over another label.
     places = (y + 15, y - 6) if best and y > BOTTOM - 45 else (y - 6, y + 15)
     free = (p for p in places if TOP + 6 < p < BOTTOM and all(abs(p - other) > 14 for other in taken))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.report.catalogue import Better, Chart, Curve, Kind, Level
+from trainer.report.catalogue import Better, Chart, Curve, Level, LevelKind
 from trainer.report.html import capital, number, plural
 from trainer.report.recording import Floats, Series
 
@@ -111,7 +111,7 @@ def settled(trace: Trace) -> float:
 
 def compared(value: float, levels: Sequence[Level], better: Better) -> str:
     """A value beside the best that is possible: "0.7800, 2.3% above the entropy of the language", "0.98 of 1.0"."""
-    best = next((level for level in levels if level.kind is Kind.optimum), None)
+    best = next((level for level in levels if level.kind is LevelKind.optimum), None)
     if best is None or best.value is None:
         return number(value)
     if best.value == 1 and better is Better.higher:

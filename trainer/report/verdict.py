@@ -8,7 +8,7 @@ from enum import StrEnum, auto
 
 import numpy as np
 
-from trainer.report.catalogue import Better, Kind
+from trainer.report.catalogue import Better, LevelKind
 from trainer.report.curves import Figure
 from trainer.report.html import duration, number, plural
 from trainer.report.readings import spikes
@@ -83,9 +83,9 @@ def _results(drawn: Sequence[Figure], first: Figure | None) -> Iterator[Line]:
         state = State.note
         for level in figure.levels:
             distance = chart.better.value * ((level.value or 0.0) - reading.value)
-            if level.kind is Kind.optimum and distance / (abs(level.value or 0.0) or 1.0) <= CLOSE:
+            if level.kind is LevelKind.optimum and distance / (abs(level.value or 0.0) or 1.0) <= CLOSE:
                 state = State.good
-            elif level.kind is Kind.chance and distance > -CLOSE:
+            elif level.kind is LevelKind.chance and distance > -CLOSE:
                 state = State.watch
         state = State.watch if reading.declined else state
         if figure is not first or state is State.watch:

@@ -6,7 +6,7 @@ import threading
 import time
 
 from trainer.jobs import process
-from trainer.jobs.process import Outcome, places, run_ranks
+from trainer.jobs.process import ExitStatus, places, run_ranks
 
 TELL = "import os; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'].isdigit())"
 FAIL_OR_SLEEP = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
@@ -22,8 +22,8 @@ IGNORE = (
 
 
 def test_every_rank_knows_its_place_and_has_a_log_of_its_own(tmp_path):
-    outcome = run_ranks(["-c", TELL], places(2), lambda where: tmp_path / "logs" / f"rank{where.rank}.log")
-    assert outcome == Outcome(0, signalled=False)
+    status = run_ranks(["-c", TELL], places(2), lambda where: tmp_path / "logs" / f"rank{where.rank}.log")
+    assert status == ExitStatus(0, signalled=False)
     assert [(tmp_path / "logs" / f"rank{n}.log").read_text() for n in (0, 1)] == ["0 of 2 True\n", "1 of 2 True\n"]
 
 
@@ -36,13 +36,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
 
 def test_a_failure_that_another_process_saw_ends_the_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "GRACE", 0.2)
-    outcome = run_ranks(
+    status = run_ranks(
         ["-c", "import time; time.sleep(60)"], places(1), lambda _: tmp_path / "log", failed_elsewhere=lambda: True
     )
-    assert outcome.code == -signal.SIGKILL
+    assert status.code == -signal.SIGKILL
 
 
-def terminated_when_ready(tmp_path, script: str, **options) -> Outcome:
+def terminated_when_ready(tmp_path, script: str, **options) -> ExitStatus:
     """Run a script and tell this process to stop as soon as it is ready."""
 
     def stop() -> None:
@@ -56,9 +56,9 @@ def terminated_when_ready(tmp_path, script: str, **options) -> Outcome:
 
 def test_a_signal_is_passed_on_and_the_ranks_may_save(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    assert terminated_when_ready(tmp_path, SAVE_AND_STOP) == Outcome(75, signalled=True)
+    assert terminated_when_ready(tmp_path, SAVE_AND_STOP) == ExitStatus(75, signalled=True)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ranks_that_do_not_stop_in_time_are_killed(tmp_path):
-    assert terminated_when_ready(tmp_path, IGNORE, save_seconds=0.3) == Outcome(-signal.SIGKILL, signalled=True)
+    assert terminated_when_ready(tmp_path, IGNORE, save_seconds=0.3) == ExitStatus(-signal.SIGKILL, signalled=True)
