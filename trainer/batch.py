@@ -55,11 +55,11 @@ class Branches:
 
     Embeddings, projections and MLPs see every token once. Attention gathers each sequence whole, and needs no mask.
 
-    ``whole``: the sequences laid end to end. ``index`` ``(U,)``: the place in the row of each of their tokens. ``back``
+    ``sequences``: laid end to end. ``index`` ``(U,)``: the place in the row of each of their tokens. ``back``
     ``(T,)``: where each token of the row is found among them. ``positions`` ``(1, T)``: in its sequence.
     """
 
-    whole: Documents
+    sequences: Documents
     index: Tensor
     back: Tensor
     positions: Tensor
@@ -78,11 +78,11 @@ class Branches:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of every sequence."""
-        return self.whole.lengths
+        return self.sequences.lengths
 
     def to(self, device: torch.device) -> Branches:
         moved = (t.to(device, non_blocking=True) for t in (self.index, self.back, self.positions))
-        return Branches(self.whole.to(device), *moved)
+        return Branches(self.sequences.to(device), *moved)
 
 
 @dataclass
@@ -121,13 +121,13 @@ class Batch:
         raise NotImplementedError(f"{type(self).__name__} does not count its tokens")
 
     @property
-    def pairs(self) -> int:
+    def attention_pairs(self) -> int:
         """(query, key) pairs that attention looks at, known to the host."""
         raise NotImplementedError(f"{type(self).__name__} does not count what it attends to")
 
     @property
-    def shown(self) -> list[dict[str, Any]]:
-        """Texts that are to be seen with the step that learns from it."""
+    def texts(self) -> list[dict[str, Any]]:
+        """Texts to show with the step that learns from it, as rows of ``samples.jsonl``."""
         return []
 
 
@@ -149,7 +149,7 @@ class TokenBatch(Batch):
         return self.real
 
     @property
-    def pairs(self) -> int:
+    def attention_pairs(self) -> int:
         return sum(n * (n + 1) // 2 for n in self.documents.lengths)
 
 

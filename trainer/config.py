@@ -120,8 +120,8 @@ class _Problems(list[str]):
         super().__init__()
         self.later = later
 
-    def extend(self, found: Iterable[str]) -> None:
-        super().extend(problem for problem in found if not any(path in problem for path in self.later))
+    def extend(self, problems: Iterable[str]) -> None:
+        super().extend(problem for problem in problems if not any(path in problem for path in self.later))
 
 
 def schema_of(node: Any) -> type | None:

@@ -33,9 +33,9 @@ class Step:
     micro_batches: Sequence[Batch]
 
     @property
-    def shown(self) -> list[dict[str, Any]]:
-        """Texts that came with what it learnt from."""
-        return [text for batch in self.micro_batches for text in batch.shown]
+    def texts(self) -> list[dict[str, Any]]:
+        """Texts that came with what it learnt from, as rows of ``samples.jsonl``."""
+        return [text for batch in self.micro_batches for text in batch.texts]
 
 
 def train(

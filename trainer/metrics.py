@@ -51,8 +51,8 @@ class Metrics:
     def maximum(self, name: str, value: Tensor) -> None:
         self._add(name, Kind.maximum, value, value.new_zeros(()), value.new_zeros(()))
 
-    def each(self, name: str, values: Tensor, rows: Tensor) -> None:
-        """Keep the value ``(B,)`` of every unit with its number ``(B,)``: what an evaluation looks into."""
+    def per_example(self, name: str, values: Tensor, rows: Tensor) -> None:
+        """Keep the value ``(B,)`` of every unit with its number ``(B,)``, for the histograms and errors of an evaluation."""
         self.units.setdefault(name, []).append((rows, values.detach()))
 
     def merge(self, other: Metrics) -> None:
@@ -97,9 +97,9 @@ class Metrics:
         if name not in self._entries:
             self._entries[name] = (kind, entry)
             return
-        held = self._entries[name][1]
+        before = self._entries[name][1]
         fold = {Kind.minimum: torch.minimum, Kind.maximum: torch.maximum}.get(kind, torch.add)
-        self._entries[name] = (kind, fold(held, entry))
+        self._entries[name] = (kind, fold(before, entry))
 
 
 class Readback(Generic[T]):
@@ -109,26 +109,26 @@ class Readback(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._held: list[tuple[list[str], Tensor, Any, T]] = []
+        self._pending: list[tuple[list[str], Tensor, Any, T]] = []
 
     def push(self, values: Mapping[str, Tensor], known: T) -> list[tuple[dict[str, float], T]]:
         """Hand over the values of a step; gives those that have arrived, in order, with what is known of their steps."""
         packed = torch.stack([value.detach().double().reshape(()) for value in values.values()])
         if not packed.is_cuda:
-            self._held.append((list(values), packed, None, known))
+            self._pending.append((list(values), packed, None, known))
             return self.flush()
         arrived = self.flush()
         copied, event = packed.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        self._held.append((list(values), copied, event, known))
+        self._pending.append((list(values), copied, event, known))
         return arrived
 
     def flush(self) -> list[tuple[dict[str, float], T]]:
         """Everything that was pushed and not yet given back."""
         arrived = []
-        for names, packed, event, known in self._held:
+        for names, packed, event, known in self._pending:
             if event is not None:
                 event.synchronize()
             arrived.append((dict(zip(names, packed.tolist(), strict=True)), known))
-        self._held = []
+        self._pending = []
         return arrived

@@ -99,8 +99,7 @@ def rate_of(name: str, rates: Mapping[str, float], usual: float) -> float:
 
 def rates_of(module: nn.Module) -> Mapping[str, float]:
     """Base learning rates that a module wants for some of its parameters, by beginning of name."""
-    found: Mapping[str, float] = getattr(module, "rates", {})
-    return found
+    return dict(getattr(module, "rates", {}))
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

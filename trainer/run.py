@@ -111,8 +111,8 @@ class Run(Node):
             given = f"steps={self.steps} and epochs={self.epochs}"
             yield f"{given}: give exactly one of them, the other null"
         if not issubclass(self.data.batch_type, self.pipeline.batch_type):
-            wanted, held = self.pipeline.batch_type.unit, self.data.batch_type.unit
-            yield f"the pipeline learns from {wanted} and the data holds {held}; choose another data="
+            wanted, offered = self.pipeline.batch_type.unit, self.data.batch_type.unit
+            yield f"the pipeline learns from {wanted} and the data holds {offered}; choose another data="
         yield from self.strategy.refusals(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())

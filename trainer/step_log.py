@@ -76,8 +76,8 @@ class StepLog:
 
     def push(self, step: Step, *, lr: float) -> None:
         """Take the metrics of a step that has just been taken at learning rate ``lr``, and log those that have arrived."""
-        self.tracker.table(step.number, "samples", step.shown)
-        self.speed.count(sum(batch.pairs for batch in step.micro_batches))
+        self.tracker.table(step.number, "samples", step.texts)
+        self.speed.count(sum(batch.attention_pairs for batch in step.micro_batches))
         rows = [row for batch in step.micro_batches for row in batch.rows.tolist()]
         timing = self.speed.lap()
         compared = self.stragglers.observe(step.number, timing.laps.get("data", 0.0))

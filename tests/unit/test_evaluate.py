@@ -48,7 +48,7 @@ class Identity(Pipeline):
     def loss(self, models, batch):
         assert not models.trained.training
         metrics = Metrics()
-        metrics.each("margin", batch.values, batch.rows)
+        metrics.per_example("margin", batch.values, batch.rows)
         return (batch.values * (batch.rows >= 0)).sum(), metrics
 
 

@@ -61,18 +61,18 @@ class Guard:
         if not self.settings.spike_deviations:
             return None
         size = len(self._norms)
-        held = self._applied.clamp(max=size)
-        real = torch.arange(size, device=self._norms.device) < held
-        mean = (self._norms * real).sum() / held.clamp(min=1)
-        deviation = ((self._norms - mean).square() * real).sum().div(held.clamp(min=1)).sqrt()
+        count = self._applied.clamp(max=size)
+        real = torch.arange(size, device=self._norms.device) < count
+        mean = (self._norms * real).sum() / count.clamp(min=1)
+        deviation = ((self._norms - mean).square() * real).sum().div(count.clamp(min=1)).sqrt()
         limit = mean + self.settings.spike_deviations * deviation
-        return torch.where(held * 2 < size, torch.inf, limit)
+        return torch.where(count * 2 < size, torch.inf, limit)
 
     def observe(self, grad_norm: Tensor, applied: Tensor) -> None:
         """Take note of a step; nothing waits for the device."""
         place = (self._applied % len(self._norms)).reshape(1)
-        held = self._norms[place]
-        self._norms.scatter_(0, place, torch.where(applied, grad_norm.double(), held))
+        before = self._norms[place]
+        self._norms.scatter_(0, place, torch.where(applied, grad_norm.double(), before))
         self._applied = self._applied + applied
         self._skipped = self._skipped + ~applied
         self._streak = torch.where(applied, 0, self._streak + 1)

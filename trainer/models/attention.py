@@ -22,7 +22,7 @@ def attend(
     """
     if isinstance(documents, Branches):
         q, k, v = (t[:, documents.index] for t in (q, k, v))
-        return attend(q, k, v, documents.whole, window=window, scale=scale)[:, documents.back]
+        return attend(q, k, v, documents.sequences, window=window, scale=scale)[:, documents.back]
     if window is not None and window >= documents.longest:
         window = None
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):

@@ -100,7 +100,7 @@ class DPO(ReferencePipeline):
         }.items():
             metrics.mean(name, (values * batch.unit_mask).sum(), batch.weight)
         metrics.mean("entropy", entropy.detach().sum(), float(entropy.numel()))
-        metrics.each("rewards/margin", chosen - rejected, batch.rows)
+        metrics.per_example("rewards/margin", chosen - rejected, batch.rows)
         return metrics
 
     def first_step_problems(self, first: FirstStep) -> list[str]:

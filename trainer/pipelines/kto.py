@@ -88,7 +88,7 @@ class KTO(ReferencePipeline):
             weights = weights * batch.unit_mask
             metrics.mean(name, (values * weights).sum(), weights.sum())
         metrics.mean("entropy", entropy.detach().sum(), float(entropy.numel()))
-        metrics.each("rewards/margin", margins, batch.rows)
+        metrics.per_example("rewards/margin", margins, batch.rows)
         return metrics
 
 

@@ -54,8 +54,8 @@ class Reward(Pipeline):
             for pairs in getattr(corpus.train, "parts", []):
                 for numbers in pairs.forwards(data.rank, data.size):
                     batch = pairs.collate(numbers).to(engine.device)
-                    kept = batch.unit_mask.repeat_interleave(2).bool()
-                    values = read_scores(models.trained, batch)[kept]
+                    real = batch.unit_mask.repeat_interleave(2).bool()
+                    values = read_scores(models.trained, batch)[real]
                     metrics.mean("mean", values.double().sum(), float(len(values)))
                     metrics.std("std", values)
         return {"reward": {name: float(value) for name, value in metrics.reduced(distributed.stack_over_data).items()}}
@@ -69,12 +69,12 @@ def read_scores(model: Any, batch: AnswerBatch) -> Tensor:
 
 def report(scores: Tensor, batch: PairBatch) -> Metrics:
     """How often the chosen answer scores higher (an equal score counts as wrong), by how much, and the scores' spread."""
-    metrics, kept = Metrics(), batch.unit_mask
+    metrics, mask = Metrics(), batch.unit_mask
     chosen, rejected = scores.view(-1, 2).unbind(1)
-    metrics.mean("accuracy", ((chosen > rejected).float() * kept).sum(), batch.weight)
-    metrics.mean("margin", ((chosen - rejected) * kept).sum(), batch.weight)
-    metrics.each("margin", chosen - rejected, batch.rows)
-    real = scores[kept.repeat_interleave(2).bool()].double()
+    metrics.mean("accuracy", ((chosen > rejected).float() * mask).sum(), batch.weight)
+    metrics.mean("margin", ((chosen - rejected) * mask).sum(), batch.weight)
+    metrics.per_example("margin", chosen - rejected, batch.rows)
+    real = scores[mask.repeat_interleave(2).bool()].double()
     metrics.mean("score/mean", real.sum(), float(len(real)))
     metrics.std("score/std", real)
     metrics.minimum("score/min", real.min() if len(real) else scores.new_tensor(torch.inf).double())

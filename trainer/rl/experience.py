@@ -49,7 +49,7 @@ class RolloutBatch(TokenBatch):
         return self.units
 
     @property
-    def shown(self) -> list[dict[str, Any]]:
+    def texts(self) -> list[dict[str, Any]]:
         return self.samples
 
 
@@ -137,7 +137,7 @@ class Experience:
 
 def unshared(documents: Branches) -> Branches | Documents:
     """The same sequences as plain documents where no token belongs to two: then attention has nothing to gather."""
-    return documents.whole if len(documents.index) == documents.positions.numel() else documents
+    return documents.sequences if len(documents.index) == documents.positions.numel() else documents
 
 
 class AdvantageComputer:

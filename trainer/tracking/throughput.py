@@ -141,7 +141,7 @@ class Timing:
 
     seconds: float
     laps: dict[str, float]
-    pairs: int
+    attention_pairs: int
     memory_gb: float
 
 
@@ -155,9 +155,9 @@ class Speed:
         self._tokens, self._pairs = tokens, 0
         self._since = time.perf_counter()
 
-    def count(self, pairs: int) -> None:
+    def count(self, attention_pairs: int) -> None:
         """Note the query-key pairs of a step of this rank."""
-        self._pairs += pairs
+        self._pairs += attention_pairs
 
     def lap(self) -> Timing:
         """The clock since the last call; evaluations and checkpoints are left out of the seconds of training."""
@@ -170,7 +170,7 @@ class Speed:
     def figures(self, tokens: float, timing: Timing) -> dict[str, float]:
         """The metrics of the steps of ``timing``, at whose end ``tokens`` tokens had been seen; ``time/*`` of this rank."""
         learnt, self._tokens = tokens - self._tokens, tokens
-        flops = training_flops(self.architecture, learnt, timing.pairs * self.ranks)
+        flops = training_flops(self.architecture, learnt, timing.attention_pairs * self.ranks)
         return {
             "tokens_per_second": learnt / timing.seconds,
             "mfu": flops / timing.seconds / self.peak,

@@ -51,7 +51,7 @@ def test_branches_give_the_logits_of_each_sequence_alone(window):
     batch = collate(PAIRS, [0, 1])
     found = model(batch.tokens, batch.documents, logits)[0]
     sequences = [list(side.ids) for pair in PAIRS for side in (pair.chosen, pair.rejected)]
-    offsets = batch.documents.whole.offsets.tolist()
+    offsets = batch.documents.sequences.offsets.tolist()
     for n, sequence in enumerate(sequences):
         alone = model(torch.tensor([sequence]), Documents.from_lengths([len(sequence)], 1), logits)[0]
         places = batch.documents.index[offsets[n] : offsets[n + 1]]

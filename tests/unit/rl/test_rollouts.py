@@ -36,7 +36,7 @@ def learn(folder, sampler, *settings, steps=3, judge=None) -> tuple[list[dict], 
             cfg.pipeline, models, engine, batches, lambda n: 1.0, Guard(cfg.guard, world.device), watch,
             seed=0, first=1, last=steps, accumulate=2,
         )  # fmt: skip
-        found = [({k: float(v) for k, v in step.metrics.items()}, step.shown) for step in steps_taken]
+        found = [({k: float(v) for k, v in step.metrics.items()}, step.texts) for step in steps_taken]
         batches.close()
     return [values for values, _ in found], [text for _, texts in found for text in texts]
 
