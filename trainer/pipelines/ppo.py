@@ -45,8 +45,7 @@ from trainer.rl.actor import Actor, Sampler
 from trainer.rl.advantages import ESTIMATORS
 from trainer.rl.experience import RolloutBatch
 from trainer.rl.judge import JudgeReward
-from trainer.rl.kl import KL_ESTIMATORS, approx_kl
-from trainer.rl.losses import Clipped, policy_loss, ratios, value_loss
+from trainer.rl.losses import KL_ESTIMATORS, Clipped, approx_kl, policy_loss, ratios, value_loss
 from trainer.rl.rewards import FunctionReward, ModelReward
 from trainer.rl.rollouts import Rollouts
 from trainer.rl.scoring import RewardSum, Scores

@@ -13,7 +13,7 @@ from trainer.batch import Branches, Documents, TokenBatch
 from trainer.data.pairs import collate_shared_prefix
 from trainer.data.rows import Encoded
 from trainer.rl.advantages import AGGREGATES, AdvantageInputs, Compute
-from trainer.rl.kl import KL_ESTIMATORS
+from trainer.rl.losses import KL_ESTIMATORS
 from trainer.rl.scoring import ScoredRollouts, as_tensor
 from trainer.rl.settings import PolicyGradientSettings, Unfinished
 

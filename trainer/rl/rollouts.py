@@ -19,7 +19,7 @@ from trainer.generation.completion import Response
 from trainer.parallel import distributed
 from trainer.rl.actor import Actor
 from trainer.rl.experience import AdvantageComputer, Experience, RolloutBatch
-from trainer.rl.kl import KLController
+from trainer.rl.losses import KLController
 from trainer.rl.rollout_metrics import explained_variance, rollout_metrics, rollout_samples
 from trainer.rl.scoring import PromptGroup, ScoredRollouts, Scores
 from trainer.rl.settings import PolicyGradientSettings

@@ -131,10 +131,10 @@ class RewardSum:
     def __call__(self, responses: Sequence[Response]) -> Scores:
         """Scores by name, and ``score``: the sum, None where a part of it is missing; collective."""
         parts = {name: scorer(responses) for name, scorer in self.scorers.items()}
-        trained_on = {name: weight for name, weight in self.weights.items() if weight}
-        totals: list[float | None] = []
-        for n in range(len(responses)):
-            values = [(weight, parts[name][n]) for name, weight in trained_on.items()]
-            missing = any(value is None for _, value in values)
-            totals.append(None if missing else sum(w * v for w, v in values if v is not None))
+        totals: list[float | None] = [0] * len(responses)
+        for name, weight in self.weights.items():
+            if weight:
+                totals = [
+                    None if t is None or v is None else t + weight * v for t, v in zip(totals, parts[name], strict=True)
+                ]
         return {**(parts if len(parts) > 1 else {}), "score": totals}

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.config import Node, schema, setting
 from trainer.generation.sampling import Sampling
 from trainer.rl.advantages import AGGREGATES, ESTIMATORS, Estimator
-from trainer.rl.kl import KL_ESTIMATORS
+from trainer.rl.losses import KL_ESTIMATORS
 from trainer.rl.rewards import Reward
 
 
@@ -58,12 +58,8 @@ class RolloutSettings(Node):
     top_p: float = setting(1.0, "sample from the likeliest tokens that hold this probability", above=0, most=1)
     min_p: float = setting(0.0, "leave out tokens less likely than this part of the likeliest", least=0, below=1)
     max_concurrent: int = setting(64, "completions that a rank decodes at once", least=1)
-    max_resample: int = setting(
-        0, "further draws of prompts in place of groups whose scores are all equal (DAPO, arXiv:2503.14476)", least=0
-    )
-    recompute_logprobs: bool = setting(
-        True, "compute the policy's log-probabilities of samples again, as training does; false = take the sampler's"
-    )
+    max_resample: int = setting(0, "further draws in place of groups of equal scores (DAPO, arXiv:2503.14476)", least=0)
+    recompute_logprobs: bool = setting(True, "compute samples' log-probabilities as in training; false = the sampler's")
     engine: RolloutEngine = setting(RolloutEngine.own, "what samples: own, or vllm where it is installed (NVIDIA GPUs)")
     gpu_memory_utilization: float = setting(0.3, "vllm: part of a GPU's memory that it may take", above=0, below=1)
     log_samples: int = setting(4, "completions of an iteration that are written to samples.jsonl", least=0)
@@ -74,10 +70,7 @@ class RolloutSettings(Node):
         if importlib.util.find_spec("vllm") is None:
             yield "pipeline.rollout.engine=vllm needs the package vllm, which is not installed; install it, or use own"
         if not self.recompute_logprobs:
-            yield (
-                "pipeline.rollout.recompute_logprobs=false does not work with engine=vllm, whose log-probabilities "
-                "round differently; use true"
-            )
+            yield "pipeline.rollout.recompute_logprobs=false does not work with engine=vllm, which rounds otherwise; use true"
 
     @property
     def sampling(self) -> Sampling:
@@ -103,29 +96,23 @@ class PolicyGradientSettings(Node):
     score_clip: float = setting(10.0, "scores are clipped to this size; 0 = not", least=0)
     unfinished: Unfinished = setting(
         Unfinished.penalize,
-        "a completion without an end: penalize (its score less missing_eos_penalty), mask (no loss), bootstrap (its value)",
+        "completions without an end: penalize (missing_eos_penalty), mask (no loss), bootstrap (value)",
     )
     missing_eos_penalty: float = setting(0.0, "taken off the score of a completion without an end", least=0)
     reference: ReferencePolicy = setting(
         ReferencePolicy.model, "a frozen model, adapters_off (the base under adapter=lora), or none"
     )
-    kl_coef: float | None = setting(
-        None, "KL coefficient (beta) in the reward, per nat from the reference; null = 0.05 for gae, else 0", least=0
-    )
-    kl_estimator: str = setting("k1", "estimator of the KL divergence at a token, in the reward", choices=KL_ESTIMATORS)
+    kl_coef: float | None = setting(None, "KL coefficient (beta) in the reward; null = 0.05 for gae, else 0", least=0)
+    kl_estimator: str = setting("k1", "estimator of the KL divergence in the reward", choices=KL_ESTIMATORS)
     kl_target: float | None = setting(
         None,
-        "KL divergence, nats a completion, that kl_coef is steered to (Ziegler et al. 2019, arXiv:1909.08593); null = fixed",
+        "nats a completion that kl_coef is steered to (Ziegler et al. 2019, arXiv:1909.08593); null = fixed",
         above=0,
     )
     kl_loss_coef: float = setting(0.0, "KL coefficient (beta) in the loss", least=0)
-    kl_loss_estimator: str = setting(
-        "k3", "estimator of the KL divergence at a token, in the loss", choices=KL_ESTIMATORS
-    )
+    kl_loss_estimator: str = setting("k3", "estimator of the KL divergence in the loss", choices=KL_ESTIMATORS)
     kl_limit: float | None = setting(
-        None,
-        "KL divergence, nats a token, between old and new policy after which the rest of a rollout is skipped; null = never",
-        above=0,
+        None, "nats a token from the old policy after which the rest of a rollout is skipped; null = never", above=0
     )
     gamma: float = setting(1.0, "discount of future rewards", least=0, most=1)
     lam: float = setting(0.95, "lambda of generalised advantage estimation", least=0, most=1)
@@ -138,9 +125,7 @@ class PolicyGradientSettings(Node):
         None, "how tokens add up in the loss; null = constant for dr_grpo, else token_mean", choices=AGGREGATES
     )
     importance_cap: float = setting(
-        0.0,
-        "largest weight of a token where trainer and sampler disagree (truncated importance sampling); 0 = no weights",
-        least=0,
+        0.0, "cap of truncated importance weights, trainer's over sampler's probability; 0 = no weights", least=0
     )
     critic: CriticInit = setting(
         CriticInit.reward, "what the critic starts from: the reward model, the policy, or head: a vector on its states"
@@ -156,34 +141,22 @@ class PolicyGradientSettings(Node):
         if not any(reward.weight for reward in self.reward.values()):
             yield "pipeline.reward scores nothing; use +reward@pipeline.reward.NAME=model|function|judge"
         if self.reference is ReferencePolicy.none and self.uses_reference:
-            yield (
-                "pipeline.reference=none leaves no KL divergence to measure; "
-                "set pipeline.kl_coef=0 and pipeline.kl_loss_coef=0"
-            )
+            yield "pipeline.reference=none has no KL divergence; set pipeline.kl_coef=0 and pipeline.kl_loss_coef=0"
 
     def _group_problems(self) -> Iterator[str]:
         size, group = self.rollout.size, self.group_size
         if not self.estimator.critic and group < 2:
-            yield (
-                f"pipeline.samples_per_prompt={group} leaves nothing to compare; "
-                f"pipeline.advantage={self.advantage} needs 2 or more"
-            )
+            yield f"pipeline.samples_per_prompt={group} has no groups; pipeline.advantage={self.advantage} needs 2 or more"
         if size % group:
             near = size // group * group or group
             yield (f"pipeline.rollout.size={size} is not a multiple of pipeline.samples_per_prompt={group}; use {near}")
         if self.rollout.max_resample and group < 2:
-            yield (
-                "pipeline.rollout.max_resample compares the scores of a group, and pipeline.samples_per_prompt=1; "
-                "set it to 0"
-            )
+            yield "pipeline.rollout.max_resample compares groups, and pipeline.samples_per_prompt=1; set it to 0"
 
     def _critic_problems(self) -> Iterator[str]:
         if not self.estimator.critic:
             if self.unfinished is Unfinished.bootstrap:
-                yield (
-                    f"pipeline.unfinished=bootstrap needs a critic, and pipeline.advantage={self.advantage} has none; "
-                    "use mask"
-                )
+                yield f"pipeline.unfinished=bootstrap needs a critic, which {self.advantage} has not; use mask"
         elif self.critic is CriticInit.reward and self.critic_folder is None:
             yield "pipeline.critic=reward needs a reward model in pipeline.reward; use pipeline.critic=policy or head"
         if self.critic_path is not None and not Path(self.critic_path).is_dir():

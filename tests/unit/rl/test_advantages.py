@@ -14,7 +14,7 @@ from trainer.rl.advantages import (
     rloo,
     whitened,
 )
-from trainer.rl.kl import KL_ESTIMATORS, KLController
+from trainer.rl.losses import KL_ESTIMATORS, KLController
 
 
 def inputs(scores, lengths, **given) -> AdvantageInputs:

@@ -105,7 +105,7 @@ def test_it_is_listed_with_the_others_and_its_groups_are_checked(mine, world):
         ConfigError, match=r"advantage=medium is not one of gae, .*median, running_mean; did you mean median"
     ):
         compose([*settings, "pipeline.advantage=medium"])
-    with pytest.raises(ConfigError, match=r"pipeline.samples_per_prompt=1 leaves nothing to compare"):
+    with pytest.raises(ConfigError, match=r"pipeline.samples_per_prompt=1 has no groups"):
         compose([*settings, "pipeline.advantage=median", "pipeline.samples_per_prompt=1"])
     assert compose([*settings, "pipeline.advantage=median"]).pipeline.group_size == 4
     assert "rloo, median, running_mean" in " ".join(help_text(settings, []).split())

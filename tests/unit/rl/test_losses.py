@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.rl.kl import approx_kl
-from trainer.rl.losses import policy_loss, ratios, value_loss
+from trainer.rl.losses import approx_kl, policy_loss, ratios, value_loss
 
 
 def test_the_surrogate_is_clipped_only_where_that_makes_it_worse():
