@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class Recording:
 
 def read(folder: Path, ended: str | None = None) -> Recording:
     """Read a run's folder. ``ended``: why the run came to an end, where it failed and the caller knows."""
-    record = _yaml(folder / "config.yaml")
+    record = _object(folder / "config.yaml", yaml.safe_load)
     config = record.get("config") or {}
     lines = Lines(folder)
     return Recording(
@@ -214,24 +214,20 @@ def _ancestors(folder: Path, config: Mapping[str, Any]) -> Iterator[Ancestor]:
         if here.resolve() in seen:
             return
         seen.add(here.resolve())
-        config = _yaml(here.parent / "config.yaml").get("config") or {}
+        config = _object(here.parent / "config.yaml", yaml.safe_load).get("config") or {}
         yield Ancestor(here, read_json(here / "onecurve.json"), config)
         folder = here.parent
 
 
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none."""
+    return _object(file, json.loads)
+
+
+def _object(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 

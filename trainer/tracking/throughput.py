@@ -20,11 +20,23 @@ from trainer.parallel.watchdog import Watchdog
 
 # Dense peaks in TFLOP/s (bf16 or fp16 with float32 accumulation, float32 without TF32), from the vendors' data sheets.
 PEAKS = {
-    "B200": (2250.0, 75.0), "GH200": (989.0, 67.0), "H200": (989.0, 67.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5), "A10G": (70.0, 35.0), "A10": (125.0, 31.2), "L40S": (362.0, 91.6), "L4": (121.0, 30.3),
-    "RTX 4090": (165.0, 82.6), "RTX 3090": (71.0, 35.6), "V100": (125.0, 15.7), "T4": (65.0, 8.1), "MI300X": (1307.0, 163.4),
+    "B200": (2250.0, 75.0),
+    "GH200": (989.0, 67.0),
+    "H200": (989.0, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "A100": (312.0, 19.5),
+    "A10G": (70.0, 35.0),
+    "A10": (125.0, 31.2),
+    "L40S": (362.0, 91.6),
+    "L4": (121.0, 30.3),
+    "RTX 4090": (165.0, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+    "MI300X": (1307.0, 163.4),
     "MI250X": (383.0, 47.9),
-}  # fmt: skip
+}
 
 
 class Stopwatch:
@@ -137,7 +149,14 @@ def host_peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """The clock between two logged steps: seconds of training, laps, query-key pairs of one rank, and memory so far."""
+    """The clock between two logged steps.
+
+    Attributes:
+        seconds: of training, without evaluations and checkpoints.
+        laps: seconds by name.
+        pairs: query-key pairs of one rank.
+        memory_gb: peak of the run so far.
+    """
 
     seconds: float
     laps: dict[str, float]
