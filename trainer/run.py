@@ -113,7 +113,7 @@ class Run(Node):
         if not issubclass(self.data.batch_type, self.pipeline.batch_type):
             wanted, offered = self.pipeline.batch_type.unit, self.data.batch_type.unit
             yield f"the pipeline learns from {wanted} and the data holds {offered}; choose another data="
-        yield from self.strategy.refusals(self.optimizer)
+        yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
         if self.steps is not None and self.schedule.warmup > self.steps:
@@ -168,7 +168,8 @@ class Run(Node):
     def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
         """What the estimate of memory and time needs to know, on ``ranks`` ranks."""
         return Layout(
-            stage=self.strategy.stage, ranks=ranks, low=self.strategy.low(self.precision, cuda=cuda),
+            stage=self.strategy.stage, ranks=ranks,
+            low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
             adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.auxiliary_models(architecture)),

@@ -58,7 +58,7 @@ def test_a_step_exchanges_the_bytes_of_the_formulas(ranks):
     for found in on_ranks(ranks, counted):
         for stage, name in enumerate(("ddp", "zero1", "zero2", "zero3")):
             expected = {"all_reduce": 0.0, "reduce_scatter": 0.0, "all_gather": 0.0}
-            spread = layout(stage=stage, low=False, ranks=ranks)
+            spread = layout(stage=stage, low_precision_weights=False, ranks=ranks)
             for exchange in exchanges(LEARNT, LEARNT + FROZEN, 1, spread, MICRO_BATCHES):
                 expected[exchange.kind] += exchange.bytes * exchange.times
             assert found[name] == expected, name

@@ -23,15 +23,23 @@ more were seen elsewhere.
 class Layout:
     """How a model is spread and computed.
 
-    ``stage``: 0 (DDP) to 3. ``low``: whether the working copy of the weights is bfloat16 (DeepSpeed's bf16), instead of
-    float32 under autocast. ``compute``: bytes of an activation (2 or 4). ``offload``: none, optimizer or parameters.
-    ``adapters``: elements that are trained beside a frozen model; 0 = the model itself is. ``beside``: shapes of further
-    models (a reference, a critic, a reward model), and whether each is trained.
+    Args:
+        stage: What is sharded: 0 (DDP: nothing) to 3 (parameters too).
+        ranks: Data-parallel ranks.
+        low_precision_weights: The working copy of the weights is bfloat16 instead of float32 under autocast.
+        compute: Bytes of an activation, 2 or 4.
+        micro: Rows of a forward.
+        length: Tokens of a row.
+        recompute: Activations that the backward computes again.
+        offload: What lives in CPU memory: none, optimizer or parameters.
+        cuda: Whether the ranks compute on GPUs.
+        adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
+        beside: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
     """
 
     stage: int
     ranks: int
-    low: bool
+    low_precision_weights: bool
     compute: int
     micro: int
     length: int
@@ -84,8 +92,8 @@ def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
     float32 master, so 4 + 4 + 12.
     """
-    working = 2 if layout.low else 4
-    optimizer = 12 if layout.stage or layout.low else 8
+    working = 2 if layout.low_precision_weights else 4
+    optimizer = 12 if layout.stage or layout.low_precision_weights else 8
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     held, gradients, moments = (
         parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
@@ -100,8 +108,8 @@ def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
 def frozen(a: Architecture, layout: Layout) -> float:
     """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
     count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
-    if layout.low or layout.stage == 3:
-        return count * (2 if layout.low else 4) / (layout.ranks if layout.stage == 3 else 1)
+    if layout.low_precision_weights or layout.stage == 3:
+        return count * (2 if layout.low_precision_weights else 4) / (layout.ranks if layout.stage == 3 else 1)
     return float(4 * tables + layout.compute * (count - tables))
 
 
@@ -162,7 +170,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     kept, head = activations(a, layout), loss(a, layout)
     # The loss is gone when the blocks' backward begins.
     temporary = max(0.0, backward(a, layout) - head)
-    if layout.compute == 2 and not layout.low:
+    if layout.compute == 2 and not layout.low_precision_weights:
         # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
         # Casts of frozen float32 weights live in the graph.
         temporary += 2.0 * (learnt if layout.stage < 3 else count if layout.adapters else block)
@@ -172,7 +180,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
         temporary += 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - kept - head)
     if layout.stage == 3:
         live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
-        temporary += (2 if layout.low else 4) * min(count, live)
+        temporary += (2 if layout.low_precision_weights else 4) * min(count, live)
     others = 0.0
     for shape, trained in layout.beside:
         if trained:

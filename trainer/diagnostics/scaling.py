@@ -96,7 +96,7 @@ def exchanges(learnt: float, held: float, layers: int, layout: Layout, micro_bat
 
     As DeepSpeed 0.19 does it: ZeRO-2 reduces whole buckets on all ranks, and both stages 2 and 3 do so for every micro-batch.
     """
-    gradient, working = (2 if layout.low else 4), (2 if layout.low else 4)
+    gradient, working = (2 if layout.low_precision_weights else 4), (2 if layout.low_precision_weights else 4)
     buckets = max(1, round(learnt / BUCKET))
     if layout.stage == 0:
         yield Exchange("all_reduce", "gradients", 4 * learnt, 1, max(1, round(4 * learnt / DDP_BUCKET)))
@@ -145,7 +145,7 @@ def outlook(
     saved, nodes = float(STATE * learnt), cluster.nodes(ranks)
     disk = min(cluster.storage, nodes * cluster.node_storage)
     # Whoever holds whole weights reads them whole, once a node; what is verified and sharded is read once.
-    weights = (2 if layout.low else 4) * held * (nodes if layout.stage < 3 else 1)
+    weights = (2 if layout.low_precision_weights else 4) * held * (nodes if layout.stage < 3 else 1)
     state = STATE * learnt * (1 + (nodes if layout.stage == 0 else 1))
     fragments = 3 * tensors * (ranks if layout.stage == 3 else 1) + 3 * ranks
     start = cluster.start + ranks * 1e-3 + weights / disk
@@ -161,10 +161,11 @@ def plan(
     a: Architecture, layout: Layout, low: bool, stages: list[int], counts: list[int], size: int, peak: float,
     utilisation: float, cluster: Cluster, tensors: int,
 ) -> list[Outlook]:  # fmt: skip
-    """The outlook for every number of GPUs and every stage; ``low``: whether ZeRO's working copy is bfloat16."""
+    """The outlook for every number of GPUs and every stage; ``low``: ZeRO's working copy is bfloat16."""
     return [
         outlook(
-            a, dataclasses.replace(layout, stage=stage, ranks=ranks, low=low and stage > 0), size, peak, utilisation,
+            a, dataclasses.replace(layout, stage=stage, ranks=ranks, low_precision_weights=low and stage > 0),
+            size, peak, utilisation,
             cluster, tensors,
         )
         for ranks in counts

@@ -113,7 +113,7 @@ class Model(Node):
 
 @dataclass
 class ModelLoader:
-    """Builds models under a strategy: born sharded where it shards, the same numbers on any number of ranks.
+    """Builds models under a strategy: initialised sharded where it shards, the same numbers on any number of ranks.
 
     ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``precision``: what they compute in.
     ``scores``: with a head that scores, a new one where the folder has none. ``kind``: the class to build.
@@ -147,7 +147,7 @@ class ModelLoader:
             self.adapter.install(model, grown=grown)
         if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
-                self.strategy.narrow(parameter, self.precision.dtype)
+                self.strategy.cast_frozen(parameter, self.precision.dtype)
         if self.files is not None:
             own = {n: whole_shape(p) for n, p in model.named_parameters() if not is_adapter(n)}
             self._refuse_misfits(self.files, own)

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.optim import Optimizer, create_state, gradient_norm, moments
-from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, Report, digest_of, owned_spans
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
@@ -32,42 +31,33 @@ class DDP(Strategy):
 
 
 class ReplicatedEngine(Engine):
-    """Float32 replicas under autocast; clipping and loss scaling ride on the fused optimizer's own pass."""
+    """Float32 replicas under autocast; clipping and loss scaling ride on the fused optimizer's own pass.
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, bucket_mb: int) -> None:
-        world = distributed.world()
-        self.device, self.ranks = world.device, world.size
-        self.module = module.to(self.device)
-        self.model: nn.Module = self.module
-        if world.size > 1:
+    Args:
+        bucket_mb: Size of a gradient bucket, MiB; None = no DistributedDataParallel: a subclass exchanges gradients.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, bucket_mb: int | None) -> None:
+        super().__init__(module, optimizer, precision)
+        module.to(self.device)
+        if self.ranks > 1 and bucket_mb is not None:
             self.model = DistributedDataParallel(
-                self.module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
+                module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-        self.clip = optimizer.clip
-        self.optimizers = optimizer.build(self.module)
-        self.precision = precision
-        self.scale = precision.loss_scale(self.device)
-        self._weighed = torch.ones((), dtype=torch.bool, device=self.device)
-        self._warm = False
+        self.optimizers = optimizer.build(module)
+        self._warm = self.ranks < 3 or self.model is module
 
     def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
-        reports = []
-        self.model.train()
-        self._weighed = weight > 0
-        # DDP averages over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0.
-        factor = self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
-        if self.ranks > 2 and not self._warm:
+        if not self._warm:
+            self.model.train()
             self._warm_up(loss_of, micro_batches[0])
-        # One context around all of them: autocast then casts every weight once a step.
-        with self.autocast():
-            for number, batch in enumerate(micro_batches, start=1):
-                # no_sync spans the forward too: DDP arms its reducer there.
-                with self._silent() if number < len(micro_batches) else nullcontext():
-                    loss, report = loss_of(batch.to(self.device))
-                    with torch.autocast(self.device.type, enabled=False):
-                        (loss * factor).backward()  # type: ignore[no-untyped-call]
-                reports.append(report)
-        return reports
+        return super().accumulate(loss_of, micro_batches, weight)
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        # no_sync spans the forward too: DDP arms its reducer there.
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
 
     def _warm_up(self, loss_of: LossOf[Any], batch: Batch) -> None:
         """Let DDP order its buckets before the first step instead of after it.
@@ -83,20 +73,14 @@ class ReplicatedEngine(Engine):
 
     def step(self, limit: Tensor | None = None) -> Outcome:
         parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        norm = gradient_norm(parameters) / self.scale.scale
-        finite = torch.isfinite(norm)
-        applied = finite & self._weighed
-        if limit is not None:
-            applied = applied & (norm <= limit)
-        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
-        divisor = self.scale.scale / torch.where(finite, shrink, 1.0)
+        norm, applied, divisor = self.decide(gradient_norm(parameters), limit)
         if all(isinstance(o, torch.optim.AdamW) for o in self.optimizers):
             self._step_fused(divisor, applied)
         elif bool(applied):
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.scale.update(~finite)
+        self.scale.update(~torch.isfinite(norm))
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return Outcome(norm, applied)
@@ -107,17 +91,6 @@ class ReplicatedEngine(Engine):
             fused: Any = optimizer
             fused.grad_scale, fused.found_inf = divisor, (~applied).float()
             optimizer.step()
-
-    def _silent(self) -> AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def set_lr(self, factor: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self.precision.autocast(self.device)
 
     @contextmanager
     def gathered(self, *, only: Callable[[str], bool] = bool) -> Iterator[nn.Module]:
@@ -141,20 +114,17 @@ class ReplicatedEngine(Engine):
 
     def optimizer_steps(self) -> dict[str, float]:
         names = {id(t): name for name, t in self._logical()}
-        held = ((p, s) for o in self.optimizers for p, s in o.state.items() if "step" in s)
-        return {names[id(p)]: float(s["step"]) for p, s in held}
+        states = ((p, s) for o in self.optimizers for p, s in o.state.items() if "step" in s)
+        return {names[id(p)]: float(s["step"]) for p, s in states}
 
     def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> None:
         tensors = dict(self._logical())
         for optimizer in self.optimizers:
             create_state(optimizer)
             for name, step in steps.items():
-                if "step" in (held := optimizer.state.get(tensors[name], {})):
-                    held["step"].fill_(step)
+                if "step" in (own := optimizer.state.get(tensors[name], {})):
+                    own["step"].fill_(step)
         self.scale.load(state.get("loss_scale", {}))
-
-    def state(self) -> dict[str, Any]:
-        return {"loss_scale": self.scale.state()}
 
     def _logical(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and every buffer that belongs to the saved model, by name, tied ones once."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trainer.batch import Batch
+from trainer.optim import Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.precision import Precision
 
@@ -24,9 +25,12 @@ LossOf = Callable[[Any], tuple[Tensor, Report]]
 class Fragment:
     """A contiguous piece of one logical tensor that this rank holds, as a live one-dimensional view.
 
-    ``name``: the parameter's Hugging Face name. ``state``: ``param`` (the float32 master), or the optimizer's name for a
-    moment (``exp_avg``, ``exp_avg_sq``, ``momentum_buffer``). ``shape``: of the whole logical tensor. ``start``: the first
-    element's place in the flattened tensor. ``tensor`` ``(size,)``: writing into it restores it.
+    Args:
+        name: The parameter's Hugging Face name.
+        state: ``param`` (the float32 master), or a moment by the optimizer's name (``exp_avg``, ``momentum_buffer``).
+        shape: Of the logical tensor.
+        start: The first element's place in the flattened tensor.
+        tensor: ``(size,)``; writing into it restores it.
     """
 
     name: str
@@ -38,20 +42,50 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: the gradient's norm before clipping, and whether it was applied (both on the device)."""
+    """A step that was taken or skipped, on the device.
+
+    Args:
+        grad_norm: The gradient's norm before clipping.
+        applied: Whether the optimizer took the step.
+    """
 
     grad_norm: Tensor
     applied: Tensor
 
 
+class Decision(NamedTuple):
+    """How a gradient is applied, decided on the device without waiting for it.
+
+    Args:
+        norm: Of the gradient before clipping, without the loss scale; not finite after an overflow.
+        applied: Whether the optimizer takes the step.
+        divisor: What the gradient is divided by: the loss scale, and what clipping shrinks it by.
+    """
+
+    norm: Tensor
+    applied: Tensor
+    divisor: Tensor
+
+
 class Engine(ABC):
-    """One trained module with its optimizer under a strategy."""
+    """One trained module with its optimizer under a strategy.
 
-    device: torch.device
-    model: nn.Module
-    precision: Precision
+    Attributes:
+        module: What is trained, with its own names.
+        model: What is called: the module, or what a strategy wrapped around it.
+        optimizers: Over the parameters, or over this rank's partitions of them.
+        scale: The loss scale of fp16; a constant 1 otherwise.
+    """
 
-    @abstractmethod
+    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> None:
+        world = distributed.world()
+        self.device, self.ranks = world.device, world.size
+        self.module, self.model = module, module
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.precision, self.clip = precision, optimizer.clip
+        self.scale = precision.loss_scale(self.device)
+        self._has_weight = torch.ones((), dtype=torch.bool, device=self.device)
+
     def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
         """Add up the gradient of ``sum(loss) / weight`` over micro-batches and ranks; gives every micro-batch's report.
 
@@ -62,14 +96,46 @@ class Engine(ABC):
             micro_batches: Of this rank, as many on every rank.
             weight: The global weight, over all ranks (docs/algorithms.md#weighting).
         """
+        reports = []
+        self.model.train()
+        self._has_weight = weight > 0
+        # Strategies average over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0.
+        factor = self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
+        # One context around all of them: autocast then casts every weight once a step.
+        with self.autocast():
+            for number, batch in enumerate(micro_batches, start=1):
+                with self.exchanging(number == len(micro_batches)):
+                    loss, report = loss_of(batch.to(self.device))
+                    with torch.autocast(self.device.type, enabled=False):
+                        self.backward(loss * factor)
+                reports.append(report)
+        return reports
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch's forward and backward; gradients meet those of other ranks in the ``last`` one."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss that is scaled already."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def decide(self, norm: Tensor, limit: Tensor | None) -> Decision:
+        """What becomes of a gradient whose norm, times the loss scale, is ``norm``: skipped above ``limit``, or clipped."""
+        norm = norm / self.scale.scale
+        finite = torch.isfinite(norm)
+        applied = finite & self._has_weight
+        if limit is not None:
+            applied = applied & (norm <= limit)
+        shrink = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
+        return Decision(norm, applied, self.scale.scale / torch.where(finite, shrink, 1.0))
 
     @abstractmethod
     def step(self, limit: Tensor | None = None) -> Outcome:
         """Clip and apply the gradient, or skip it where its norm is not finite or above ``limit``; then clear it."""
 
-    @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:
         """The compute format of training, where it is not that of the weights."""
+        return self.precision.autocast(self.device)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -82,9 +148,11 @@ class Engine(ABC):
         finally:
             self.model.train(training)
 
-    @abstractmethod
     def set_lr(self, factor: float) -> None:
         """Set every parameter group's learning rate to ``factor`` times its own base rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
 
     @abstractmethod
     def gathered(self, *, only: Callable[[str], bool] = bool) -> AbstractContextManager[nn.Module]:
@@ -118,9 +186,9 @@ class Engine(ABC):
     def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> None:
         """Finish a restore after every fragment was written: optimizer step counts, working copies, `state`."""
 
-    @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What else must be saved, as JSON values, equal on all ranks: the loss scaler."""
+        """What else must be saved, as JSON values, equal on all ranks: the loss scale."""
+        return {"loss_scale": self.scale.state()}
 
 
 def shares(sizes: Sequence[int], rank: int, ranks: int) -> Iterator[tuple[int, int, int]]:

@@ -30,16 +30,16 @@ class Strategy(Node):
         """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
         return 0
 
-    def low(self, precision: Precision, *, cuda: bool) -> bool:
+    def low_precision_weights(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is in the compute format, instead of float32 under autocast."""
         return False
 
-    def refusals(self, optimizer: Optimizer) -> Iterator[str]:
+    def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
         """One sentence for everything about an optimizer that does not work under this strategy."""
         yield from ()
 
     def construction(self) -> AbstractContextManager[object]:
-        """The context in which a model is built: parameters are born sharded where the strategy shards them."""
+        """The context in which a model is built: parameters are initialised sharded where the strategy shards them."""
         return nullcontext()
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class Strategy(Node):
         """Write into a parameter of a newly built model: this rank's part of ``values``, which is the whole parameter."""
         parameter.copy_(values)
 
-    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    def cast_frozen(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         """Hold a parameter that is never trained in the compute format: autocast keeps no cast of it from use to use."""
         parameter.data = parameter.data.to(dtype)
 
@@ -58,19 +58,25 @@ class Strategy(Node):
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         """Keep ``module`` for forwards alone, sharded where the strategy shards, with the numerics of a trained model.
 
-        What is narrow there, or would be narrowed by autocast in every forward, is held narrow: for half the memory.
+        What autocast would cast in every forward is cast once here: it takes half the memory.
         """
         module.requires_grad_(False).eval()
         device = distributed.world().device
         if precision.dtype is not torch.float32:
             # Never the buffers: DeepSpeed leaves the angles of a trained model in float32, too.
-            low = self.low(precision, cuda=device.type == "cuda")
+            low_precision = self.low_precision_weights(precision, cuda=device.type == "cuda")
             for layer in module.modules():
-                for parameter in layer.parameters(recurse=False) if low or isinstance(layer, nn.Linear) else ():
-                    self.narrow(parameter, precision.dtype)
+                for parameter in (
+                    layer.parameters(recurse=False) if low_precision or isinstance(layer, nn.Linear) else ()
+                ):
+                    self.cast_frozen(parameter, precision.dtype)
         return module.to(device)
 
     def computing(self, precision: Precision) -> AbstractContextManager[object]:
         """The context in which models of this strategy compute."""
         device = distributed.world().device
-        return nullcontext() if self.low(precision, cuda=device.type == "cuda") else precision.autocast(device)
+        return (
+            nullcontext()
+            if self.low_precision_weights(precision, cuda=device.type == "cuda")
+            else precision.autocast(device)
+        )

@@ -1,14 +1,14 @@
 """ZeRO-1, 2 and 3 through DeepSpeed (Rajbhandari et al. 2020, arXiv:1910.02054), behind the contract of every engine.
 
 DeepSpeed partitions and exchanges. The loss scale, clipping, and the decision to skip a step stay ours: its optimizer hands
-the global norm to `_Applied`, which sets what PyTorch's fused AdamW divides by. So a step means the same as under DDP.
+the global norm to `ZeroEngine`, which sets what PyTorch's fused AdamW divides by. So a step means the same as under DDP.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, auto
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.optim import Muon, Optimizer
 from trainer.parallel import distributed, zero_state
-from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, Report, digest_of
+from trainer.parallel.engine import Decision, Engine, Fragment, Outcome, digest_of
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Strategy
 
@@ -68,7 +67,7 @@ class Zero(Strategy):
             if _lookup(self.deepspeed, key) is not None:
                 yield f"strategy.deepspeed.{key} contradicts Onecurve's own settings; leave it out"
 
-    def refusals(self, optimizer: Optimizer) -> Iterator[str]:
+    def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
         if isinstance(optimizer, Muon):
             yield f"optimizer=muon needs whole matrices, and strategy={self.name} flattens them; use strategy=ddp or adamw"
 
@@ -87,36 +86,36 @@ class Zero(Strategy):
         if size > 0:
             parameter.ds_tensor[:size].copy_(values.reshape(-1)[start : start + size])  # type: ignore[attr-defined]
 
-    def narrow(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    def cast_frozen(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         # DeepSpeed gathers parameters of one format only.
         if self.stage < 3:
-            super().narrow(parameter, dtype)
+            super().cast_frozen(parameter, dtype)
 
     def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
-        self._narrow_shards(module, precision)
+        self._cast_shards(module, precision)
         return ZeroEngine(module, optimizer, precision, self)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         if self.stage < 3:
             return super().freeze(module, precision)
         module.requires_grad_(False).eval()
-        self._narrow_shards(module, precision)
+        self._cast_shards(module, precision)
         engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
         return engine  # type: ignore[no-any-return]
 
-    def _narrow_shards(self, module: nn.Module, precision: Precision) -> None:
+    def _cast_shards(self, module: nn.Module, precision: Precision) -> None:
         """Hold sharded parameters in bfloat16 where the working copy is: DeepSpeed converts only those that are whole.
 
         Not by building them so: it would narrow every buffer, too.
         """
-        if self.stage == 3 and self.low(precision, cuda=distributed.world().device.type == "cuda"):
+        if self.stage == 3 and self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda"):
             for parameter in module.parameters():
                 shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 narrow = shard.data.to(precision.dtype)
                 shard.data = narrow.pin_memory() if shard.is_pinned() else narrow
                 parameter.data = parameter.data.to(precision.dtype)
 
-    def low(self, precision: Precision, *, cuda: bool) -> bool:
+    def low_precision_weights(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is bfloat16."""
         autocast = not cuda if self.autocast is None else self.autocast
         return precision.compute is Compute.bf16 and not autocast
@@ -153,7 +152,7 @@ class Zero(Strategy):
             "steps_per_print": None,
             "zero_optimization": zero,
         }
-        if self.low(precision, cuda=distributed.world().device.type == "cuda"):
+        if self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda"):
             config["bf16"] = {"enabled": True}
             if self.stage > 1:
                 # At stage 1 this would select another optimizer of DeepSpeed's, without partitions that can be read: there
@@ -196,49 +195,55 @@ class ZeroEngine(Engine):
     """A DeepSpeed engine whose optimizer step is decided by us."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, strategy: Zero) -> None:
-        world = distributed.world()
-        self.device, self.ranks, self.stage = world.device, world.size, strategy.stage
-        self.precision, self.clip = precision, optimizer.clip
-        self.low = strategy.low(precision, cuda=world.device.type == "cuda")
-        self.module = module
-        [inner] = optimizer.build(module)
-        ds = _deepspeed()
-        engine, *_ = ds.initialize(model=module, optimizer=inner, config=strategy._settings(precision))
+        super().__init__(module, optimizer, precision)
+        self.stage = strategy.stage
+        self.low_precision_weights = strategy.low_precision_weights(precision, cuda=self.device.type == "cuda")
+        self.optimizers = optimizer.build(module)
+        [inner] = self.optimizers
+        self.inner: Any = inner
+        engine, *_ = _deepspeed().initialize(model=module, optimizer=inner, config=strategy._settings(precision))
         self.model = engine
         self._engine: Any = engine
         self.zero = engine.optimizer
-        self.inner: Any = inner
-        self.scale = precision.loss_scale(self.device)
-        self._weighed = torch.ones((), dtype=torch.bool, device=self.device)
-        self._decision = _Applied(self)
-        self.zero.unscale_and_clip_grads = self._decision
+        self.zero.unscale_and_clip_grads = self._on_norm
+        self._limit: Tensor | None = None
+        self._decision: Decision | None = None
         self.state_of = zero_state.reader(module, inner, self.zero, self.stage)
 
-    def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
-        reports = []
-        self.model.train()
-        self._weighed = weight > 0
-        # DeepSpeed averages over ranks; the objective is a sum over them.
-        factor = self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
-        with self.autocast():
-            for number, batch in enumerate(micro_batches, start=1):
-                self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-                loss, report = loss_of(batch.to(self.device))
-                with torch.autocast(self.device.type, enabled=False):
-                    self._engine.backward(loss * factor, scale_wrt_gas=False)
-                reports.append(report)
-        return reports
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, limit: Tensor | None = None) -> Outcome:
-        self._decision.begin(limit)
+        self._limit, self._decision = limit, None
         self._engine.step()
-        norm, applied = self._decision.outcome(bool(getattr(self.zero, "overflow", False)))
+        decision = self._decision_of_step()
+        if decision is None:
+            # DeepSpeed found an overflow and applied nothing.
+            norm = torch.full((), torch.inf, device=self.device)
+            applied = torch.zeros((), dtype=torch.bool, device=self.device)
+        else:
+            norm, applied, _ = decision
         self.scale.update(~torch.isfinite(norm))
         return Outcome(norm, applied)
 
-    def set_lr(self, factor: float) -> None:
-        for group in self.inner.param_groups:
-            group["lr"] = group["base_lr"] * factor
+    def _decision_of_step(self) -> Decision | None:
+        return None if bool(getattr(self.zero, "overflow", False)) else self._decision
+
+    def _on_norm(self, _: Any, total_norm: Any) -> None:
+        """Stands where DeepSpeed would unscale and clip, for every partition that it is about to update.
+
+        Takes its global norm, -1 after an overflow, and tells the fused AdamW what to do with the gradient.
+        """
+        if self._decision is None:
+            norm = torch.as_tensor(total_norm, dtype=torch.float32, device=self.device)
+            self._decision = self.decide(torch.where(norm >= 0, norm, torch.inf), self._limit)
+            partitions = self.state_of.device
+            self.inner.grad_scale = self._decision.divisor.to(partitions)
+            self.inner.found_inf = (~self._decision.applied).float().to(partitions)
 
     def gathered(self, *, only: Callable[[str], bool] = bool) -> AbstractContextManager[nn.Module]:
         return zero_state.gathered(self.module, self.zero, only) if self.stage == 3 else nullcontext(self.module)
@@ -262,49 +267,8 @@ class ZeroEngine(Engine):
         self.state_of.refresh()
         self.scale.load(state.get("loss_scale", {}))
 
-    def state(self) -> dict[str, Any]:
-        return {"loss_scale": self.scale.state()}
-
     def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.low else self.precision.autocast(self.device)
-
-
-class _Applied:
-    """Stands where DeepSpeed would unscale and clip: takes its global norm and tells the fused AdamW what to do with it."""
-
-    def __init__(self, engine: ZeroEngine) -> None:
-        self.engine = engine
-        self.begin(None)
-
-    def begin(self, limit: Tensor | None) -> None:
-        """A step begins, of which nothing is known yet."""
-        self.limit = limit
-        self.norm: Tensor | None = None
-        self.applied: Tensor | None = None
-
-    def __call__(self, _: Any, total_norm: Any) -> None:
-        """Called by DeepSpeed for every partition that it is about to update."""
-        if self.norm is not None:
-            return
-        engine = self.engine
-        scale = engine.scale.scale
-        norm = torch.as_tensor(total_norm, dtype=torch.float32, device=engine.device) / scale
-        finite = torch.isfinite(norm) & (norm >= 0)
-        applied = finite & engine._weighed
-        if self.limit is not None:
-            applied = applied & (norm <= self.limit)
-        shrink = (engine.clip / (norm + 1e-6)).clamp(max=1.0) if engine.clip else torch.ones_like(norm)
-        self.norm, self.applied = torch.where(finite, norm, torch.inf), applied
-        place = engine.state_of.device
-        engine.inner.grad_scale = (scale / torch.where(finite, shrink, 1.0)).to(place)
-        engine.inner.found_inf = (~applied).float().to(place)
-
-    def outcome(self, overflow: bool) -> tuple[Tensor, Tensor]:
-        """(norm, applied) of the step; where DeepSpeed found an overflow it asked for nothing."""
-        if overflow or self.norm is None or self.applied is None:
-            infinite = torch.full((), torch.inf, device=self.engine.device)
-            return infinite, torch.zeros((), dtype=torch.bool, device=self.engine.device)
-        return self.norm, self.applied
+        return nullcontext() if self.low_precision_weights else self.precision.autocast(self.device)
 
 
 def _deepspeed() -> Any:
@@ -326,10 +290,10 @@ def _deepspeed() -> Any:
 
 
 def _lookup(settings: Mapping[str, Any], path: str) -> Any:
-    found: Any = settings
+    value: Any = settings
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

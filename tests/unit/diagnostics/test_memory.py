@@ -18,7 +18,8 @@ SEVEN = Architecture(
 
 
 def layout(**changes) -> Layout:
-    return Layout(**{"stage": 0, "ranks": 64, "low": True, "compute": 2, "micro": 1, "length": 2048, **changes})
+    usual = {"stage": 0, "ranks": 64, "low_precision_weights": True, "compute": 2, "micro": 1, "length": 2048}
+    return Layout(**{**usual, **changes})
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -29,7 +30,7 @@ def test_the_example_of_the_zero_paper_comes_out(stage, expected):
 
 @pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
 def test_float32_working_copies_take_what_the_algorithms_say(stage, bytes_each):
-    assert sum(states(1.0, layout(stage=stage, low=False, ranks=4))) == pytest.approx(bytes_each)
+    assert sum(states(1.0, layout(stage=stage, low_precision_weights=False, ranks=4))) == pytest.approx(bytes_each)
 
 
 def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_each_trained_one():
@@ -38,7 +39,7 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
     count = parameters_of(SEVEN)
     assert found.parameters + found.gradients + found.optimizer == pytest.approx(2 * count + 16 * 10_000_000)
     # Float32 under autocast: the two tables stay float32 for the residual stream, linear layers are held in bf16.
-    wide = memory(SEVEN, layout(ranks=1, low=False, adapters=10_000_000))
+    wide = memory(SEVEN, layout(ranks=1, low_precision_weights=False, adapters=10_000_000))
     tables = 2 * 32000 * 4096
     assert wide.parameters == pytest.approx(4 * tables + 2 * (count - tables) + 4 * 10_000_000)
     sharded = memory(SEVEN, layout(ranks=8, stage=3, adapters=10_000_000))
@@ -57,7 +58,7 @@ def test_models_beside_the_policy_take_their_share():
     assert alone.others == 0
     assert beside.total == pytest.approx(alone.total + beside.others)
     # Under autocast over float32 weights the tables stay wide, and on every rank without ZeRO-3.
-    wide = memory(SEVEN, layout(ranks=8, low=False, beside=((small, False),)))
+    wide = memory(SEVEN, layout(ranks=8, low_precision_weights=False, beside=((small, False),)))
     assert wide.others == pytest.approx(4 * 2 * 32000 * 4096 + 2 * (count - 2 * 32000 * 4096))
 
 
@@ -77,12 +78,12 @@ def test_parameters_are_counted_as_the_model_has_them(changes):
 
 
 def test_what_does_not_fit_gets_the_nearest_configuration_that_does():
-    big = layout(ranks=8, low=False, micro=8, length=4096)
+    big = layout(ranks=8, low_precision_weights=False, micro=8, length=4096)
     assert memory(SEVEN, big).total > 80e9
     said = advice(SEVEN, big, 80e9)
     # zero1 still holds 4 + 4 + 12 / 8 bytes a parameter (7.2e9 of them: 69 GB), casts of all (14 GB) and more.
     assert said == "use strategy=zero2 batch.micro=1 model.activation_checkpointing=full on 8 ranks"
-    fitting = layout(ranks=8, low=False, micro=1, length=4096, stage=2, recompute=Recompute.full)
+    fitting = layout(ranks=8, low_precision_weights=False, micro=1, length=4096, stage=2, recompute=Recompute.full)
     assert memory(SEVEN, fitting).total <= 80e9
     assert advice(SEVEN, fitting, 80e9) == "it fits"
 

@@ -46,7 +46,7 @@ def test_a_ring_waits_for_every_rank_and_a_tree_for_its_height():
     ],
 )
 def test_gradients_meet_once_a_step_up_to_stage_1_and_once_a_micro_batch_from_stage_2_on(stage, low, expected):
-    found = exchanges(1e9, 1e9, 24, layout(stage=stage, low=low, ranks=8), 4)
+    found = exchanges(1e9, 1e9, 24, layout(stage=stage, low_precision_weights=low, ranks=8), 4)
     assert sum(e.through(8) for e in found) == pytest.approx(expected)
 
 
