@@ -21,10 +21,10 @@ from gguf import GGUFReader, dequantize
 from tokenizers import decoders, models, pre_tokenizers
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.models.architecture import Architecture, Family
+from trainer.models.architecture import Architecture
 from trainer.models.hf_format import write_model
 
-FAMILIES = {"llama": Family.llama, "mistral": Family.mistral, "qwen2": Family.qwen2, "qwen3": Family.qwen3}
+FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -98,7 +98,7 @@ def architecture_of(file: Gguf) -> Architecture:
         tie_word_embeddings="output.weight" not in names,
         attention_bias="blk.0.attn_q.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
-        sliding_window=file.get("{arch}.attention.sliding_window") if family is Family.mistral else None,
+        sliding_window=file.get("{arch}.attention.sliding_window") if family == "mistral" else None,
     )
 
 

@@ -11,7 +11,7 @@ from trainer.batch import Documents
 from trainer.functional import logits, logprobs
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
-from trainer.models.architecture import Architecture, Family
+from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_architecture, write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
@@ -43,12 +43,12 @@ SHAPES = {
     "llama-head": Architecture(**SMALL, head_dim=16),
     "linear": Architecture(**SMALL, head_dim=8, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "yarn": Architecture(**SMALL, head_dim=8, rope_scaling=YARN, tie_word_embeddings=False),
-    "mistral": Architecture(**SMALL, head_dim=8, family=Family.mistral, sliding_window=11, tie_word_embeddings=False),
-    "qwen2": Architecture(**SMALL, head_dim=8, family=Family.qwen2, attention_bias=True),
+    "mistral": Architecture(**SMALL, head_dim=8, family="mistral", sliding_window=11, tie_word_embeddings=False),
+    "qwen2": Architecture(**SMALL, head_dim=8, family="qwen2", attention_bias=True),
     "qwen2-sliding": Architecture(
-        **SMALL, head_dim=8, family=Family.qwen2, attention_bias=True, sliding_window=9, sliding_layers=(1, 2)
+        **SMALL, head_dim=8, family="qwen2", attention_bias=True, sliding_window=9, sliding_layers=(1, 2)
     ),
-    "qwen3": Architecture(**SMALL, head_dim=16, family=Family.qwen3, qk_norm=True, tie_word_embeddings=False),
+    "qwen3": Architecture(**SMALL, head_dim=16, family="qwen3", qk_norm=True, tie_word_embeddings=False),
 }
 
 

@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum, auto
+from enum import Enum, auto
+from itertools import product
 from typing import Any
 
+BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 
-class Family(StrEnum):
-    """Architectures that Hugging Face knows and this decoder computes."""
 
-    llama = auto()
-    mistral = auto()
-    qwen2 = auto()
-    qwen3 = auto()
+class Sliding(Enum):
+    """The layers that a family's sliding window can be of."""
 
+    none = auto()
+    every_layer = auto()
+    some_layers = auto()
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of Hugging Face's that this decoder computes.
+
+    ``classes``: what the names of its classes begin with, as in ``LlamaForCausalLM``.
+    ``bias_keys``: the key of ``config.json`` for each of `BIASES` that a model of this family may have.
+    ``always_biased``: those of `BIASES` that every model of it has.
+    ``qk_norm``: whether its queries and keys are normalised.
+    ``sliding``: the layers that its window is of.
+    ``default_window``: its sliding window where ``config.json`` names none, tokens.
+    ``default_head_dim``: its heads' width where ``config.json`` names none; None = hidden size over heads.
+    """
+
+    classes: str
+    bias_keys: Mapping[str, str] = field(default_factory=dict)
+    always_biased: tuple[str, ...] = ()
+    qk_norm: bool = False
+    sliding: Sliding = Sliding.none
+    default_window: int | None = None
+    default_head_dim: int | None = None
+
+    def read_biases(self, config: Mapping[str, Any]) -> dict[str, bool]:
+        """Which biases a model has, by its ``config.json``."""
+        return {
+            name: name in self.always_biased or bool(name in self.bias_keys and config.get(self.bias_keys[name], False))
+            for name in BIASES
+        }
+
+    def possible_biases(self) -> list[dict[str, bool]]:
+        """Every set of biases that its ``config.json`` can express."""
+        keys = list(dict.fromkeys(self.bias_keys.values()))
+        values = product([False, True], repeat=len(keys))
+        return [self.read_biases(dict(zip(reversed(keys), choice, strict=True))) for choice in values]
+
+
+BOTH_PROJECTIONS = {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"}
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", bias_keys={**BOTH_PROJECTIONS, "mlp_bias": "mlp_bias"}),
+    "mistral": Family("Mistral", sliding=Sliding.every_layer, default_window=4096),
+    "qwen2": Family("Qwen2", always_biased=("attention_bias",), sliding=Sliding.some_layers),
+    "qwen3": Family(
+        "Qwen3", bias_keys=BOTH_PROJECTIONS, qk_norm=True, sliding=Sliding.some_layers, default_head_dim=128
+    ),
+}
+"""Families by ``model_type``. A user's module may add its own."""
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -24,12 +72,14 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 class Architecture:
     """A decoder's shape; names are those of Hugging Face's ``config.json``.
 
+    ``family``: its ``model_type``, one of `FAMILIES`.
     ``rope_scaling``: None, or a mapping with ``rope_type`` (linear, llama3, yarn) and that type's parameters.
     ``sliding_layers``: numbers of the layers that ``sliding_window`` holds for; None = all.
+    ``scores``: one score of a sequence instead of logits (``...ForSequenceClassification`` with ``num_labels`` 1).
     """
 
     vocab_size: int
-    family: Family = Family.llama
+    family: str = "llama"
     hidden_size: int = 256
     intermediate_size: int = 704
     num_hidden_layers: int = 4
@@ -49,7 +99,6 @@ class Architecture:
     sliding_layers: tuple[int, ...] | None = None
     initializer_range: float = 0.02
     scores: bool = False
-    """One score of a sequence instead of logits: Hugging Face's ``...ForSequenceClassification`` with ``num_labels`` 1."""
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, tokens."""
@@ -72,31 +121,23 @@ class Architecture:
         needed = {"linear": ["factor"], "yarn": ["factor"], "llama3": list(LLAMA3_KEYS)}.get(kind, [])
         missing = [key for key in needed if key not in (self.rope_scaling or {})]
         if missing:
-            yield f"{prefix}rope_scaling of type {kind} lacks {', '.join(missing)}"
+            yield f"{prefix}rope_scaling of type {kind} has missing keys {', '.join(missing)}"
         yield from self._inexpressible(prefix)
 
     def _inexpressible(self, prefix: str) -> Iterator[str]:
-        family = self.family
-        if self.qk_norm != (family is Family.qwen3):
-            remedy = "family=qwen3" if self.qk_norm else "qk_norm=true"
-            yield f"{prefix}qk_norm={self.qk_norm} cannot be written as family {family}; use {prefix}{remedy}"
-        if self.sliding_window is not None and family is Family.llama:
-            yield f"{prefix}sliding_window={self.sliding_window} is not family llama's; use {prefix}family=mistral"
-        if self.sliding_layers is not None and family is Family.mistral:
-            yield f"{prefix}sliding_layers cannot be written as family mistral; use {prefix}family=qwen2"
-        biases = (self.attention_bias, self.attention_output_bias, self.mlp_bias)
-        possible = {
-            Family.llama: [(False, False, False), (True, True, False), (False, False, True), (True, True, True)],
-            Family.mistral: [(False, False, False)],
-            Family.qwen2: [(True, False, False)],
-            Family.qwen3: [(False, False, False), (True, True, False)],
-        }[family]
+        name, family = self.family, FAMILIES[self.family]
+        if self.qk_norm != family.qk_norm:
+            others = [other for other, row in FAMILIES.items() if row.qk_norm]
+            remedy = f"family={others[0]}" if self.qk_norm else "qk_norm=true"
+            yield f"{prefix}qk_norm={self.qk_norm} cannot be written as family {name}; use {prefix}{remedy}"
+        if self.sliding_window is not None and family.sliding is Sliding.none:
+            yield f"{prefix}sliding_window={self.sliding_window} is not family {name}'s; use {prefix}family=mistral"
+        if self.sliding_layers is not None and family.sliding is Sliding.every_layer:
+            yield f"{prefix}sliding_layers cannot be written as family {name}; use {prefix}family=qwen2"
+        biases, possible = {key: bool(getattr(self, key)) for key in BIASES}, family.possible_biases()
         if biases not in possible:
-            names = ("attention_bias", "attention_output_bias", "mlp_bias")
-            say = [
-                ", ".join(f"{n}={str(b).lower()}" for n, b in zip(names, c, strict=True)) for c in [biases, *possible]
-            ]
-            yield f"{prefix}{say[0]} cannot be written as family {family}; use {' or '.join(say[1:])}"
+            words = [", ".join(f"{key}={str(on).lower()}" for key, on in each.items()) for each in [biases, *possible]]
+            yield f"{prefix}{words[0]} cannot be written as family {name}; use {' or '.join(words[1:])}"
 
 
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

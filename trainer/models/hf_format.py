@@ -15,9 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.disk import save_tensors, sync
-from trainer.models.architecture import Architecture, Family
+from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
 
-CLASSES = {Family.llama: "Llama", Family.mistral: "Mistral", Family.qwen2: "Qwen2", Family.qwen3: "Qwen3"}
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
 INDEX = "model.safetensors.index.json"
 SAMPLES = 256
@@ -25,7 +24,6 @@ PLAIN = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
-DEFAULT_SLIDING = {Family.mistral: 4096, Family.qwen2: None, Family.qwen3: None, Family.llama: None}
 
 
 class FormatError(ValueError):
@@ -46,41 +44,39 @@ def read_architecture(folder: Path) -> Architecture:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{file} is not JSON ({error})") from None
     kind = config.get("model_type")
-    if kind not in Family.__members__:
-        raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(Family)}")
+    if kind not in FAMILIES:
+        raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise FormatError(f"{file}: the weights are quantized; use a folder of plain weights")
     if config.get("hidden_act", "silu") != "silu":
         raise FormatError(f"{file}: hidden_act={config['hidden_act']} is not supported; only silu is")
-    family = Family(kind)
+    family = FAMILIES[kind]
     missing = [key for key in PLAIN[:5] if key not in config]
     if missing:
-        raise FormatError(f"{file} lacks {', '.join(missing)}")
+        raise FormatError(f"{file}: missing keys {', '.join(missing)}")
     plain = {key: config[key] for key in PLAIN if config.get(key) is not None}
     plain.setdefault("num_key_value_heads", config["num_attention_heads"])
     plain.setdefault("rms_norm_eps", 1e-6)
     plain.setdefault("tie_word_embeddings", False)
-    theta, scaling = _rope(config, family)
-    bias = bool(config.get("attention_bias", False))
+    theta, scaling = _rope(config)
     window, layers = _sliding(config, family)
     return Architecture(
         **plain,
-        family=family,
+        **family.read_biases(config),
+        family=kind,
         head_dim=config.get("head_dim")
-        or (128 if family is Family.qwen3 else config["hidden_size"] // config["num_attention_heads"]),
+        or family.default_head_dim
+        or config["hidden_size"] // config["num_attention_heads"],
         rope_theta=theta,
         rope_scaling=scaling,
-        attention_bias=True if family is Family.qwen2 else bias,
-        attention_output_bias=False if family is Family.qwen2 else bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family is Family.qwen3,
+        qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=layers,
         scores=any(name.endswith(SCORE) for name in config.get("architectures") or ()),
     )
 
 
-def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Theta and scaling, as transformers 5 (``rope_parameters``) or earlier releases (``rope_theta``) write them."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "type" in parameters:
@@ -91,10 +87,10 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[float, dict[str, A
 
 
 def _sliding(config: Mapping[str, Any], family: Family) -> tuple[int | None, tuple[int, ...] | None]:
-    if family is Family.llama:
+    if family.sliding is Sliding.none:
         return None, None
-    window = config.get("sliding_window", DEFAULT_SLIDING[family])
-    if family is Family.mistral:
+    window = config.get("sliding_window", family.default_window)
+    if family.sliding is Sliding.every_layer:
         return window, None
     if not config.get("use_sliding_window", False) or window is None:
         return None, None
@@ -107,9 +103,10 @@ def _sliding(config: Mapping[str, Any], family: Family) -> tuple[int | None, tup
 
 def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``config.json`` of an architecture; ``tokens``: ids by name (``bos_token_id``, ...)."""
+    family = FAMILIES[a.family]
     config: dict[str, Any] = {
-        "architectures": [CLASSES[a.family] + (SCORE if a.scores else LANGUAGE)],
-        "model_type": a.family.value,
+        "architectures": [family.classes + (SCORE if a.scores else LANGUAGE)],
+        "model_type": a.family,
         "dtype": str(dtype).removeprefix("torch."),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -124,13 +121,10 @@ def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | 
     }
     if a.scores:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, use_cache=False)
-    if a.family in (Family.llama, Family.qwen3):
-        config["attention_bias"] = a.attention_bias
-    if a.family is Family.llama:
-        config["mlp_bias"] = a.mlp_bias
-    if a.family is Family.mistral:
+    config.update({key: getattr(a, name) for name, key in family.bias_keys.items()})
+    if family.sliding is Sliding.every_layer:
         config["sliding_window"] = a.sliding_window
-    if a.family in (Family.qwen2, Family.qwen3):
+    if family.sliding is Sliding.some_layers:
         layers = range(a.num_hidden_layers)
         slides = [a.window(n) is not None for n in layers]
         config["use_sliding_window"] = any(slides)
@@ -154,7 +148,7 @@ class WeightFiles:
             named: dict[str, str] = json.loads(index.read_text())["weight_map"]
             absent = sorted({f for f in named.values() if not (self.folder / f).is_file()})
             if absent:
-                raise FormatError(f"{index} names {', '.join(absent)}, which {self.folder} does not hold")
+                raise FormatError(f"{index} names {', '.join(absent)}, which are missing in {self.folder}")
             return named
         single = self.folder / "model.safetensors"
         if not single.is_file():

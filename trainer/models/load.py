@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.models.architecture import Architecture, Family
+from trainer.models.architecture import FAMILIES, Architecture
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
@@ -42,7 +42,7 @@ class Model(Node):
         "what the backward computes again: none, selective (all but matrix products), full (every block)",
     )
     compile: bool = setting(False, "torch.compile every block; worth it on CUDA, not on CPU")
-    family: Family = setting(Family.llama, "the Hugging Face architecture that the export is written as")
+    family: str = setting("llama", "the Hugging Face architecture that the export is written as", choices=FAMILIES)
     vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
     hidden_size: int = setting(256, "width of the residual stream", least=2)
     intermediate_size: int = setting(704, "width of the MLP", least=1)

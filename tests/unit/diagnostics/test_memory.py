@@ -8,7 +8,7 @@ import pytest
 
 from tests.command import ROOT, environment
 from trainer.diagnostics.memory import Layout, advice, memory, parameters_of, seconds_per_step, states
-from trainer.models.architecture import Architecture, Family
+from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer
 
 SEVEN = Architecture(
@@ -65,8 +65,8 @@ def test_models_beside_the_policy_take_their_share():
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"tie_word_embeddings": True}, {"qk_norm": True, "family": Family.qwen3},
-        {"attention_bias": True, "family": Family.qwen2}, {"num_key_value_heads": 1},
+        {}, {"tie_word_embeddings": True}, {"qk_norm": True, "family": "qwen3"},
+        {"attention_bias": True, "family": "qwen2"}, {"num_key_value_heads": 1},
     ],
 )  # fmt: skip
 def test_parameters_are_counted_as_the_model_has_them(changes):

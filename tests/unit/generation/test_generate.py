@@ -13,7 +13,6 @@ from trainer.generation.completion import Completion
 from trainer.generation.decoding import Decoding
 from trainer.generation.generate import generate, stream
 from trainer.generation.sampling import Sampling
-from trainer.models.architecture import Family
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
 
@@ -78,8 +77,8 @@ def test_logprobs_are_those_of_a_teacher_forced_forward(model, prompts, temperat
 
 
 SHAPES = {
-    "window": {"family": Family.mistral, "sliding_window": 21, "num_key_value_heads": 1},
-    "qwen3": {"family": Family.qwen3, "qk_norm": True, "tie_word_embeddings": False},
+    "window": {"family": "mistral", "sliding_window": 21, "num_key_value_heads": 1},
+    "qwen3": {"family": "qwen3", "qk_norm": True, "tie_word_embeddings": False},
 }
 
 
