@@ -70,7 +70,7 @@ def run_ranks(
         while_running: called about ten times a second.
         save_seconds: the longest time between the first signal and the end.
     """
-    running = [_start([sys.executable, *arguments], where, len(ranks) > 1, log(where), environment) for where in ranks]
+    running = [_start([sys.executable, *arguments], where, len(ranks), log(where), environment) for where in ranks]
     signalled = failed = math.inf
     failures: list[int] = []
     with _signals_passed_on(running) as signals:
@@ -90,13 +90,15 @@ def run_ranks(
 
 
 def _start(
-    command: Sequence[str], where: Place, several: bool, log: Path, environment: Mapping[str, str]
+    command: Sequence[str], where: Place, here: int, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
+    """Start one of the ranks that are started ``here``; a single one keeps the place of this process."""
+    own = {**variables(where), "LOCAL_WORLD_SIZE": str(here)} if here > 1 else {}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
-            env={**environment, **(variables(where) if several else {})},
+            env={**environment, **own},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ import time
 from trainer.jobs import process
 from trainer.jobs.process import ExitStatus, places, run_ranks
 
-TELL = "import os; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['MASTER_PORT'].isdigit())"
+TELL = "import os; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], os.environ['LOCAL_WORLD_SIZE'])"
 FAIL_OR_SLEEP = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
 SAVE_AND_STOP = """
 import signal, sys, time
@@ -24,7 +24,7 @@ IGNORE = (
 def test_every_rank_knows_its_place_and_has_a_log_of_its_own(tmp_path):
     status = run_ranks(["-c", TELL], places(2), lambda where: tmp_path / "logs" / f"rank{where.rank}.log")
     assert status == ExitStatus(0, signalled=False)
-    assert [(tmp_path / "logs" / f"rank{n}.log").read_text() for n in (0, 1)] == ["0 of 2 True\n", "1 of 2 True\n"]
+    assert [(tmp_path / "logs" / f"rank{n}.log").read_text() for n in (0, 1)] == ["0 of 2 2\n", "1 of 2 2\n"]
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
