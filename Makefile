@@ -16,7 +16,7 @@ $(STAMP): constraints.txt setup.py
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python scripts/lifecycle.py recipe=tinyworld folder=runs/demo
+	$(BIN)/onecurve recipe tinyworld folder=runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

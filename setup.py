@@ -20,6 +20,7 @@ setup(
     package_dir={"trainer.configs": "configs"},
     package_data={
         "trainer": ["py.typed"],
+        "trainer.cli": ["slurm.sbatch"],
         "trainer.report": ["charts.yaml", "page.css", "page.js"],
         "trainer.configs": configs,
     },
@@ -51,7 +52,6 @@ setup(
             "hydra-optuna-sweeper>=1.3,<1.4",
             "hydra-submitit-launcher>=1.2,<1.3",
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "mypy>=1.15",
             "peft>=0.15",
             "pre-commit>=4",
@@ -62,7 +62,6 @@ setup(
             "transformers>=5.0",
             "types-PyYAML",
         ],
-        "plot": ["matplotlib>=3.8"],
         "convert": ["gguf>=0.16"],
         "sweep": ["hydra-submitit-launcher>=1.2,<1.3", "hydra-optuna-sweeper>=1.3,<1.4"],
     },

@@ -1,5 +1,7 @@
 """The command line as users run it: real processes, one or several ranks, that can be killed."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.ranks import free_port
+from trainer.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +68,20 @@ class Command:
             process.send_signal(signal.SIGKILL)
         for process in self.processes:
             process.communicate()
+
+
+def onecurve(folder: Path, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+    """``onecurve ...`` in ``folder`` and in this process; gives the exit code, the output and the errors."""
+    out, errors = io.StringIO(), io.StringIO()
+    before, sys.stdin = sys.stdin, io.StringIO(stdin)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            code = main(arguments)
+    except SystemExit as end:  # argparse: help or a wrong argument
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdin = before
+    return code, out.getvalue(), errors.getvalue()
 
 
 def metrics(run: Path) -> list[dict]:

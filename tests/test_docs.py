@@ -217,7 +217,7 @@ FALSE = """
 python -m trainer data.workers=4
 onecurve fly
 python scripts/none.py
-python scripts/tinyworld_tasks.py --fast folder
+python scripts/benchmarks/plan.py --fast
 launch/local.sh -n 2 -- strategy=fsdp
 torchrun --nproc-per-node 2 -m trainer steps=many
 make coffee

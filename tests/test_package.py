@@ -5,6 +5,7 @@ import sys
 import zipfile
 
 from tests.command import ROOT, environment
+from trainer.cli import VERBS
 
 
 def test_a_wheel_holds_the_configurations_inside_the_package_and_runs_without_the_checkout(tmp_path):
@@ -23,7 +24,8 @@ def test_a_wheel_holds_the_configurations_inside_the_package_and_runs_without_th
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"trainer"}
     shipped = {p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
-    assert {n.removeprefix("trainer/configs/") for n in names if n.endswith(".yaml")} == shipped
+    assert {n.removeprefix("trainer/configs/") for n in names if n.startswith("trainer/configs/")} == shipped
+    assert {f"trainer/cli/{verb}.py" for verb in VERBS} | {"trainer/cli/slurm.sbatch"} <= set(names)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     env = {**environment(), "PYTHONPATH": str(tmp_path / "site")}

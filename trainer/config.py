@@ -24,7 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Something that the user gave cannot work: one sentence with the remedy, and exit code 2 on the command line."""
+
+
+class ConfigError(InputError):
     """The configuration names something that does not exist or asks for something impossible.
 
     Attributes:

@@ -141,11 +141,8 @@ class Run(Node):
         path = self.tokenizer.path or self.model.path
         tokenizer = open_tokenizer(path) if path else self.data.default_tokenizer()
         if tokenizer is None:
-            raise ConfigError(
-                [
-                    "tokenizer.path is required for this data and a new model; scripts/train_tokenizer.py makes a tokenizer"
-                ]
-            )
+            missing = "model.path is required, or tokenizer.path for a new model"
+            raise ConfigError([f"{missing}; 'onecurve tokenize' makes a tokenizer"])
         tokenizer = tokenizer.extended(self.tokenizer.add)
         architecture = self.loader(tokenizer).architecture
         if architecture.scores:
@@ -158,6 +155,10 @@ class Run(Node):
         if problems := list(self.pipeline.validate_tokenizer(tokenizer)):
             raise ConfigError(problems)
         return tokenizer, architecture
+
+    def open_corpus(self, tokenizer: Tokenizer) -> Corpus:
+        """The run's data, prepared now or before."""
+        return self.data.open(tokenizer, self.pipeline.data_length(self.batch.length), self.seed)
 
     def summary(self, architecture: Architecture) -> str:
         """What is trained, and how, in a line."""
@@ -196,9 +197,8 @@ class Run(Node):
 
     def length(self, corpus: Corpus) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps or max(
-            1, math.ceil(self.pipeline.steps(len(corpus.train), self.epochs or 0, self.batch.size))
-        )
+        steps = self.pipeline.steps(len(corpus.train), self.epochs or 0, self.batch.size)
+        return self.steps or max(1, math.ceil(steps))
 
 
 def run(cfg: Run) -> dict[str, float]:
@@ -215,7 +215,7 @@ def run(cfg: Run) -> dict[str, float]:
     if cfg.estimate:
         return print_estimate(cfg, architecture)
     load = cfg.loader(tokenizer)
-    corpus = cfg.data.open(tokenizer, cfg.pipeline.data_length(cfg.batch.length), cfg.seed)
+    corpus = cfg.open_corpus(tokenizer)
     made_from, lineage = cfg.made_from(load, tokenizer, corpus), ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
@@ -345,6 +345,6 @@ def print_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
     """Print what a rank of this run would hold; gives the sum as ``memory_gb``."""
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
     need = memory(architecture, layout)
-    print("\n".join([f"{cfg.summary(architecture)}; memory of a rank:", *need.lines()]))
-    print("scripts/estimate.py does the same for other devices and ranks, with time and advice")
+    more = "'onecurve estimate' does the same for other devices and ranks, with time and advice"
+    print("\n".join([f"{cfg.summary(architecture)}; memory of a rank:", *need.lines(), more]))
     return {"memory_gb": need.total / 1e9}

@@ -1,4 +1,4 @@
-"""The times that `estimate.py --plan` predicts, beside times of real steps on 1, 2 and 4 ranks of this machine.
+"""The times that `scripts/benchmarks/plan.py` predicts, beside times of real steps on 1, 2 and 4 ranks of this machine.
 
     python scripts/benchmarks/measured_scaling.py [--ranks 2 4] [--rounds 3] [--steps 12] [-- OVERRIDES]
 

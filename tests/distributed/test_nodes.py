@@ -49,7 +49,7 @@ def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is
 
 @pytest.mark.slow
 def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_path):
-    command = [ROOT / "launch" / "preflight.py", "--megabytes", "1", "--", "data=tinyworld", *TINY]
+    command = ["-m", "trainer", "preflight", "--megabytes", "1", "--", "data=tinyworld", *TINY]
     both = start(tmp_path, 2, command, [[], []])
     said, other = (process.communicate(timeout=200)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0], said + other

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, TINY, environment
+from tests.command import TINY, environment
 from tests.launch.cluster import NODES, Cluster, needs_slurm
 from tests.launch.test_stopping import wait_for_lines
 
@@ -41,7 +41,7 @@ def submit(cluster: Cluster, work: Path, name: str, *arguments: str, also: tuple
     """Submit a run of two ranks; gives the job's number, the last line of what is printed."""
     place = arguments if any(a.startswith("nodes=") for a in arguments) else ("nodes=2", "tasks_per_node=1", *arguments)
     done = subprocess.run(
-        [sys.executable, ROOT / "launch" / "submit.py", *place, "--", *RUN, f"run_dir={name}", *also],
+        [sys.executable, "-m", "trainer", "submit", *place, "--", *RUN, f"run_dir={name}", *also],
         cwd=work, env=importing(cluster, work), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,31 +1,25 @@
 """What is submitted to Slurm, and what is refused before."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 
 import pytest
 
-from tests.command import ROOT, TINY
+from tests.command import ROOT, TINY, onecurve
+from trainer.cli import submit
 from trainer.config import ConfigError
-
-spec = importlib.util.spec_from_file_location("submit", ROOT / "launch" / "submit.py")
-submit = importlib.util.module_from_spec(spec)
-sys.modules["submit"] = submit  # where a dataclass looks for its module
-spec.loader.exec_module(submit)
 
 RUN = [*TINY, "steps=6"]
 
 
 def refused(*arguments: str, run: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        submit.checked(arguments, [*RUN, *run])
+        submit.parse_job(arguments, [*RUN, *run])
     return error.value.problems
 
 
 def script(*arguments: str, run: tuple[str, ...] = ()) -> str:
-    job, cfg = submit.checked(arguments, [*RUN, *run])
+    job, cfg = submit.parse_job(arguments, [*RUN, *run])
     return submit.render(job, cfg, ROOT / "runs" / "x", [*RUN, *run])
 
 
@@ -36,7 +30,7 @@ def test_everything_wrong_with_a_job_and_its_run_is_said_at_once():
     )  # fmt: skip
     text = "\n".join(problems)
     assert len(problems) == 11
-    assert "submit.py has no argument 'lancher=srun'; did you mean 'launcher'?" in text
+    assert "onecurve submit has no argument 'lancher=srun'; did you mean 'launcher'?" in text
     assert "nodes=none is not a number of at least 1" in text
     assert "time=soon is no time limit; give minutes, or [days-]hours:minutes:seconds" in text
     assert "launcher=mpirun is not known; use srun, torchrun or deepspeed" in text
@@ -48,7 +42,7 @@ def test_the_run_is_checked_with_the_ranks_of_the_job():
     assert refused("nodes=3", "gpus_per_node=8", "time=60") == [
         "batch.size=8 is not a multiple of 96 (24 ranks x batch.micro=4); use 96, or a smaller batch.micro"
     ]
-    assert submit.checked(["nodes=2", "tasks_per_node=1"], RUN)[0].ranks == 2
+    assert submit.parse_job(["nodes=2", "tasks_per_node=1"], RUN)[0].ranks == 2
 
 
 @pytest.mark.parametrize(
@@ -76,7 +70,7 @@ def test_a_limit_that_leaves_no_time_to_train_is_refused():
 @pytest.mark.parametrize("policy", ["new", "never"])
 def test_a_policy_under_which_a_requeued_job_would_not_continue_is_refused(policy):
     assert refused(run=(f"resume={policy}",))[0].startswith(f"resume={policy} does not let a requeued job continue")
-    submit.checked(["requeue=false"], [*RUN, f"resume={policy}"])
+    submit.parse_job(["requeue=false"], [*RUN, f"resume={policy}"])
 
 
 def test_what_slurm_is_asked_for_is_in_the_script():
@@ -115,6 +109,19 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert submit.main(["--dry-run", "time=30", "--", *RUN]) == 0
     assert capsys.readouterr().out.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=pretrain\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_nothing_is_written_and_the_dry_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, errors = onecurve(tmp_path, "submit", "time=30", "--", *RUN)
+    assert (code, out) == (2, "")
+    assert errors == "error: sbatch is not on this machine, so nothing was submitted; --dry-run shows the script\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_cannot_work_is_refused_by_that_name(tmp_path):
+    code, _, errors = onecurve(tmp_path, "submit", "nodes=none", "--", *RUN)
+    assert (code, errors.splitlines()[0]) == (2, "This job cannot work:")
 
 
 def test_code_and_configuration_are_kept_and_the_job_s_number_comes_last(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """A recipe, carried out: stages in their order, what is done stays done, what changed is refused, where models come from."""
 
-import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -13,10 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.command import ROOT, TINY, environment, metrics
+from tests.command import ROOT, TINY, environment, metrics, onecurve
 from trainer.jobs.recipe import Recipe
 
-SCRIPT = ROOT / "scripts" / "lifecycle.py"
 JUDGE = """
 import json, pathlib, sys
 out, *models = sys.argv[1:]
@@ -31,7 +28,7 @@ def recipe(folder: Path) -> Path:
     (folder / "judge.py").write_text(JUDGE)
     sizes = ["--sft", "40", "8", "--preference", "8", "8", "--prompts", "8", "8"]
     stages = {
-        "data": {"script": ["scripts/tinyworld_tasks.py", "{out}", *sizes]},
+        "data": {"script": ["python -m trainer.tinyworld", "{out}", *sizes]},
         "pretrain": {"run": [*TINY, "steps=60", "checkpoint.every=2", "checkpoint.keep=2"]},
         "sft": {
             "run": [
@@ -56,27 +53,15 @@ def recipe(folder: Path) -> Path:
 
 def lifecycle(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, SCRIPT, f"recipe={folder}/small.yaml", *arguments],
+        [sys.executable, "-m", "trainer", "recipe", f"{folder}/small.yaml", *arguments],
         cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def script(name: str):
-    """A script as a module of this process, which has imported everything already."""
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def here(folder: Path, capsys, *arguments: str) -> tuple[int, str]:
+def here(folder: Path, *arguments: str) -> tuple[int, str]:
     """`lifecycle` in this process."""
-    module = script("lifecycle")
-    capsys.readouterr()
-    with contextlib.chdir(folder):
-        code = module.main([f"recipe={folder}/small.yaml", *arguments])
-    out, err = capsys.readouterr()
-    return code, out + err
+    code, out, errors = onecurve(folder, "recipe", f"{folder}/small.yaml", *arguments)
+    return code, out + errors
 
 
 def held(folder: Path) -> dict:
@@ -154,15 +139,15 @@ def test_an_export_records_the_models_it_comes_from(finished):
         assert {"config", "data", "tokenizer", "git", "versions", "step"} <= made.keys()
 
 
-def test_what_is_done_is_not_done_again_and_what_changed_only_on_request(finished, capsys):
+def test_what_is_done_is_not_done_again_and_what_changed_only_on_request(finished):
     folder, _ = finished
     before = held(folder)
-    code, said = here(folder, capsys, "all.evaluation.every=50", "sft.strategy=zero1")
+    code, said = here(folder, "all.evaluation.every=50", "sft.strategy=zero1")
     assert code == 1  # as before: these settings make no other model
     assert said.count("done before") == 4
     assert held(folder)["stages"] == before["stages"]
 
-    code, said = here(folder, capsys, "sft.optimizer.lr=0.004")
+    code, said = here(folder, "sft.optimizer.lr=0.004")
     assert code == 2
     assert "sft: optimizer.lr was 0.005 and is 0.004" in said
     assert "judged: its parent sft changed" in said
@@ -170,7 +155,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_only_on_request(finishe
     assert held(folder) == before
 
     kept = (folder / "life" / "sft" / "export" / "onecurve.json").read_text()
-    code, said = here(folder, capsys, "sft.optimizer.lr=0.004", "redo=true")
+    code, said = here(folder, "sft.optimizer.lr=0.004", "redo=true")
     assert said.count("done before") == 2
     stages = held(folder)["stages"]
     assert [Path(stages[name]["run_dir"]).name for name in ("pretrain", "sft", "judged")] == [
@@ -183,25 +168,25 @@ def test_what_is_done_is_not_done_again_and_what_changed_only_on_request(finishe
     assert (folder / "life" / "sft" / "export" / "onecurve.json").read_text() == kept
 
 
-def test_a_recipe_that_cannot_work_is_refused_with_all_its_problems_before_anything_starts(tmp_path, capsys):
+def test_a_recipe_that_cannot_work_is_refused_with_all_its_problems_before_anything_starts(tmp_path):
     file = recipe(tmp_path)
     broken = yaml.safe_load(file.read_text())
     broken["stages"]["judged"]["scripts"] = []
     broken["stages"]["sft"]["run"].append("tokenizer.path={later}")
     broken["results"][0]["metric"] = "nowhere:loss"
     file.write_text(yaml.safe_dump(broken, sort_keys=False))
-    code, said = here(tmp_path, capsys)
+    code, said = here(tmp_path)
     assert code == 2
     assert "stages.judged has no 'scripts'; did you mean 'script'?" in said
     assert "stages.sft names {later}, which is no stage before it" in said
     assert "results[0].metric=nowhere:loss names no stage" in said
 
     recipe(tmp_path)
-    code, said = here(tmp_path, capsys, "pretrain.optimizer.learn=1", "stf.steps=1", "sft.steps=3", "rank=2")
+    code, said = here(tmp_path, "pretrain.optimizer.learn=1", "stf.steps=1", "sft.steps=3", "rank=2")
     assert (code, "has no argument 'rank=2'" in said) == (2, True)
-    code, said = here(tmp_path, capsys, "stf.steps=1")
+    code, said = here(tmp_path, "stf.steps=1")
     assert (code, "stf.steps=1 is not a valid override" in said) == (2, True)
-    code, said = here(tmp_path, capsys, "pretrain.optimizer.learn=1", "pretrain.batch.micro=3")
+    code, said = here(tmp_path, "pretrain.optimizer.learn=1", "pretrain.batch.micro=3")
     assert code == 2
     assert "pretrain: AdamW has no setting 'optimizer.learn'" in said
     assert "pretrain: batch.size=8 is not a multiple of 3" in said
@@ -215,14 +200,14 @@ wc -l < {folder}/asked
 
 
 @pytest.mark.slow
-def test_on_slurm_every_stage_is_a_job_that_waits_for_those_it_starts_from(tmp_path, capsys, monkeypatch):
+def test_on_slurm_every_stage_is_a_job_that_waits_for_those_it_starts_from(tmp_path, monkeypatch):
     recipe(tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(SBATCH.format(folder=tmp_path))
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     code, said = here(
-        tmp_path, capsys, "launcher=slurm", "slurm.tasks_per_node=2", "slurm.partition=night", "sft.batch.micro=1"
+        tmp_path, "launcher=slurm", "slurm.tasks_per_node=2", "slurm.partition=night", "sft.batch.micro=1"
     )
     assert code == 0, said
     jobs = {name: entry.get("job") for name, entry in held(tmp_path)["stages"].items()}
@@ -236,29 +221,27 @@ def test_on_slurm_every_stage_is_a_job_that_waits_for_those_it_starts_from(tmp_p
     assert f"model.path={tmp_path}/life/pretrain/export" in script
 
 
-def test_two_lifecycles_do_not_share_a_folder(finished, capsys):
+def test_two_lifecycles_do_not_share_a_folder(finished):
     folder, _ = finished
     from filelock import FileLock
 
     with FileLock(folder / "life" / ".lock"):
         other = lifecycle(folder)
         said = other.communicate(timeout=240)[0]
-    assert (other.returncode, "is in use by another lifecycle" in said) == (2, True)
+    assert (other.returncode, "is in use by another recipe" in said) == (2, True)
 
 
 def vowels(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
-def test_the_same_prompts_are_answered_by_several_models_and_scored(finished, tmp_path, monkeypatch):
+def test_the_same_prompts_are_answered_by_several_models_and_scored(finished, tmp_path):
     folder, _ = finished
     prompts, out = f"{folder}/life/data/prompts_held.jsonl", tmp_path / "compared"
     models = [f"base={folder}/life/pretrain/export", f"sft={folder}/life/sft/export"]
     scored = f"--function={vowels.__module__}.vowels"
-    monkeypatch.setattr(
-        "sys.argv", ["", str(out), prompts, *models, scored, "--template=plain", "--tokens=6", "--rows=5"]
-    )
-    script("compare").main()
+    command = ["compare", str(out), prompts, *models, scored, "--template=plain", "--tokens=6", "--rows=5"]
+    assert onecurve(tmp_path, *command)[0] == 0
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
     assert [row["prompt"] for row in rows] == asked[:5]
@@ -268,8 +251,7 @@ def test_the_same_prompts_are_answered_by_several_models_and_scored(finished, tm
         assert [row["scores"][name] for row in rows] == scores
         assert figures[name]["score"] == pytest.approx(sum(scores) / 5)
         assert figures[name]["positive"] == sum(score > 0 for score in scores) / 5
-    with pytest.raises(SystemExit, match="exists already"):
-        script("compare").main()
+    assert onecurve(tmp_path, *command)[2].startswith(f"error: {out} exists already")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml")))
@@ -284,7 +266,7 @@ def test_every_recipe_can_be_read(name):
 def test_a_model_gets_from_nothing_to_the_stated_distance_from_every_optimum_of_tiny_world(tmp_path):
     quiet = ["all.tracking.wandb.mode=disabled", "all.tracking.tensorboard=false"]
     done = subprocess.run(
-        [sys.executable, SCRIPT, "recipe=tinyworld", f"folder={tmp_path}/life", *quiet],
+        [sys.executable, "-m", "trainer", "recipe", "tinyworld", f"folder={tmp_path}/life", *quiet],
         env=environment(), capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

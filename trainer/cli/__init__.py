@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,27 @@ if TYPE_CHECKING:
 
 VERBS = {
     "train": "train a model: pretraining, SFT, reward modelling, DPO, KTO, PPO, GRPO",
+    "preview": "inspect the training targets of a run: what its first rows teach",
+    "prepare": "tokenise and pack the data of a run before it",
+    "tokenize": "train a SentencePiece tokenizer",
+    "estimate": "predict memory and time of a run on other machines",
+    "chat": "talk to a model in the terminal",
+    "generate": "complete prompts, a JSON line each",
+    "score": "score answers with a reward model",
+    "compare": "answer the same prompts with several models and score the answers",
+    "evaluate": "measure a model on held-out data without training it",
+    "convert": "turn a GGUF file into a Hugging Face folder",
+    "export": "turn a run's newest checkpoint into a Hugging Face folder",
+    "label": "make preference pairs: a model answers twice, a judge chooses",
+    "report": "write report.html of a run, or one that compares runs",
+    "recipe": "carry out the stages of a model's life, one after the other",
+    "submit": "submit a run to Slurm",
+    "preflight": "check the nodes of a job before it",
+    "verify": "verify the checkpoints of a run",
 }
 """Every verb with what it does, in the order in which they are listed."""
+COLLECTIVE = ("train", "evaluate", "export", "preflight")
+"""Verbs that several ranks carry out together."""
 REFUSED = "ONECURVE_REFUSED"
 """Names a file that is made when a command is refused: launchers that replace exit codes hide the 2."""
 
@@ -43,16 +63,33 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
     if verb == "train":
         stopping.listen()  # before torch is imported, which takes seconds
     command = importlib.import_module(f"trainer.cli.{verb}")
-    from trainer.config import ConfigError
+    from trainer.config import ConfigError, InputError
 
     try:
         code: int = command.main(words)
-    except ConfigError as error:
-        print(refusal(error), file=sys.stderr)
+    except InputError as error:
+        print(refusal(error) if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
         if marker := os.environ.get(REFUSED):
             Path(marker).touch()
         return 2
+    if verb in COLLECTIVE:
+        end_ranks(code)
     return code
+
+
+def end_ranks(code: int) -> None:
+    """End a process of several ranks at once; return where there is one rank.
+
+    All files are closed by now. A gloo thread that lets go of a Python object while the interpreter shuts down aborts the
+    process (seen in one of some fifty two-rank ZeRO-3 runs), and a launcher takes that for a failure of the run.
+    """
+    from trainer.parallel.environment import place
+
+    if place().size > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def overview() -> str:

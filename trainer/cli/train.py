@@ -1,13 +1,14 @@
 """Train a model, from its configuration to an exported Hugging Face folder.
 
-onecurve train experiment=tinyworld
-torchrun --nproc-per-node 2 -m trainer experiment=tinyworld strategy=zero2
+    onecurve train experiment=tinyworld
+    torchrun --nproc-per-node 2 -m trainer experiment=tinyworld strategy=zero2
+
+The same command again continues an interrupted run.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from trainer.cli.help import help_text
 from trainer.compose import compose, config_folder, register_imports, spelling_tolerant
 from trainer.config import ConfigError
 from trainer.jobs import sweep
-from trainer.parallel import distributed
 from trainer.parallel.environment import place
 from trainer.run import run
 
@@ -39,15 +39,13 @@ def main(arguments: Sequence[str]) -> int:
         hydra_app()  # --cfg, --info and the like: Hydra shows what it composes and runs nothing
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    code = 0
     try:
         run(compose(overrides, config_dirs=config_dirs))
     except stopping.Stopped as stop:
         if place().rank == 0:
             print(f"onecurve: {stop}", flush=True)
-        code = stopping.EXIT_CODE
-    end_ranks(code)
-    return code
+        return stopping.EXIT_CODE
+    return 0
 
 
 def split_config_dirs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,16 +81,3 @@ def run_sweep(arguments: Sequence[str]) -> int:
     finally:
         done = sweep.summary(Path(folder), arguments)
     return 0 if done else 1
-
-
-def end_ranks(code: int) -> None:
-    """End a process of several ranks at once; return where there is one rank.
-
-    All files are closed by now. A gloo thread that lets go of a Python object while the interpreter shuts down aborts the
-    process (seen in one of some fifty two-rank ZeRO-3 runs), and a launcher takes that for a failure of the run.
-    """
-    if distributed.ranks() > 1:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

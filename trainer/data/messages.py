@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from trainer.config import InputError
 from trainer.data.sources import DataSource
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -16,7 +17,7 @@ Message = dict[str, Any]
 Row = Mapping[str, Any]
 
 
-class ChatError(ValueError):
+class ChatError(InputError):
     """A row that holds no conversation to learn from; the message says why."""
 
 

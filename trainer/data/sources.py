@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow.parquet
 import zstandard
 
+from trainer.config import InputError
+
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
@@ -26,7 +28,7 @@ class OnBadRow(StrEnum):
     skip = auto()
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A row or a file that cannot be used; the message names file and line."""
 
 

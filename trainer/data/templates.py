@@ -18,6 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from trainer.config import InputError
 from trainer.data.rows import Encoded
 from trainer.data.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ NEEDED = {
 """Special tokens that a tokenizer must have for a template."""
 
 
-class TemplateError(ValueError):
+class TemplateError(InputError):
     """A conversation that a template cannot render, or whose assistant's part cannot be told from the rest."""
 
 

@@ -1,6 +1,6 @@
 """What is checked before several ranks begin: the same software, right sums, clocks, room on disk and in memory.
 
-Quiet when all is well. `launch/preflight.py` looks longer: at the speed of devices, disks and links.
+Quiet when all is well. `onecurve preflight` looks longer: at the speed of devices, disks and links.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def compare(every: Sequence[Mapping[str, Any]], needed: float, saved: float) -> 
         if wanted > (room := min(each["memory"] for each in mine)):
             found.warnings.append(
                 f"{host} has {room / 1e9:.1f} GB of memory and the run is estimated to take {wanted / 1e9:.1f}; "
-                "scripts/estimate.py says what fits"
+                "onecurve estimate says what fits"
             )
         if 2 * saved > (free := min(each["disk"] for each in mine)):
             found.warnings.append(
@@ -201,7 +201,7 @@ def write_speed(folder: Path, megabytes: int = 64) -> float:
 def wrong(hosts: Sequence[str], ranks: Sequence[int]) -> list[str]:
     """A sentence about the nodes of ``ranks`` at which sums do not come out."""
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
-    return [f"sums over all ranks come out wrong on {names}; take it out and run launch/preflight.py"] if ranks else []
+    return [f"sums over all ranks come out wrong on {names}; take it out and run onecurve preflight"] if ranks else []
 
 
 def _unequal(what: str, hosts: Sequence[str], values: Sequence[str], remedy: str) -> list[str]:

@@ -103,7 +103,7 @@ class Stragglers:
             where = f"rank {rank}" + (f" on {self.hosts[rank]}" if rank in self.hosts else "")
             log.warning(
                 "step %d: the others wait for %s: %.1f times the median rank's time, %.3g s a step; look at its device and "
-                "its node (launch/preflight.py)", step, where, slowness, waiting,
+                "its node (onecurve preflight)", step, where, slowness, waiting,
             )  # fmt: skip
         elif rank is None and before is not None:
             log.warning("step %d: rank %d is as fast as the others again", step, before)

@@ -193,7 +193,7 @@ def _submission(
     if stage.run is not None:
         overrides = command[command.index("train") + 1 :]
         later = [f"later={','.join(outputs[name] for name in parents)}"] if parents else []
-        return [sys.executable, str(ROOT / "launch" / "submit.py"), *job, *after, *later, "--", *overrides]
+        return [sys.executable, "-m", "trainer", "submit", *job, *after, *later, "--", *overrides]
     logs = life.recipe.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     options = [f"--{a}" for a in job if a.startswith(JOB_ARGUMENTS)] + [f"--{a}" for a in after]

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from trainer.config import InputError
 from trainer.disk import save_tensors, sync
 from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
 
@@ -26,7 +27,7 @@ PLAIN = (
 )  # fmt: skip
 
 
-class FormatError(ValueError):
+class FormatError(InputError):
     """A folder that is no model of a family that this decoder computes, or a damaged one."""
 
 

@@ -77,7 +77,7 @@ class Instruction(NamedTuple):
         matches = re.findall(r"Then (\w+), (\w+), (\w+) (\w+), in (\w+)\.", prompt)
         if not matches:
             raise ValueError(
-                f"there is no instruction of tiny world in {prompt!r}; give prompts of scripts/tinyworld_tasks.py"
+                f"there is no instruction of tiny world in {prompt!r}; give prompts of python -m trainer.tinyworld"
             )
         return cls(*matches[-1])
 

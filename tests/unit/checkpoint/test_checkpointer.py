@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import onecurve
 from tests.small_run import Run, same
 from trainer.checkpoint import CheckpointError
-from trainer.checkpoint.__main__ import main as verify_command
 from trainer.checkpoint.folder import Stored, incomplete, steps_in, verify
 
 
@@ -89,7 +89,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_named_kept_and_passed_over(kind, tmp_path, caplog, capsys):
+def test_a_damaged_checkpoint_is_named_kept_and_passed_over(kind, tmp_path, caplog):
     saved(tmp_path, 2)
     good = Run(tmp_path, seed=3)
     good.checkpointer.restore()
@@ -102,11 +102,11 @@ def test_a_damaged_checkpoint_is_named_kept_and_passed_over(kind, tmp_path, capl
     assert f"step-00000004 is damaged and is passed over: {newest / named}" in caplog.text
     assert same(again.state(), good.state())
     assert newest.exists()
-    assert verify_command(["verify", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
+    code, said, _ = onecurve(tmp_path, "verify", str(tmp_path))
+    assert code == 1
     assert "step-00000004: DAMAGED" in said
     assert named in said
-    assert "step-00000002: whole, 4 tensors" in said
+    assert "step-00000002: intact, 4 tensors" in said
     # Training on and saving the same step again keeps the damaged one aside.
     again.steps(3, 4)
     again.checkpointer.save(4)
@@ -199,11 +199,8 @@ def test_fragments_that_do_not_make_up_the_model_are_found_before_they_are_belie
 
 
 def test_nothing_to_verify_is_said(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.checkpoint", "verify", tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "holds no checkpoint" in done.stderr
+    code, _, errors = onecurve(tmp_path, "verify", str(tmp_path))
+    assert (code, "holds no checkpoint" in errors) == (2, True)
 
 
 KILLED = '''

@@ -1,12 +1,10 @@
 """Memory by formula, against the paper, hand-derived numbers, and models that are built."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 
-from tests.command import ROOT, environment
+from tests.command import onecurve
 from trainer.diagnostics.memory import Layout, advice, memory, parameters_of, seconds_per_step, states
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer
@@ -100,12 +98,12 @@ def test_time_is_operations_over_what_the_devices_do():
     assert four == pytest.approx(one / 4)
 
 
-def test_the_script_and_the_run_say_it_and_start_nothing(tmp_path):
-    script = [sys.executable, ROOT / "scripts" / "estimate.py", "--ranks", "8", "experiment=7b", "strategy=ddp"]
-    done = subprocess.run(script, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
-    assert "does not fit 80 GB: use strategy=zero" in done.stdout
-    assert "steps:" in done.stdout
-    run = [sys.executable, "-m", "trainer", "estimate=true", "run_dir=run"]
-    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
-    assert "memory of a rank" in done.stdout
+def test_the_verb_and_the_run_say_it_and_start_nothing(tmp_path):
+    code, out, _ = onecurve(tmp_path, "estimate", "--ranks", "8", "experiment=7b", "strategy=ddp")
+    assert code == 0
+    assert "does not fit 80 GB: use strategy=zero" in out
+    assert "steps:" in out
+    code, out, _ = onecurve(tmp_path, "train", "estimate=true", "run_dir=run")
+    assert code == 0
+    assert "memory of a rank" in out
     assert not (tmp_path / "run").exists()

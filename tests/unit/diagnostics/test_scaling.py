@@ -66,7 +66,7 @@ def test_an_outlook_never_leaves_a_rank_without_rows():
 
 
 def test_the_script_plans_all_strategies_and_says_where_efficiency_ends():
-    command = [sys.executable, ROOT / "scripts" / "estimate.py", "--plan", "experiment=7b", "--gpus", "8", "4096"]
+    command = [sys.executable, ROOT / "scripts" / "benchmarks" / "plan.py", "experiment=7b", "--gpus", "8", "4096"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "GB" in line]
     assert [(row[0].strip("| "), row[1]) for row in rows] == [

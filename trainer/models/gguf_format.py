@@ -1,15 +1,7 @@
-"""Turn a GGUF file of the Llama family into a Hugging Face folder: weights, tokenizer and chat template.
-
-    python scripts/convert.py MODEL.gguf FOLDER [--dtype bf16|fp16|fp32]
-
-Quantised weights are dequantised in float32 and rounded once. Needs the extra `convert` (the package gguf).
-"""
+"""GGUF files of the Llama family: their shape, weights and tokenizer, as a Hugging Face folder holds them."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +9,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from gguf import GGUFReader, dequantize
 from tokenizers import decoders, models, pre_tokenizers
 
+from trainer.config import InputError
 from trainer.data.tokenizer import Tokenizer
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import write_model
 
 FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -50,15 +41,22 @@ SPLITS = {
 """How text is cut before merging, by ``tokenizer.ggml.pre``: the pattern, and whether digits are cut apart first."""
 
 
-class UnsupportedError(ValueError):
-    """A GGUF file that holds something this converter does not know."""
+class UnsupportedError(InputError):
+    """A file that is no GGUF file, or one with something that is not supported here."""
 
 
 class Gguf:
     """Metadata and tensors of a file."""
 
     def __init__(self, file: Path) -> None:
-        self.reader = GGUFReader(file)
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise UnsupportedError("GGUF files need the package gguf; pip install 'onecurve[convert]'") from None
+        try:
+            self.reader = GGUFReader(file)
+        except (OSError, ValueError) as error:
+            raise UnsupportedError(f"{file} is not a GGUF file that can be read ({error}); give a .gguf file") from None
         self.kind = ""
         self.kind = str(self.get("general.architecture"))
         if self.kind not in FAMILIES:
@@ -68,8 +66,8 @@ class Gguf:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata; ``{arch}`` stands for the architecture's name."""
-        held = self.reader.fields.get(key.replace("{arch}", self.kind))
-        return default if held is None else held.contents()
+        value = self.reader.fields.get(key.replace("{arch}", self.kind))
+        return default if value is None else value.contents()
 
     def names(self) -> set[str]:
         return {tensor.name for tensor in self.reader.tensors}
@@ -104,6 +102,8 @@ def architecture_of(file: Gguf) -> Architecture:
 
 def weights_of(file: Gguf, a: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under Hugging Face's names, float32."""
+    from gguf import dequantize
+
     for tensor in file.reader.tensors:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         parts = tensor.name.split(".")
@@ -153,8 +153,14 @@ def _exact(piece: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(piece, normalized=False, special=True)
 
 
-def convert(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write ``folder`` from the file ``source``."""
+def convert(source: Path, folder: Path, dtype: torch.dtype) -> Architecture:
+    """Write the Hugging Face folder ``folder``, which must not exist, from a GGUF file; gives the model's shape.
+
+    Quantised weights are dequantised in float32 and rounded once.
+
+    Raises:
+        UnsupportedError: if the file is no GGUF file, or holds something that is not supported.
+    """
     file = Gguf(source)
     architecture = architecture_of(file)
     facts = {"converted_from": source.name, "license": file.get("general.license")}
@@ -162,21 +168,4 @@ def convert(source: Path, folder: Path, dtype: torch.dtype) -> None:
         folder, architecture, weights_of(file, architecture), dtype=dtype, shard_bytes=5 * 10**9,
         tokenizer=tokenizer_of(file), facts=facts,
     )  # fmt: skip
-    print(json.dumps({"folder": str(folder), "family": architecture.family, "layers": architecture.num_hidden_layers}))
-
-
-def main() -> None:
-    """Convert what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a .gguf file")
-    parser.add_argument("folder", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    arguments = parser.parse_args()
-    try:
-        convert(arguments.source, arguments.folder, DTYPES[arguments.dtype])
-    except (UnsupportedError, FileExistsError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    return architecture

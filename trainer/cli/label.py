@@ -1,8 +1,7 @@
 """Make preferences out of prompts: a model answers each twice, a judge says which answer is better (RLAIF for DPO).
 
-    python scripts/label_preferences.py runs/sft/export prompts.jsonl pairs.jsonl --reward runs/reward/export
-    python scripts/label_preferences.py runs/sft/export prompts.jsonl pairs.jsonl --judge http://localhost:8000/v1 \\
-        --judge-model NAME
+    onecurve label runs/sft/export prompts.jsonl pairs.jsonl --reward runs/reward/export
+    onecurve label runs/sft/export prompts.jsonl pairs.jsonl --judge http://localhost:8000/v1 --judge-model NAME
 
 Rows of prompts have ``prompt`` (text or messages) or ``messages``, whose last answer is left out. A judge is asked in both
 orders and must say the same twice; its key comes from OPENAI_API_KEY. Equal answers, ties and unclear verdicts are counted
@@ -15,26 +14,26 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
+from trainer.cli.parsing import add_sampling_arguments, parser_of
 from trainer.data.messages import Chat, ChatError, as_messages, validate_messages
-from trainer.data.sources import DataError, DataSource
-from trainer.data.templates import TemplateError
+from trainer.data.sources import DataSource
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
-from trainer.models.hf_format import FormatError
 from trainer.rl.judge import Endpoint, JudgeError, compare
 
 Prompt = list[dict[str, Any]]
+Judge = Callable[[list[Prompt], list[tuple[str, str]]], list[tuple[int | None, dict[str, Any]]]]
+"""From prompts with two answers each: which is better (0, 1 or None), and facts for the row."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Answer, judge, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("label", __doc__)
     parser.add_argument("model", type=Path, help="answers: an export with a chat template")
     parser.add_argument("prompts", type=Path, help="JSON lines")
     parser.add_argument("out", type=Path, help="JSON lines of prompt, chosen, rejected")
@@ -42,19 +41,19 @@ def main() -> None:
     judge.add_argument("--reward", type=Path, help="an exported reward model")
     judge.add_argument("--judge", help="the URL of an OpenAI-compatible endpoint, up to /v1")
     parser.add_argument("--judge-model", help="the model's name at the endpoint")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--together", type=int, default=16, help="prompts that are answered and judged at once")
-    a = parser.parse_args()
+    add_sampling_arguments(parser, temperature=1.0, tokens=256)
+    parser.add_argument("--batch", type=int, default=16, help="prompts that are answered and judged at once")
+    a = parser.parse_args(arguments)
     if a.judge and not a.judge_model:
         parser.error("--judge needs --judge-model")
     if a.temperature <= 0:
         parser.error(f"--temperature {a.temperature} would give the same answer twice; use a number above 0")
     try:
         label(a)
-    except (ConfigError, FormatError, DataError, TemplateError, ChatError, JudgeError) as error:
-        sys.exit(f"error: {error}")
+    except JudgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def label(a: argparse.Namespace) -> None:
@@ -65,18 +64,22 @@ def label(a: argparse.Namespace) -> None:
     prompts, done = enumerate(read(a.prompts)), finished(a.out)
     waiting = islice(prompts, done, None)
     with a.out.open("a") as out:
-        while group := list(islice(waiting, a.together)):
+        while group := list(islice(waiting, a.batch)):
             twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
             keys = [(a.seed, n, turn) for n, _, turn in twice]
             texts = model.complete([p for _, p, _ in twice], sampling, keys)
             pairs = [(first.strip(), second.strip()) for first, second in zip(texts[::2], texts[1::2], strict=True)]
             differ = [i for i, (first, second) in enumerate(pairs) if first != second and first and second]
-            found = judge([group[i][1] for i in differ], [pairs[i] for i in differ])
-            for i, (better, facts) in zip(differ, found, strict=True):
+            verdicts = judge([group[i][1] for i in differ], [pairs[i] for i in differ])
+            for i, (better, facts) in zip(differ, verdicts, strict=True):
                 if better is None:
                     counts["without a clear verdict"] += 1
                     continue
-                row = {"prompt": group[i][1], "chosen": said(pairs[i][better]), "rejected": said(pairs[i][1 - better])}
+                row = {
+                    "prompt": group[i][1],
+                    "chosen": answer(pairs[i][better]),
+                    "rejected": answer(pairs[i][1 - better]),
+                }
                 out.write(json.dumps({**row, **facts, "number": group[i][0]}, ensure_ascii=False) + "\n")
                 counts["pairs"] += 1
             counts["with equal or empty answers"] += len(pairs) - len(differ)
@@ -86,24 +89,24 @@ def label(a: argparse.Namespace) -> None:
             )
 
 
-def reward_judge(model: RewardModel):  # type: ignore[no-untyped-def]
+def reward_judge(model: RewardModel) -> Judge:
     """The higher score is better; both are kept, so that reward modelling can use their difference."""
 
-    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, float]]]:
-        chats = [Chat([*p, *said(text)], len(p)) for p, both in zip(prompts, pairs, strict=True) for text in both]
-        scores, found = model.score(chats), []
+    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, Any]]]:
+        chats = [Chat([*p, *answer(text)], len(p)) for p, both in zip(prompts, pairs, strict=True) for text in both]
+        scores, verdicts = model.score(chats), list[tuple[int | None, dict[str, Any]]]()
         for both in zip(scores[::2], scores[1::2], strict=True):
             facts = {"score_chosen": max(both), "score_rejected": min(both)}
-            found.append((None if both[0] == both[1] else int(both[1] > both[0]), facts))
-        return found
+            verdicts.append((None if both[0] == both[1] else int(both[1] > both[0]), facts))
+        return verdicts
 
     return judge
 
 
-def endpoint_judge(endpoint: Endpoint):  # type: ignore[no-untyped-def]
+def endpoint_judge(endpoint: Endpoint) -> Judge:
     """What the endpoint says in both orders."""
 
-    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, str]]]:
+    def judge(prompts: list[Prompt], pairs: list[tuple[str, str]]) -> list[tuple[int | None, dict[str, Any]]]:
         return [(better, {"judge": endpoint.model}) for better in compare(endpoint, prompts, pairs)] if pairs else []
 
     return judge
@@ -132,10 +135,6 @@ def finished(out: Path) -> int:
     return rows[-1]["number"] + 1 if rows else 0
 
 
-def said(text: str) -> Prompt:
+def answer(text: str) -> Prompt:
     """An answer as messages."""
     return [{"role": "assistant", "content": text}]
-
-
-if __name__ == "__main__":
-    main()

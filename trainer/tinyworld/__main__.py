@@ -1,6 +1,6 @@
 """Write the tasks of tiny world: what SFT, reward modelling, DPO and PPO learn from, with right answers that are known.
 
-    python scripts/tinyworld_tasks.py data/tinyworld
+    python -m trainer.tinyworld data/tinyworld
 
     sft_{train,held}.jsonl          prompt, completion, ideal (all right answers), kind (where, what, sum, wish)
     preference_{train,held}.jsonl   prompt, chosen, rejected, differs (what tells them apart)

@@ -1,34 +1,32 @@
 """Carry out a recipe, the whole life of a model: each stage a process that starts from an earlier one's output.
 
-    python scripts/lifecycle.py recipe=tinyworld
-    python scripts/lifecycle.py recipe=tinyworld ranks=2 all.strategy=zero3 sft.optimizer.lr=0.002 folder=runs/mine
-    python scripts/lifecycle.py recipe=mine.yaml launcher=slurm slurm.nodes=4 slurm.gpus_per_node=8 slurm.time=600
+    onecurve recipe tinyworld
+    onecurve recipe tinyworld ranks=2 all.strategy=zero3 sft.optimizer.lr=0.002 folder=runs/mine
+    onecurve recipe mine.yaml launcher=slurm slurm.nodes=4 slurm.gpus_per_node=8 slurm.time=600
 
-    recipe=NAME          configs/recipe/NAME.yaml, or the path of a file
+    NAME                 configs/recipe/NAME.yaml, or the path of a file
     folder=DIR           where everything goes; default: what the recipe says
     launcher=local       local: here, on ranks=N processes; slurm: every stage a job that waits for those it starts from,
-                         with slurm.*=... for launch/submit.py
+                         with slurm.*=... for 'onecurve submit'
     redo=true            do again what changed, and what depends on it, in fresh folders; nothing is overwritten
     STAGE.key=value      a setting of a stage; all.key=value of every run
 
 The same command again skips what is finished and continues what was interrupted. A stage whose configuration changed, or that
-of a stage before it, is refused, unless redo=true. `lifecycle.json` and `report.html` in the folder show the state.
+of a stage before it, is refused, unless redo=true. lifecycle.json and report.html in the folder show the state.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from filelock import FileLock, Timeout
 
-from trainer.cli import refusal
-from trainer.config import ConfigError
+from trainer.config import ConfigError, InputError
 from trainer.jobs.lifecycle import Lifecycle
 from trainer.jobs.recipe import Recipe
 from trainer.jobs.stages import run_stages, submit_stages
 
-OPTIONS = {"recipe": "tinyworld", "folder": "", "launcher": "local", "ranks": "", "redo": "false"}
+OPTIONS = {"folder": "", "launcher": "local", "ranks": "", "redo": "false"}
 CHOICES = {"launcher": ("local", "slurm"), "redo": ("true", "false")}
 
 
@@ -37,17 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    try:
-        return carry_out(arguments)
-    except ConfigError as error:
-        print(refusal(error), file=sys.stderr)
-        return 2
-
-
-def carry_out(arguments: Sequence[str]) -> int:
-    """Open the lifecycle that the arguments describe, and do what is left of it."""
     options, job, overrides = parse(arguments)
-    recipe = Recipe.read(options["recipe"], overrides, options["folder"] or None)
+    recipe = Recipe.read(options["name"], overrides, options["folder"] or None)
     life = Lifecycle.open(recipe)
     recipe.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -57,8 +46,9 @@ def carry_out(arguments: Sequence[str]) -> int:
                 return submit_stages(life, job)
             return run_stages(life, int(options["ranks"] or recipe.ranks))
     except Timeout:
-        in_use = f"folder={recipe.folder} is in use by another lifecycle; wait for it, or use another folder"
-        raise ConfigError([in_use]) from None
+        raise InputError(
+            f"folder={recipe.folder} is in use by another recipe; wait for it, or use another folder"
+        ) from None
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
@@ -67,26 +57,28 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str
     Raises:
         ConfigError: with all that are wrong.
     """
-    options, job, overrides, problems = dict(OPTIONS), list[str](), list[str](), list[str]()
+    options, job, overrides, problems = {"name": "", **OPTIONS}, list[str](), list[str](), list[str]()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key.startswith("slurm."):
             job.append(argument.removeprefix("slurm."))
+        elif not equals and not options["name"]:
+            options["name"] = argument
         elif "." in key and equals:
             overrides.append(argument)
         elif key in OPTIONS and equals:
             options[key] = value
         else:
-            problems.append(f"recipe has no argument {argument!r}; it has {', '.join(OPTIONS)} and STAGE.setting=value")
+            problems.append(
+                f"onecurve recipe has no argument {argument!r}; it has {', '.join(OPTIONS)} and STAGE.setting=value"
+            )
+    if not options["name"]:
+        problems.append("a recipe is required: its name, such as tinyworld, or the path of its file")
     for key, choices in CHOICES.items():
         if options[key] not in choices:
             problems.append(f"{key}={options[key]} is not known; use {' or '.join(choices)}")
     if options["ranks"] and not (options["ranks"].isdigit() and int(options["ranks"])):
         problems.append(f"ranks={options['ranks']} is not a number of at least 1")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "This recipe")
     return options, job, overrides
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

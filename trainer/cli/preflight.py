@@ -1,7 +1,8 @@
-"""Look at the nodes of a job before it: what would stop it, what would slow it down, and which node is to blame.
+"""Look at the nodes of a job before it: what would stop it, what would slow it down, and which node is at fault.
 
-    torchrun --nproc-per-node 8 launch/preflight.py --folder runs -- experiment=7b strategy=zero3
-    srun python launch/preflight.py --folder runs              (with the job's own options; alone it looks at this machine)
+    torchrun --nproc-per-node 8 -m trainer preflight --folder runs -- experiment=7b strategy=zero3
+    srun python -m trainer preflight --folder runs             (with the job's own options)
+    onecurve preflight --folder runs                           (this machine alone)
 
 On all ranks: equal software and source, equal devices and their speed on a matrix product, clocks, sums over all ranks, the
 all-reduce's bandwidth and that of single links, whether --folder is shared, its free room and its speed with fsync; with the
@@ -12,54 +13,45 @@ overrides of a run also what a rank is estimated to take. Exit code 0: fine, or 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from trainer.diagnostics.preflight import Findings
-    from trainer.parallel.watchdog import Watchdog
+from trainer.cli.parsing import parser_of
+from trainer.compose import compose
+from trainer.diagnostics import preflight
+from trainer.diagnostics.memory import memory, parameters_of
+from trainer.diagnostics.preflight import Findings
+from trainer.parallel import distributed
+from trainer.parallel import links as exchanges
+from trainer.parallel.environment import place
+from trainer.parallel.watchdog import Watchdog, WatchdogSettings
+from trainer.tracking.throughput import measured_flops
 
 
-def main() -> int:
-    """Look, and say what was found; only rank 0 speaks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> int:
+    """Measure, and report on rank 0."""
+    parser = parser_of("preflight", __doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="what the job will write to")
     parser.add_argument("--megabytes", type=int, default=64, help="what is sent, written and summed to measure speed")
     parser.add_argument(
         "--timeout", type=float, default=120, help="seconds until a node that does not answer is an error"
     )
     parser.add_argument("overrides", nargs="*", help="of the job, after --: for its estimate of memory")
-    a = parser.parse_args()
-    from trainer.config import ConfigError
-    from trainer.parallel import distributed
-    from trainer.parallel.watchdog import Watchdog, WatchdogSettings
-
-    try:
-        needed, saved = estimated(a.overrides)
-    except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return 2
+    a = parser.parse_args(arguments)
+    needed, saved = estimated(a.overrides)
     with Watchdog(WatchdogSettings(seconds=a.timeout)) as watchdog, distributed.session(a.timeout) as world:
-        found, lines = look(a, watchdog, needed, saved)
+        findings, lines = look(a, watchdog, needed, saved)
     if world.is_main:
-        print(
-            "\n".join([*lines, *(f"warning: {w}" for w in found.warnings), *(f"PROBLEM: {p}" for p in found.problems)])
-        )
-        sys.stdout.flush()
-    return 1 if found.problems else 0
+        lines += [f"warning: {w}" for w in findings.warnings] + [f"PROBLEM: {p}" for p in findings.problems]
+        print("\n".join(lines))
+    return 1 if findings.problems else 0
 
 
 def look(a: argparse.Namespace, watchdog: Watchdog, needed: float, saved: float) -> tuple[Findings, list[str]]:
     """What is wrong, and what was measured, a line each; every phase has its own limit of time. Collective."""
-    from trainer.diagnostics import preflight
-    from trainer.parallel import distributed
-    from trainer.parallel import links as exchanges
-
     world = distributed.world()
     with watchdog.phase("facts"):
         every = distributed.gather(preflight.facts(a.folder, a.overrides))
@@ -77,7 +69,8 @@ def look(a: argparse.Namespace, watchdog: Watchdog, needed: float, saved: float)
     with watchdog.phase("folder"):
         found.problems += unshared(a.folder, hosts)
         # One rank a node: they share its way to the disk.
-        mine = preflight.write_speed(a.folder, a.megabytes) if world.rank == hosts.index(hosts[world.rank]) else 0.0
+        rank = place().rank
+        mine = preflight.write_speed(a.folder, a.megabytes) if rank == hosts.index(hosts[rank]) else 0.0
         every_speed = distributed.gather(mine)
     written = [every_speed[hosts.index(node)] for node in nodes]
     found.warnings += preflight.slower("writing", "MB/s", nodes, written, "look at its mount")
@@ -109,15 +102,12 @@ def spread(values: list[float]) -> str:
 
 def device_speed(device: torch.device) -> float:
     """TFLOP/s of a matrix product on this rank's device."""
-    from trainer.tracking.throughput import measured_flops
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return measured_flops(device, dtype, size=8192 if device.type == "cuda" else 512, seconds=0.5) / 1e12
 
 
 def unshared(folder: Path, hosts: list[str]) -> list[str]:
     """A sentence if not all ranks see what rank 0 writes to ``folder``."""
-    from trainer.parallel import distributed
 
     def leave() -> str:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,23 +122,11 @@ def unshared(folder: Path, hosts: list[str]) -> list[str]:
     return [f"{', '.join(blind)} do not see {folder} of {hosts[0]}; use a folder that all nodes share"] if blind else []
 
 
-def estimated(overrides: list[str]) -> tuple[float, float]:
+def estimated(overrides: Sequence[str]) -> tuple[float, float]:
     """Bytes that a rank of the run would take, and of its checkpoint; 0 where no run is described."""
     if not overrides:
         return 0.0, 0.0
-    from trainer.compose import compose
-    from trainer.diagnostics.memory import memory, parameters_of
-    from trainer.parallel import distributed
-
     cfg = compose(overrides, name="preflight")
     _, architecture = cfg.open_tokenizer_and_shape()
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
     return memory(architecture, layout).total, 12.0 * (layout.adapters or parameters_of(architecture))
-
-
-if __name__ == "__main__":
-    status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A gloo thread that lets go of a Python object while the interpreter shuts down aborts the process.
-        os._exit(status)
-    sys.exit(status)

@@ -1,45 +1,43 @@
 """Write report.html.
 
-    python scripts/report.py RUN                 into the run's folder
-    python scripts/report.py RUN RUN [RUN ...]   one that compares them, into the folder that they share
-    python scripts/report.py runs/sweeps         the same for all runs inside
-    python scripts/report.py LIFECYCLE           a folder with lifecycle.json
+    onecurve report runs/sft                 into the run's folder
+    onecurve report runs/sft runs/dpo        one that compares them, into the folder that they share
+    onecurve report runs/sweeps              the same for all runs inside
+    onecurve report runs/tinyworld           a recipe's folder, which has a lifecycle.json
 
 One file that needs neither network nor server.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.cli.parsing import parser_of
 from trainer.report import FILE, runs_in, write, write_comparison
 from trainer.report.lifecycle import RECORD
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Write what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument(
         "--out", type=Path, help="where to write a comparison; default: in the folder that the runs share"
     )
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     if len(a.folders) == 1 and (a.folders[0] / RECORD).is_file():
         print(write(a.folders[0]))
-        return
+        return 0
     runs = [run for folder in a.folders for run in runs_in(folder)]
     if missing := [str(folder) for folder in a.folders if not any(runs_in(folder))]:
         parser.error(f"{', '.join(missing)}: no run is there (a run has a config.yaml and a metrics.jsonl)")
     if len(runs) == 1 and a.out is None:
         print(write(runs[0]))
-        return
+        return 0
     shared = Path(os.path.commonpath([run.resolve() for run in runs]))
     # A lifecycle's folder has a report of its own.
     name = "comparison.html" if (shared / RECORD).is_file() or shared in [r.resolve() for r in runs] else FILE
     print(write_comparison(a.out or shared / name, runs))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,7 +1,7 @@
-"""Submit a run to Slurm: ``python launch/submit.py [argument=value ...] [--dry-run] -- [overrides of trainer]``.
+"""Submit a run to Slurm: ``onecurve submit [argument=value ...] [--dry-run] -- [overrides of the run]``.
 
-    python launch/submit.py nodes=4 gpus_per_node=8 time=1440 partition=main -- experiment=7b data.train=[corpus.jsonl.gz]
-    python launch/submit.py nodes=2 tasks_per_node=4 time=60 --dry-run -- experiment=tinyworld
+    onecurve submit nodes=4 gpus_per_node=8 time=1440 partition=main -- experiment=7b data.train=[corpus.jsonl.gz]
+    onecurve submit nodes=2 tasks_per_node=4 time=60 --dry-run -- experiment=tinyworld batch.size=64
 
 Arguments
 {arguments}
@@ -17,6 +17,7 @@ import difflib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -28,16 +29,13 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from trainer.checkpoint.run_folder import plain
+from trainer.compose import compose
+from trainer.config import ConfigError, InputError, setting
+from trainer.parallel.environment import imagined
+from trainer.run import Run
 
-from trainer.checkpoint.run_folder import plain  # noqa: E402
-from trainer.cli import refusal  # noqa: E402
-from trainer.compose import compose  # noqa: E402
-from trainer.config import ConfigError, setting  # noqa: E402
-from trainer.parallel.environment import imagined  # noqa: E402
-from trainer.run import Run  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 PASSED = (
     "partition", "account", "qos", "constraint", "exclude", "nodelist", "dependency", "reservation", "mem", "cpus_per_task",
     "time",
@@ -146,7 +144,7 @@ class Job:
         """What the script is told: assignments of its variables."""
         container = [f"--container-image={self.container}"] if self.container else []
         container += [f"--container-mounts={self.container_mounts}"] if self.container_mounts else []
-        said = {
+        variables = {
             "run_dir": str(run_dir), "python": self.python, "launcher": self.launcher, "restarts": self.restarts,
             "ranks_per_node": str(self.ranks_per_node),
             "ranks_per_task": "1" if self.launcher == "srun" else str(self.ranks_per_node),
@@ -154,7 +152,7 @@ class Job:
         }  # fmt: skip
         return [
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-            *(f"{name}={shlex.quote(value)}" for name, value in said.items()),
+            *(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
             f"container=({shlex.join(container)})",
             "overrides=(",
             *(f"  {shlex.quote(override)}" for override in overrides),
@@ -169,31 +167,31 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     mine, overrides = list(arguments[: _split(arguments)]), list(arguments[_split(arguments) + 1 :])
     dry = "--dry-run" in mine
-    try:
-        job, cfg = checked([argument for argument in mine if argument != "--dry-run"], overrides)
-    except ConfigError as error:
-        print(refusal(error).replace("This configuration", "This job"), file=sys.stderr)
-        return 2
+    job, cfg = parse_job([argument for argument in mine if argument != "--dry-run"], overrides)
     run_dir = Path(cfg.run_dir).absolute()
     script = render(job, cfg, run_dir, overrides)
     if dry:
         print(script, end="")
         print(f"nothing was submitted (--dry-run): {job.ranks} ranks, run_dir={cfg.run_dir}", file=sys.stderr)
         return 0
+    if shutil.which("sbatch") is None:
+        raise InputError("sbatch is not on this machine, so nothing was submitted; --dry-run shows the script")
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    kept = snapshot(run_dir, script, cfg, arguments)
-    done = subprocess.run(["sbatch", "--parsable", str(kept / "job.sbatch")], capture_output=True, text=True)
+    folder = snapshot(run_dir, script, cfg, arguments)
+    done = subprocess.run(["sbatch", "--parsable", str(folder / "job.sbatch")], capture_output=True, text=True)
     if done.returncode:
-        print(f"sbatch refused the job: {done.stderr.strip()}\n(the script is {kept / 'job.sbatch'})", file=sys.stderr)
+        print(
+            f"sbatch refused the job: {done.stderr.strip()}\n(the script is {folder / 'job.sbatch'})", file=sys.stderr
+        )
         return 1
     number = done.stdout.strip().partition(";")[0]
-    (kept / "job").write_text(f"{number}\n")
+    (folder / "job").write_text(f"{number}\n")
     print(f"{job.ranks} ranks on {job.nodes} nodes, run_dir={cfg.run_dir}, logs in {run_dir / 'logs'}", file=sys.stderr)
     print(number)
     return 0
 
 
-def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
+def parse_job(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
     """The job and the run that the arguments describe.
 
     Raises:
@@ -207,7 +205,7 @@ def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else "; overrides of trainer come after --"
         if key not in known or not equals:
-            problems.append(f"submit.py has no argument '{argument}'{hint}")
+            problems.append(f"onecurve submit has no argument '{argument}'{hint}")
         elif key in given:
             problems.append(f"{key} is given twice: {given[key]} and {value}")
         else:
@@ -222,7 +220,7 @@ def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
         with imagined(ranks):
             cfg = compose(overrides, later=[path for path in job.later.split(",") if path])
     except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
+        raise ConfigError(problems + error.problems, "This job") from None
     before = cfg.checkpoint.before_deadline
     if not any(problem.startswith("time") for problem in wrong) and 0 < job.seconds <= before:
         problems.append(
@@ -235,12 +233,12 @@ def checked(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
             "requeue=false"
         )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "This job")
     return job, cfg
 
 
 def render(job: Job, cfg: Run, run_dir: Path, overrides: Sequence[str]) -> str:
-    """The batch script: launch/slurm.sbatch with its gaps filled in."""
+    """The batch script: slurm.sbatch with its gaps filled in."""
     save_seconds = max(int(job.signal), int(cfg.checkpoint.before_deadline), 30)
     filled = {
         "#@DIRECTIVES@": job.directives(cfg.name, run_dir),
@@ -259,7 +257,7 @@ def snapshot(run_dir: Path, script: str, cfg: Run, arguments: Sequence[str]) -> 
     (folder / "job.sbatch").write_text(script)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True))
     state: dict[str, Any] = {
-        "command": shlex.join(["launch/submit.py", *arguments]),
+        "command": shlex.join(["onecurve", "submit", *arguments]),
         "folder": str(Path.cwd()),
         "code": {},
     }
@@ -301,7 +299,3 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

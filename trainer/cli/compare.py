@@ -1,7 +1,7 @@
 """Answer the same prompts by several models, and score the answers.
 
-    python scripts/compare.py runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --function my.brevity
-    python scripts/compare.py runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --reward runs/rm/export
+    onecurve compare runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --function my.brevity
+    onecurve compare runs/compared prompts.jsonl sft=runs/sft/export dpo=runs/dpo/export --reward runs/rm/export
 
 `answers.jsonl` gets a row a prompt: `prompt`, `answers` and `scores` by model. `metrics.json` gets by model the mean `score`
 and its standard `error`, the part of the scores above 0 (`positive`), and the mean `length` of an answer in characters. What
@@ -16,27 +16,26 @@ import importlib
 import json
 import math
 import statistics
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
-from trainer.data.messages import Chat, ChatError, as_messages
-from trainer.data.sources import DataError, DataSource
+from trainer.cli.parsing import add_sampling_arguments, parser_of
+from trainer.config import InputError
+from trainer.data.messages import Chat, as_messages
+from trainer.data.sources import DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
-from trainer.models.hf_format import FormatError
 
 Row = dict[str, Any]
 
 
-def main() -> None:
-    """Answer, score, write; the folder appears whole, or not at all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> int:
+    """Answer, score, write; the folder appears when all of it is there."""
+    parser = parser_of("compare", __doc__)
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("prompts", help="JSON lines with a column prompt: a text, or messages")
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exports, or other Hugging Face folders")
@@ -46,25 +45,23 @@ def main() -> None:
     )
     parser.add_argument("--template", help="a built-in chat template, for models that have none")
     parser.add_argument("--rows", type=int, default=None, help="so many prompts; default all")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--tokens", type=int, default=128, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    add_sampling_arguments(parser, temperature=1.0, tokens=128)
+    a = parser.parse_args(arguments)
     if a.out.exists():
-        sys.exit(f"error: {a.out} exists already; name another folder")
-    try:
-        rows = [dict(row) for _, row in islice(DataSource(a.prompts).rows(), a.rows)]
-        written = compared(rows, a)
-    except (ConfigError, ChatError, DataError, FormatError, TemplateError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        raise InputError(f"{a.out} exists already; name another folder")
+    rows = [dict(row) for _, row in islice(DataSource(a.prompts).rows(), a.rows)]
+    if any("prompt" not in row for row in rows):
+        raise InputError(f"{a.prompts} has rows without a column prompt; give rows with a text or messages in it")
+    written = compared(rows, a)
     partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     (partial / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
-    found = {name.partition("=")[0]: measured(written, name.partition("=")[0]) for name in a.models}
-    (partial / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
+    metrics = {name.partition("=")[0]: measured(written, name.partition("=")[0]) for name in a.models}
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     partial.rename(a.out)
-    for name, values in found.items():
+    for name, values in metrics.items():
         print(f"{name:12} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    return 0
 
 
 def compared(rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
@@ -116,13 +113,9 @@ def scorer(a: argparse.Namespace) -> Callable[[Sequence[Row], Sequence[Any], Seq
 def measured(rows: Sequence[Row], name: str) -> dict[str, float]:
     """The figures of a model."""
     scores = [value for row in rows if (value := row["scores"][name]) is not None]
-    found = {"length": statistics.fmean(len(row["answers"][name]) for row in rows)}
+    figures = {"length": statistics.fmean(len(row["answers"][name]) for row in rows)}
     if scores:
-        found["score"] = statistics.fmean(scores)
-        found["error"] = statistics.pstdev(scores) / math.sqrt(len(scores))
-        found["positive"] = sum(value > 0 for value in scores) / len(scores)
-    return found
-
-
-if __name__ == "__main__":
-    main()
+        figures["score"] = statistics.fmean(scores)
+        figures["error"] = statistics.pstdev(scores) / math.sqrt(len(scores))
+        figures["positive"] = sum(value > 0 for value in scores) / len(scores)
+    return figures

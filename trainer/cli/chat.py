@@ -1,23 +1,20 @@
 """Talk to an exported model in the terminal.
 
-    python scripts/chat.py runs/sft/export --system "Answer briefly." --temperature 0
+    onecurve chat runs/sft/export --system "Answer briefly." --temperature 0
 
 The folder's own chat template and end-of-turn tokens are used. /system TEXT, /clear and /quit do what they say.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.config import ConfigError
-from trainer.data.templates import TemplateError
+from trainer.cli.parsing import add_sampling_arguments, parser_of
 from trainer.generation.pretrained import ChatModel
 from trainer.generation.sampling import Sampling
-from trainer.models.hf_format import FormatError
 
 
 class Conversation:
@@ -31,40 +28,37 @@ class Conversation:
         """The assistant's answer, piece by piece."""
         self.messages.append({"role": "user", "content": text})
         self.turns += 1
-        whole = ""
+        answer = ""
         for piece in self.model.stream(self.messages, self.sampling, (self.seed, self.turns)):
-            whole += piece
+            answer += piece
             yield piece
-        self.messages.append({"role": "assistant", "content": whole})
+        self.messages.append({"role": "assistant", "content": answer})
 
     def clear(self, system: str | None) -> None:
         """Begin anew."""
         self.system, self.messages = system, [*_system(system)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Load the folder and talk."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("chat", __doc__)
     parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--template", help="a built-in chat template instead of the folder's own")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    add_sampling_arguments(parser, temperature=0.7, tokens=512)
     parser.add_argument("--top-k", type=int, default=0, help="draw from that many of the likeliest tokens; 0 = all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share")
     parser.add_argument("--min-p", type=float, default=0.0, help="draw from tokens of this share of the likeliest one")
-    parser.add_argument("--tokens", type=int, default=512, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     try:
         sampling = Sampling(a.tokens, a.temperature, a.top_k, a.top_p, a.min_p)
     except ValueError as error:
         parser.error(str(error))
     try:
         talk(Conversation(ChatModel.open(a.model, a.template), sampling, a.seed, a.system))
-    except (ConfigError, FormatError, TemplateError) as error:
-        sys.exit(f"error: {error}")
     except (KeyboardInterrupt, EOFError):
         print()
+    return 0
 
 
 def talk(conversation: Conversation) -> None:
@@ -93,7 +87,3 @@ def talk(conversation: Conversation) -> None:
 
 def _system(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
-
-
-if __name__ == "__main__":
-    main()

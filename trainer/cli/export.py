@@ -1,0 +1,82 @@
+"""Turn the newest checkpoint of a run that has not come to its end into a Hugging Face folder; adapters are merged.
+
+    onecurve export runs/sft
+    onecurve export runs/sft models/sft-step-200
+    torchrun --nproc-per-node 8 -m trainer export runs/sft_7b        (what takes as many ranks as training)
+
+The run is composed again from the command in its config.yaml, so start this in the folder in which the run was started.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint.run_folder import RECORD, plain
+from trainer.cli.parsing import parser_of
+from trainer.cli.train import split_config_dirs
+from trainer.compose import compose
+from trainer.config import InputError
+from trainer.export.lineage import ancestry
+from trainer.parallel import distributed
+from trainer.run import Run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the folder."""
+    parser = parser_of("export", __doc__)
+    parser.add_argument("run_dir", type=Path, help="the folder of the run")
+    parser.add_argument("out", type=Path, nargs="?", help="the folder to write; default: export/ in the run's folder")
+    a = parser.parse_args(arguments)
+    if not (a.run_dir / RECORD).is_file():
+        raise InputError(f"{a.run_dir} is not a run directory (it has no {RECORD}); give the run_dir of a run")
+    out = a.out or a.run_dir / "export"
+    if out.exists():
+        raise InputError(f"{out} exists already; name another folder")
+    facts = yaml.safe_load((a.run_dir / RECORD).read_text())["facts"]
+    facts.pop("attempts", None)
+    step = export(compose_recorded(facts["command"], a.run_dir), a.run_dir, out, facts)
+    print(f"{out}: the model after step {step}")
+    return 0
+
+
+def compose_recorded(command: str, run_dir: Path) -> Run:
+    """The configuration that a run's command line described."""
+    words = shlex.split(command)[1:]
+    config_dirs, overrides = split_config_dirs(words[1:] if words[:1] == ["train"] else words)
+    return compose([*overrides, f"run_dir={run_dir}"], config_dirs=config_dirs)
+
+
+def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
+    """Restore the newest checkpoint that verifies and write its model; gives its step. Collective."""
+    tokenizer, architecture = cfg.open_tokenizer_and_shape()
+    corpus, load = cfg.open_corpus(tokenizer), cfg.loader(tokenizer)
+    with distributed.session() as world, ExitStack() as held:
+        if world.is_main:
+            try:
+                held.enter_context(FileLock(run_dir / ".lock", timeout=0))
+            except Timeout:
+                raise InputError(f"{run_dir} is in use by its run; wait until it has stopped") from None
+        models = cfg.pipeline.models(load, tokenizer)
+        engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
+        models.trained = engine.model
+        step = Checkpointer(cfg.checkpoint, run_dir / "checkpoints", engine, {}, facts).restore()
+        if step == 0:
+            raise InputError(f"{run_dir} holds no checkpoint to export; let the run save one (checkpoint.every)")
+        computed = cfg.pipeline.finalize(models, engine, corpus)
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            named = cfg.adapter.weights(engine, load)
+            return ((name, tensor) for name, tensor in named if cfg.pipeline.exports(name))
+
+        record = {**facts, "config": plain(cfg), **ancestry(plain(cfg)), **computed, "step": step}
+        cfg.export.write(out, weights, architecture, tokenizer, record)
+    return step

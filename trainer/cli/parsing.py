@@ -1,0 +1,35 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from trainer.compose import compose
+from trainer.run import Run
+
+
+def parser_of(verb: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a verb; ``description``: the text of its ``--help``, which shows an example."""
+    return argparse.ArgumentParser(
+        prog=f"onecurve {verb}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a verb take the overrides of a run."""
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="overrides, as of 'onecurve train'")
+    parser.add_argument("--config-dir", action="append", default=[], help="a folder of further YAML files")
+
+
+def compose_run(parser: argparse.ArgumentParser, arguments: Sequence[str], name: str) -> tuple[argparse.Namespace, Run]:
+    """Parse the arguments, wherever overrides stand among them, and compose the run that they describe."""
+    parsed = parser.parse_intermixed_args(arguments)
+    return parsed, compose(parsed.overrides, config_dirs=parsed.config_dir, name=name)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: float, tokens: int) -> None:
+    """Let a verb take the settings of sampling that all of them have."""
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
+    parser.add_argument("--tokens", type=int, default=tokens, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0)
