@@ -100,35 +100,6 @@ def test_what_hydra_cannot_compose_is_one_sentence(argument, sentence):
     assert len(text.splitlines()) == 2
 
 
-OWN = '''
-from dataclasses import dataclass
-from trainer.config import schema, setting
-from trainer.pipelines.pretrain import Pretrain
-
-@schema("pipeline/mine")
-@dataclass
-class Mine(Pretrain):
-    """My own objective."""
-    strength: float = setting(2.0, "how strong", least=0)
-
-    def loss(self, models, batch):
-        loss, metrics = super().loss(models, batch)
-        return loss * self.strength, metrics
-'''
-
-
-def test_a_pipeline_of_ones_own_is_one_file_and_one_yaml(tmp_path):
-    from tests.command import TINY, Command, metrics
-
-    (tmp_path / "mine.py").write_text(OWN)
-    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
-    (tmp_path / "conf" / "pipeline" / "mine.yaml").write_text("defaults: [/schema/pipeline/mine@_here_, _self_]\n")
-    arguments = ["--config-dir", "conf", "imports=[mine]", "pipeline=mine", *TINY, "steps=1"]
-    Command(tmp_path, *arguments, "run_dir=a").finish()
-    Command(tmp_path, *arguments, "run_dir=b", "pipeline.strength=4").finish()
-    assert metrics(tmp_path / "b")[0]["loss"] == pytest.approx(2 * metrics(tmp_path / "a")[0]["loss"], rel=1e-6)
-
-
 def test_help_explains_every_setting_of_the_choice_made(capsys):
     assert main(["optimizer=muon", "--help"], default="train") == 0
     text = capsys.readouterr().out

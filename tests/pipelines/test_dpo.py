@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
+from trainer.compose import compose
+from trainer.config import ConfigError
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "data.template=chatml"]
 COLOURS = ["red", "blue", "green", "gold", "black", "white"]
@@ -172,25 +174,17 @@ def test_the_reference_is_computed_once(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "problem"),
     [
         (["pipeline.loss_type=dpo"], "pipeline.loss_type=dpo is not one of sigmoid, robust"),
         (["pipeline.loss_type=ipo", "pipeline.label_smoothing=0.1"], "pipeline.label_smoothing is not used by"),
         (["pipeline.reference=adapters_off"], "pipeline.reference=adapters_off needs adapter=lora"),
+        (["data=tinyworld"], "the pipeline learns from preference pairs and the data holds packed rows"),
     ],
 )
-def test_what_cannot_work_is_refused(overrides, said, base, tmp_path):
-    with pytest.raises(AssertionError) as refused:
-        run(base, tmp_path, *overrides)
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_data_of_another_kind_is_refused(base, tmp_path):
-    with pytest.raises(AssertionError) as refused:
-        Command(
-            tmp_path, "pipeline=dpo", "data=tinyworld", "run_dir=run", f"model.path={base / 'run' / 'export'}"
-        ).finish()
-    said = "the pipeline learns from preference pairs and the data holds packed rows; choose another data="
-    assert said in str(refused.value)
-    assert not (tmp_path / "run").exists()
+def test_what_cannot_work_is_refused(overrides, problem, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    data = [] if overrides == ["data=tinyworld"] else ["data=preference", f"data.train=[{tmp_path / 'pairs.jsonl'}]"]
+    with pytest.raises(ConfigError) as refused:
+        compose(["pipeline=dpo", *data, "steps=1", *overrides])
+    assert problem in str(refused.value)

@@ -59,12 +59,6 @@ def test_a_run_leaves_behind_what_the_documentation_says(whole):
     assert lines[-1]["eval/loss"] < lines[0]["loss"] - 1
 
 
-def test_the_same_seed_gives_bitwise_the_same_run(whole, tmp_path):
-    Command(tmp_path, "run_dir=run", *RUN).finish()
-    assert curve(tmp_path / "run") == curve(whole)
-    assert same_bits(tmp_path / "run", whole)
-
-
 def test_two_ranks_give_the_curve_of_one(whole, pair):
     for one, two in zip(curve(whole), curve(pair), strict=True):
         assert one.keys() == two.keys()
@@ -120,20 +114,12 @@ def test_a_finished_run_started_again_changes_nothing(whole, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in sorted((whole / "export").rglob("*"))} == before
 
 
-def test_another_learning_rate_is_refused_and_named(whole):
-    code, output = Command(whole.parent, "run_dir=run", *RUN, "optimizer.lr=0.1", "seed=3").fail()
-    assert code == 2
-    assert "optimizer.lr was 0.003" in output
-    assert "seed was 0" in output
-
-
 def test_resume_never_and_new(whole):
     code, output = Command(whole.parent, "run_dir=run", *RUN, "resume=never").fail()
     assert code == 2
     assert "run_dir=run holds a run already and resume=never" in output
     Command(whole.parent, "run_dir=run", *RUN, "resume=new", "steps=2").finish()
-    Command(whole.parent, "run_dir=run", *RUN, "resume=new", "steps=2").finish()
-    assert metrics(whole.parent / "run-3")[-1]["step"] == 2
+    assert metrics(whole.parent / "run-2")[-1]["step"] == 2
     assert metrics(whole)[-1]["step"] == 30
 
 
@@ -193,15 +179,3 @@ def test_every_source_is_measured_by_itself_and_together(tmp_path):
     sizes = {name: sum(len(t.encode()) for t in texts) for name, texts in rows.items()}
     bits = {name: found[f"eval/{name}/bits_per_byte"] * sizes[name] for name in rows}
     assert found["eval/bits_per_byte"] == pytest.approx(sum(bits.values()) / sum(sizes.values()), rel=1e-6)
-
-
-def test_the_data_of_a_begun_run_may_not_change(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "Ada paints red drums."}\n')
-    text = [o for o in TINY if not o.startswith("data.")]
-    Command(tmp_path, "run_dir=first", *TINY, "steps=1").finish()
-    arguments = ["run_dir=run", *text, "data=text", "data.train=[a.jsonl]", "tokenizer.path=first/export"]
-    Command(tmp_path, *arguments, "steps=1").finish()
-    (tmp_path / "a.jsonl").write_text('{"text": "Ada paints blue drums."}\n')
-    code, said = Command(tmp_path, *arguments, "steps=2").fail()
-    assert code == 2
-    assert "the data changed since run was begun" in said

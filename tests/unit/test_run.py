@@ -1,6 +1,7 @@
 """Whole runs in this process: resumed, evaluated, exported, stopped; and what is refused before anything is built."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,25 @@ def test_a_run_that_was_continued_is_the_run_that_was_not(tmp_path):
     assert steady(tmp_path / "parts") == steady(tmp_path / "whole")
     one, other = (load_file(tmp_path / d / "export" / "model.safetensors") for d in ("whole", "parts"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tmp_path):
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        go(f"run_dir={folder}", f"seed={seed}", "steps=1")
+    assert steady(tmp_path / "a") == steady(tmp_path / "b") != steady(tmp_path / "c")
+
+
+def test_a_run_that_has_begun_refuses_other_settings_and_other_data():
+    go("run_dir=r", "steps=1")
+    with pytest.raises(ConfigError, match=r"optimizer.lr was 0.003 when r was begun and is 0.1 now"):
+        go("run_dir=r", "steps=2", "optimizer.lr=0.1")
+    text = [setting for setting in SMALL if not setting.startswith("data.")]
+    text += ["data=text", "data.train=[a.jsonl]", "tokenizer.path=r/export", "data.cache=cache", "run_dir=other"]
+    Path("a.jsonl").write_text('{"text": "Ada paints red drums."}\n')
+    run(compose([*text, "steps=1"]))
+    Path("a.jsonl").write_text('{"text": "Ada paints blue drums."}\n')
+    with pytest.raises(ConfigError, match=r"the data changed since other was begun; restore it, or start afresh"):
+        run(compose([*text, "steps=2"]))
 
 
 def test_a_stop_request_saves_and_the_same_command_continues(tmp_path, monkeypatch):

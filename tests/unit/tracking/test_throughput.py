@@ -34,7 +34,7 @@ def test_a_report_is_what_was_learnt_since_the_last_one():
     world = World(0, 2, 0, torch.device("cpu"))
     speed = Speed(Stopwatch(world.device), A, world, torch.float32, tokens=100.0)
     speed.peak = 1e6
-    first = speed.figures(300.0, Timing(2.0, {"data": 0.5}, pairs=50, memory_gb=1.0))
+    first = speed.figures(300.0, Timing(2.0, {"data": 0.5}, attention_pairs=50, memory_gb=1.0))
     assert first["tokens_per_second"] == 100
     assert first["mfu"] == pytest.approx((6 * 1952 * 200 + 12 * 16 * 50 * 2) / 2 / 1e6)
     assert first["time/data"] == 0.5
