@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.checkpoint import Checkpointer, Checkpoints
 from trainer.metrics import Metrics
-from trainer.optim import AdamW, Muon, whole_shape
+from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision
@@ -68,7 +68,7 @@ class Run:
         for number, p in enumerate(net.parameters()):
             # What is frozen comes from where the model came from, so it does not depend on the seed.
             own = 100 * seed * p.requires_grad + number
-            spread.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(own)) / 3)
+            spread.fill(p, torch.randn(spread.shape_of(p), generator=torch.Generator().manual_seed(own)) / 3)
         self.engine = spread.wrap(net, kind(lr=0.05, weight_decay=0.1, clip=1.0), Precision(precision))
         self.counter = Counter()
         self.checkpointer = Checkpointer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,14 @@ from trainer.config import Node, schema, setting
 Groups = list[dict[str, Any]]
 
 
+ShapeOf = Callable[[nn.Parameter], Sequence[int]]
+
+
+def shape(parameter: nn.Parameter) -> Sequence[int]:
+    """The shape of a parameter that this rank holds as it is."""
+    return parameter.shape
+
+
 @dataclass
 class Optimizer(Node):
     """What every optimizer needs to know."""
@@ -23,19 +31,32 @@ class Optimizer(Node):
     weight_decay: float = setting(0.1, "decoupled decay of matrices; never of norms and biases", least=0)
     clip: float = setting(1.0, "largest global gradient norm; 0 = off", least=0)
 
-    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
-        """Optimizers over the trained parameters of ``module``; `lr` must be known by now."""
+    def build(self, module: nn.Module, shape_of: ShapeOf = shape) -> list[torch.optim.Optimizer]:
+        """Optimizers over the trained parameters of ``module``; `lr` must be known by now.
+
+        Args:
+            module: What is trained.
+            shape_of: Gives a parameter's logical shape, where a strategy shards the parameter itself away.
+        """
         raise NotImplementedError(f"{type(self).__name__} builds no optimizer")
 
-    def groups(self, parameters: Iterable[tuple[str, nn.Parameter]], rates: Mapping[str, float] = {}) -> Groups:
+    def groups(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        rates: Mapping[str, float] = {},
+        shape_of: ShapeOf = shape,
+    ) -> Groups:
         """Split into decayed matrices and undecayed vectors, each group with its own ``base_lr``.
 
-        ``rates``: base learning rates of parameters whose names begin so; of the others it is ``lr``.
+        Args:
+            parameters: By name.
+            rates: Base learning rates of parameters whose names begin so; of the others it is ``lr``.
+            shape_of: Gives a parameter's logical shape.
         """
         assert self.lr is not None
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in parameters:
-            kinds.setdefault((rate_of(name, rates, self.lr), len(whole_shape(parameter)) < 2), []).append(parameter)
+            kinds.setdefault((rate_of(name, rates, self.lr), len(shape_of(parameter)) < 2), []).append(parameter)
         return [
             {"params": p, "lr": lr, "base_lr": lr, "weight_decay": 0.0 if vector else self.weight_decay}
             for (lr, vector), p in sorted(kinds.items(), key=lambda kind: (kind[0][0] != self.lr, kind[0][1]))
@@ -51,8 +72,8 @@ class AdamW(Optimizer):
     beta2: float = setting(0.95, "decay of the second moment", least=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
 
-    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
-        groups = self.groups(trained(module), rates_of(module))
+    def build(self, module: nn.Module, shape_of: ShapeOf = shape) -> list[torch.optim.Optimizer]:
+        groups = self.groups(trained(module), rates_of(module), shape_of)
         return [torch.optim.AdamW(groups, lr=self.lr or 0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
 
 
@@ -70,14 +91,14 @@ class Muon(AdamW):
         None, "base learning rate of everything but the hidden matrices; null = lr", least=0
     )
 
-    def build(self, module: nn.Module) -> list[torch.optim.Optimizer]:
+    def build(self, module: nn.Module, shape_of: ShapeOf = shape) -> list[torch.optim.Optimizer]:
         hidden = {id(p) for p in hidden_matrices(module)}
         assert self.lr is not None
         rates, matrices = rates_of(module), dict[float, list[nn.Parameter]]()
         for name, p in trained(module):
             if id(p) in hidden:
                 matrices.setdefault(rate_of(name, rates, self.lr), []).append(p)
-        others = self.groups(((n, p) for n, p in trained(module) if id(p) not in hidden), rates)
+        others = self.groups(((n, p) for n, p in trained(module) if id(p) not in hidden), rates, shape_of)
         for group in others if self.adamw_lr is not None else ():
             if group["base_lr"] == self.lr:
                 group["lr"] = group["base_lr"] = self.adamw_lr
@@ -105,11 +126,6 @@ def rates_of(module: nn.Module) -> Mapping[str, float]:
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that receive gradients, tied ones once."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-
-
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The logical shape, also of a parameter whose data is sharded away."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def hidden_matrices(module: nn.Module) -> list[Tensor]:

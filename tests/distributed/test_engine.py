@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.ranks import on_ranks
 from trainer.batch import Batch
 from trainer.metrics import Metrics
-from trainer.optim import AdamW, Muon, whole_shape
+from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision
@@ -62,7 +62,7 @@ def trained(
         net = Net()
     for number, parameter in enumerate(net.parameters()):
         draw = torch.Generator().manual_seed(number)
-        spread.fill(parameter, torch.randn(whole_shape(parameter), generator=draw) / 4)
+        spread.fill(parameter, torch.randn(spread.shape_of(parameter), generator=draw) / 4)
     engine = spread.wrap(net, optimizer, precision)
     losses, norms = [], []
     for step in range(steps):

@@ -18,7 +18,7 @@ from trainer.batch import Documents
 from trainer.functional import logprobs
 from trainer.metrics import Metrics
 from trainer.models.load import Model, ModelLoader
-from trainer.optim import AdamW, whole_shape
+from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision
@@ -74,7 +74,7 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
     """Two groups with base rates of their own: one of them 0, so its weights must stay."""
 
     class Two(AdamW):
-        def build(self, module):
+        def build(self, module, shape_of=None):
             named = dict(module.named_parameters())
             rates = {"hidden.weight": 0.0}
             sets = [[named["hidden.weight"]], [p for n, p in named.items() if n not in rates and p.requires_grad]]
@@ -88,7 +88,7 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
     with strategy.construction():
         net = Net()
     for number, p in enumerate(net.parameters()):
-        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)))
+        strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)))
     engine = strategy.wrap(net, Two(lr=0.1), Precision())
     before = {n: w.clone() for n, w in engine.weights()}
     for factor in (1.0, 0.5):
@@ -107,7 +107,7 @@ def frozen(strategy_name: str) -> tuple[float, int]:
     with strategy.construction():
         net = Net(32)
     for number, p in enumerate(net.parameters()):
-        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 6)
+        strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)) / 6)
     model = strategy.freeze(net, Precision())
     with torch.no_grad():
         value = float(model(torch.arange(5)))
@@ -143,7 +143,7 @@ def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[floa
     with strategy.construction():
         net = Net(16)
     for number, p in enumerate(net.parameters()):
-        strategy.fill(p, torch.randn(whole_shape(p), generator=torch.Generator().manual_seed(number)) / 4)
+        strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)) / 4)
     engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute(compute), initial_scale=256.0))
     losses = []
     for _ in range(15):

@@ -21,7 +21,6 @@ from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.transformer import Recompute, Transformer
-from trainer.optim import whole_shape
 from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
@@ -149,10 +148,10 @@ class ModelLoader:
             for parameter in self.adapter.frozen_matrices(model):
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
         if self.files is not None:
-            own = {n: whole_shape(p) for n, p in model.named_parameters() if not is_adapter(n)}
+            own = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
             self._refuse_misfits(self.files, own)
         for name, parameter in model.named_parameters():
-            added = self.adapter.initial(name, whole_shape(parameter), self.seed)
+            added = self.adapter.initial(name, self.strategy.shape_of(parameter), self.seed)
             self.strategy.fill(parameter, self.start(name) if added is None else added)
         if self.config.compile:
             model.compile_blocks()

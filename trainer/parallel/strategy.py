@@ -42,6 +42,10 @@ class Strategy(Node):
         """The context in which a model is built: parameters are initialised sharded where the strategy shards them."""
         return nullcontext()
 
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The logical shape of a parameter, also where this strategy shards its data away."""
+        return tuple(parameter.shape)
+
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Write into a parameter of a newly built model: this rank's part of ``values``, which is the whole parameter."""

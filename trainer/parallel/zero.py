@@ -77,6 +77,9 @@ class Zero(Strategy):
         ds = _deepspeed()
         return ds.zero.Init(config_dict_or_path=self._settings(Precision()), remote_device=self._remote())  # type: ignore[no-any-return]
 
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
         if self.stage < 3:
@@ -198,7 +201,7 @@ class ZeroEngine(Engine):
         super().__init__(module, optimizer, precision)
         self.stage = strategy.stage
         self.low_precision_weights = strategy.low_precision_weights(precision, cuda=self.device.type == "cuda")
-        self.optimizers = optimizer.build(module)
+        self.optimizers = optimizer.build(module, strategy.shape_of)
         [inner] = self.optimizers
         self.inner: Any = inner
         engine, *_ = _deepspeed().initialize(model=module, optimizer=inner, config=strategy._settings(precision))
