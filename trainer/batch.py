@@ -18,10 +18,9 @@ class Documents:
 
     Documents do not attend to each other, and positions restart at 0 in each. Padding is a document of its own.
 
-    ``lengths``: tokens of each document, in order, over all rows of the micro-batch; they sum to B * T. Host integers,
-    so that nobody waits for the device to learn them.
-    ``offsets`` ``(D + 1,)`` int32: the first token of each, and the end (``cu_seqlens`` of varlen attention).
-    ``positions`` ``(B, T)`` int64: the position of every token in its document.
+    ``lengths``: tokens of each document, over all rows of the micro-batch; they sum to B * T. Known to the host.
+    ``offsets`` ``(D + 1,)``: int32, the first token of each, and the end (``cu_seqlens`` of varlen attention).
+    ``positions`` ``(B, T)``: int64, the position of every token in its document.
     """
 
     lengths: tuple[int, ...]
@@ -55,8 +54,10 @@ class Branches:
 
     Embeddings, projections and MLPs see every token once. Attention gathers each sequence whole, and needs no mask.
 
-    ``sequences``: laid end to end. ``index`` ``(U,)``: the place in the row of each of their tokens. ``back``
-    ``(T,)``: where each token of the row is found among them. ``positions`` ``(1, T)``: in its sequence.
+    ``sequences``: the U tokens of all sequences, laid end to end.
+    ``index`` ``(U,)``: the place in the row of each of them.
+    ``back`` ``(T,)``: the place among them of each token of the row.
+    ``positions`` ``(1, T)``: the position of each token of the row in its sequence.
     """
 
     sequences: Documents
