@@ -4,7 +4,7 @@
 
 Speed and latency of the links are fitted to collectives of a few bytes and of 64 MiB on as many ranks, each kind to its own:
 gloo's reduce-scatter is an all-reduce. Computing is a step of the same strategy on a single rank with one thread (as often
-one after the other as ranks share a core), the rest is trainer/diagnostics/scaling.py. Every rank has a row of 64 tokens a
+one after the other as ranks share a core), the rest is scripts/benchmarks/scaling.py. Every rank has a row of 64 tokens a
 step, so that exchanging is a large part of it.
 """
 
@@ -68,8 +68,9 @@ def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
 
 def predicted(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
     """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
+    from scaling import Cluster, exchanges
+
     from trainer.diagnostics.memory import parameters_of
-    from trainer.diagnostics.scaling import Cluster, exchanges
 
     shape = cfg.model.architecture(cfg.model.vocab_size)
     layout = dataclasses.replace(cfg.layout(shape, 1, cuda=False), stage=STRATEGIES.index(strategy), ranks=ranks)
@@ -83,7 +84,7 @@ def predicted(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float,
 
 def timed_links(ranks: int) -> dict[str, tuple[float, float]]:
     """For each kind of collective: bytes a second that pass through a rank by the formula, seconds without any data."""
-    from trainer.diagnostics.scaling import Exchange
+    from scaling import Exchange
 
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", __file__, "--links",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 
+import scaling
+
 from trainer.cli.estimate import compose_without_data
-from trainer.diagnostics import scaling
 from trainer.diagnostics.memory import parameters_of
 from trainer.parallel.precision import Compute
 from trainer.tracking.throughput import PEAKS

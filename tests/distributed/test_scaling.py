@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from scripts.benchmarks.scaling import exchanges
 from tests.ranks import on_ranks
 from tests.small_run import Net, Nothing
 from tests.unit.diagnostics.test_memory import layout
-from trainer.diagnostics.scaling import exchanges
 from trainer.metrics import Metrics
 from trainer.optim import AdamW
 from trainer.parallel.ddp import DDP

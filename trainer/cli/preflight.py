@@ -22,7 +22,7 @@ import torch
 from trainer.cli.parsing import parser_of
 from trainer.compose import compose
 from trainer.diagnostics import preflight
-from trainer.diagnostics.memory import memory, parameters_of
+from trainer.diagnostics.memory import STATE, memory, parameters_of
 from trainer.diagnostics.preflight import Findings
 from trainer.parallel import distributed
 from trainer.parallel import links as exchanges
@@ -129,4 +129,4 @@ def estimated(overrides: Sequence[str]) -> tuple[float, float]:
     cfg = compose(overrides, name="preflight")
     _, architecture = cfg.open_tokenizer_and_shape()
     layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
-    return memory(architecture, layout).total, 12.0 * (layout.adapters or parameters_of(architecture))
+    return memory(architecture, layout).total, STATE * (layout.adapters or parameters_of(architecture))

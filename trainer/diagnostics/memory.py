@@ -11,6 +11,8 @@ from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET
 from trainer.tracking.throughput import training_flops
 
+STATE = 12
+"""Bytes of a checkpoint for each trained element: the float32 master and two moments."""
 BASE_CPU = 0.39e9
 """Bytes that a process holds without its model: Python, PyTorch, tokenizers (measured on Linux, torch 2.13).
 

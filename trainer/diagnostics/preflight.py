@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from trainer.diagnostics.memory import Layout, memory, parameters_of
-from trainer.diagnostics.scaling import STATE
+from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of
 from trainer.export.lineage import PACKAGES, version
 from trainer.models.architecture import Architecture
 from trainer.parallel import distributed

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.diagnostics.memory import Layout, memory, parameters_of, seconds_per_step
+from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of, seconds_per_step
 from trainer.models.architecture import Architecture
 from trainer.parallel.zero import BUCKET
 
@@ -19,8 +19,6 @@ DDP_BUCKET = 25 * 2**20
 """Bytes of a gradient bucket of DDP."""
 LIVE = 2 * BUCKET
 """Elements that ZeRO-3 keeps gathered: a model below is gathered once a step."""
-STATE = 12
-"""Bytes of a checkpoint for each trained element: the float32 master and two moments."""
 FRAGMENT = 110
 """Bytes of a manifest for each fragment (measured on small and large names)."""
 
