@@ -23,12 +23,13 @@ from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.data.chats import CHAT_FORMATS
+from trainer.models.architecture import FAMILIES
 from trainer.pipelines.preference_losses import LOSSES
 from trainer.rl.advantages import ESTIMATORS
 from trainer.run import run
 
 README = ROOT / "README.md"
-REGISTRIES = [LOSSES, ESTIMATORS, CHAT_FORMATS]
+REGISTRIES = [LOSSES, ESTIMATORS, CHAT_FORMATS, FAMILIES]
 """To which a page's modules add; emptied of that after each test."""
 ROWS = [
     {
