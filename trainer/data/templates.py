@@ -95,7 +95,7 @@ class Template:
         try:
             self._compiled = _environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template is no Jinja that can be read ({error})") from None
+            raise TemplateError(f"the chat template is invalid Jinja ({error})") from None
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The conversation as text; ``prompt``: with the beginning of the assistant's next turn.
@@ -117,24 +117,21 @@ class Template:
         Raises:
             TemplateError: if the assistant's part cannot be told from the rest.
         """
-        whole = [self._quoted(m) for m in messages]
+        quoted = [self._quoted(m) for m in messages]
         written = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         wanted = written if turns is None else [n for n in written if n in turns]
-        text = self._render(whole, tools)
-        found = _marks(text)
-        text = text.replace(OPEN, "").replace(CLOSE, "")
-        if found and len(found) != len(written):
-            raise TemplateError(f"the template marks {len(found)} of {len(written)} assistant turns")
-        if found:
-            spans = [found[written.index(n)] for n in wanted]
+        marked = self._render(quoted, tools)
+        text = marked.replace(OPEN, "").replace(CLOSE, "")
+        if marks := _marks(marked):
+            if len(marks) != len(written):
+                raise TemplateError(f"the template marks {len(marks)} of {len(written)} assistant turns")
+            spans = [marks[written.index(n)] for n in wanted]
         else:
-            spans = [self._by_prefix(text, whole, n, tools) for n in wanted]
+            spans = [self._by_prefix(text, quoted, n, tools) for n in wanted]
         spans = [self._with_end(text, *span) for span in spans]
         ids, offsets = self._ids(text)
-        trained = [
-            any(start <= first and last <= end and first < end for start, end in spans) for first, last in offsets
-        ]
-        if written and wanted and wanted[-1] == written[-1] == len(messages) - 1 and not self._ends(text, spans[-1]):
+        trained = [_inside(spans, first, last) for first, last in offsets]
+        if wanted and wanted[-1] == written[-1] == len(messages) - 1 and not self._ends(text, spans[-1]):
             ids, trained = [*ids, self.tokenizer.eos], [*trained, True]
         return Encoded(ids, trained)
 
@@ -196,8 +193,8 @@ class Template:
         text = text.replace(OPEN, "").replace(CLOSE, "")
         for number, part in enumerate(re.split(f"{QUOTE}(.*?){UNQUOTE}", text)):
             at += number % 2
-            found, places = self.tokenizer.encode_with_offsets(part, specials=number % 2 == 0)
-            ids += found
+            part_ids, places = self.tokenizer.encode_with_offsets(part, specials=number % 2 == 0)
+            ids += part_ids
             offsets += [(at + first, at + last) for first, last in places]
             at += len(part) + number % 2
         return ids, offsets
@@ -232,6 +229,10 @@ def _marks(text: str) -> list[tuple[int, int]]:
         else:
             spans.append((start, place))
     return spans
+
+
+def _inside(spans: Sequence[tuple[int, int]], first: int, last: int) -> bool:
+    return any(start <= first and last <= end and first < end for start, end in spans)
 
 
 def _unmarked(text: str) -> str:

@@ -149,7 +149,7 @@ class ModelLoader:
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
         if self.files is not None:
             own = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
-            self._refuse_misfits(self.files, own)
+            self._validate_weights(self.files, own)
         for name, parameter in model.named_parameters():
             added = self.adapter.initial(name, self.strategy.shape_of(parameter), self.seed)
             self.strategy.fill(parameter, self.start(name) if added is None else added)
@@ -196,19 +196,19 @@ class ModelLoader:
         assert self.config.path is not None
         return self.architecture.vocab_size - read_architecture(Path(self.config.path)).vocab_size
 
-    def _refuse_misfits(self, files: WeightFiles, wanted: dict[str, tuple[int, ...]]) -> None:
+    def _validate_weights(self, files: WeightFiles, wanted: dict[str, tuple[int, ...]]) -> None:
         tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings else set()
         tied |= {"lm_head.weight"} if self.scores else set()
-        missing, left = wanted.keys() - files.files.keys(), files.files.keys() - wanted.keys() - tied
-        missing -= {HEAD}
-        left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+        missing = sorted(wanted.keys() - files.files.keys() - {HEAD})
+        unexpected = sorted(files.files.keys() - wanted.keys() - tied)
+        unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
         grown = {n: (s[0] - self._rows_added, *s[1:]) if n.endswith(TABLES) else s for n, s in wanted.items()}
         shapes = {n: (files.shape(n), s) for n, s in grown.items() if n in files.files}
         wrong = [f"{n} is {have} and should be {need}" for n, (have, need) in shapes.items() if have != need]
-        said = [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        said += [f"holds {', '.join(sorted(left))}, which this architecture has not"] if left else []
-        if said or wrong:
-            raise FormatError(f"{files.folder} {'; '.join(said + wrong)}")
+        problems = [f"missing keys {', '.join(missing)}"] if missing else []
+        problems += [f"unexpected keys {', '.join(unexpected)}"] if unexpected else []
+        if problems or wrong:
+            raise FormatError(f"{files.folder}: {'; '.join(problems + wrong)}")
 
 
 def initial(name: str, shape: Sequence[int], seed: int, deviation: float, layers: int) -> Tensor:

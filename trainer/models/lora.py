@@ -150,21 +150,19 @@ class LoRA(Adapter):
         modules = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
         problems = [
             f"adapter.targets: {pattern} matches no linear layer; there are {', '.join(PROJECTIONS)}"
-            for pattern in self.targets
-            if not any(matches(name, [pattern]) for name in linears)
+            for pattern in unmatched(self.targets, linears)
         ]
         problems += [
             f"adapter.full: {pattern} matches no module with weights; there are embed_tokens, model.norm and others"
-            for pattern in self.full
-            if not any(matches(name, [pattern]) for name in modules)
+            for pattern in unmatched(self.full, modules)
         ]
         both = [name for name in modules if matches(name, self.full) and matches(name, self.targets)]
         problems += [f"adapter.full and adapter.targets both name {both[0]}; leave it out of one"] if both else []
         if self.path is not None and not problems:
             self.install(model, grown=False)
             needed = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
-            wrong = AdapterFolder(Path(self.path)).misfits(needed)
-            problems += [f"adapter.path={self.path} {wrong}"] if wrong else []
+            problem = AdapterFolder(Path(self.path)).shape_problem(needed)
+            problems += [f"adapter.path={self.path}: {problem}"] if problem else []
         if problems:
             raise ConfigError(problems)
 
@@ -285,6 +283,11 @@ def is_adapter(name: str) -> bool:
 def of_model(name: str, load: Start) -> bool:
     """Whether a trained tensor is the model's or an adapter's, and not of something that is trained beside it."""
     return is_adapter(name) or name in load.shapes
+
+
+def unmatched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The patterns that fit none of the names."""
+    return [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -67,15 +67,15 @@ class AdapterFolder:
         except Exception as error:
             raise FormatError(f"{folder / WEIGHTS} is damaged ({error})") from None
 
-    def misfits(self, needed: Mapping[str, tuple[int, ...]]) -> str | None:
+    def shape_problem(self, needed: Mapping[str, tuple[int, ...]]) -> str | None:
         """What keeps the adapter's matrices from being those that a model needs, by name and shape."""
-        held = {key.removeprefix(PREFIX): shape for key, shape in self.shapes.items() if ".lora_" in key}
-        if lacking := needed.keys() - held.keys():
-            return f"lacks {min(lacking)}, so it is of another model"
-        if left := held.keys() - needed.keys():
-            return f"holds {min(left)}, which the model has not"
-        wrong = [n for n in needed if needed[n] != held[n]]
-        return f"holds {wrong[0]} as {held[wrong[0]]}, and it should be {needed[wrong[0]]}" if wrong else None
+        stored = {key.removeprefix(PREFIX): shape for key, shape in self.shapes.items() if ".lora_" in key}
+        if missing := sorted(needed.keys() - stored.keys()):
+            return f"missing keys, {missing[0]} among them, so it is of another model"
+        if unexpected := sorted(stored.keys() - needed.keys()):
+            return f"unexpected keys, {unexpected[0]} among them, so it is of another model"
+        wrong = [n for n in needed if needed[n] != stored[n]]
+        return f"{wrong[0]} is {stored[wrong[0]]} and should be {needed[wrong[0]]}" if wrong else None
 
     def fingerprint(self) -> str:
         """Of the adapter's weights."""

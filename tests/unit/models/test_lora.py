@@ -194,7 +194,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, tmp_path):
     other = loader(LoRA(rank=2, targets=["q_proj"]), **{**SHAPE, "hidden_size": 24})
     engine, _ = adapted(other)
     other.adapter.write(tmp_path / "other", engine, other, NoTokenizer())
-    with pytest.raises(ConfigError, match=r"q_proj.lora_A.weight as \(2, 24\), and it should be \(2, 32\)"):
+    with pytest.raises(ConfigError, match=r"q_proj.lora_A.weight is \(2, 24\) and should be \(2, 32\)"):
         LoRA(path=str(tmp_path / "other")).check(loader(path=str(folder)).architecture)
     [absent] = LoRA(path=str(tmp_path / "nothing")).problems()
     assert "holds no adapter_config.json; give a folder that PEFT or Onecurve wrote" in absent
