@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -71,26 +72,27 @@ def train_step(
     micro_batches: Sequence[Batch],
     key: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
-    """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (docs/algorithms.md#weighting).
-
-    ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
-    """
-
-    def loss_of(batch: Any) -> tuple[Tensor, Metrics]:
-        draw_for(key, batch.rows.tolist())
-        loss, metrics = pipeline.loss(models, batch)
-        metrics.mean("loss", loss, batch.weight)
-        metrics.total("tokens", batch.seen)
-        return loss, metrics
-
+    """Follow the gradient of sum(loss) / sum(weight) over all micro-batches of all ranks (docs/algorithms.md#weighting)."""
     with watch.lap("forward_backward"):
         prepared = list(pipeline.prepare_step(models, engine, micro_batches))
         weight = distributed.sum_over_data(torch.stack([batch.weight for batch in prepared]).sum())
         metrics = Metrics()
-        for report in engine.accumulate(loss_of, prepared, weight):
+        for report in engine.accumulate(partial(loss_of, pipeline, models, key), prepared, weight):
             metrics.merge(report)
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.stop_request()))
     return {**metrics.reduced(distributed.stack_over_data), "grad_norm": outcome.grad_norm, **guard.metrics()}
+
+
+def loss_of(pipeline: Pipeline, models: Models, key: tuple[int, ...], batch: Any) -> tuple[Tensor, Metrics]:
+    """The pipeline's loss of a micro-batch, and its metrics with those that every step has.
+
+    ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
+    """
+    draw_for(key, batch.rows.tolist())
+    loss, metrics = pipeline.loss(models, batch)
+    metrics.mean("loss", loss, batch.weight)
+    metrics.total("tokens", batch.seen)
+    return loss, metrics
