@@ -49,7 +49,7 @@ from trainer.pipelines.dpo import DPO
 from trainer.pipelines.kto import KTO
 from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
-from trainer.pipelines.reward import Reward
+from trainer.pipelines.reward import RewardModelling
 from trainer.pipelines.sft import SFT
 from trainer.settings import BatchSizes, Resume, Sweep
 from trainer.step_log import StepLog, TokenCounter
@@ -60,8 +60,8 @@ from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
 
 SHIPPED = (
-    Pretrain, SFT, Reward, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData, PreferenceData,
-    LabelledData, PromptData,
+    Pretrain, SFT, RewardModelling, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData,
+    PreferenceData, LabelledData, PromptData,
 )  # fmt: skip
 """Choices that come with the framework: naming them here registers them."""
 

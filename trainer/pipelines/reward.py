@@ -23,7 +23,7 @@ from trainer.pipelines.base import Models, Pipeline
 
 @schema("pipeline/reward")
 @dataclass
-class Reward(Pipeline):
+class RewardModelling(Pipeline):
     """Bradley-Terry on the scores of last tokens (docs/algorithms.md#reward-model; Ouyang et al. 2022, arXiv:2203.02155)."""
 
     learning_rate: ClassVar[float] = 1e-5
