@@ -1,14 +1,23 @@
-"""Dear fixtures, made once: the real model is converted at most once a machine."""
+"""Fixtures of several files. The real model is converted at most once a machine."""
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
+from tests.registries import restored
 from trainer.models.gguf_format import convert
+
+
+@pytest.fixture
+def clean_registries(tmp_path_factory) -> Iterator[None]:
+    """What a test registers, and the modules that it imports from temporary folders, are gone afterwards."""
+    with restored(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,18 +19,13 @@ import pytest
 from tests.chats import write_jsonl
 from tests.command import ROOT, TINY
 from tests.doc_blocks import DOCS, PAGES, blocks, commands, inline, named_blocks, text
+from tests.registries import registries, restored
 from trainer.cli import VERBS
 from trainer.compose import compose
-from trainer.config import ConfigError
-from trainer.data.chats import CHAT_FORMATS
-from trainer.models.architecture import FAMILIES
-from trainer.pipelines.preference_losses import LOSSES
-from trainer.rl.advantages import ESTIMATORS
+from trainer.config import ConfigError, offer_schemas
 from trainer.run import run
 
 README = ROOT / "README.md"
-REGISTRIES = [LOSSES, ESTIMATORS, CHAT_FORMATS, FAMILIES]
-"""To which a page's modules add; emptied of that after each test."""
 ROWS = [
     {
         "text": f"{word}.", "prompt": f"Say {word}.", "completion": word, "chosen": word, "rejected": "no", "ideal": word,
@@ -70,16 +65,14 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(models, tmp_path, monkeypatch):
+def desk(models, clean_registries, tmp_path, monkeypatch):
     """A working folder in which every file and folder that a command names has a stand-in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    before = [registry.copy() for registry in REGISTRIES]
     for page in PAGES:
         for name, block in {**named_blocks(page, "python"), **named_blocks(page, "yaml")}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(block)
-            sys.modules.pop(name.removesuffix(".py"), None)
     importlib.invalidate_caches()
 
     def place(words: list[str]) -> None:
@@ -92,10 +85,7 @@ def desk(models, tmp_path, monkeypatch):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(models / ("reward" if "reward" in str(path) else "lm") / "export", target)
 
-    yield place
-    for registry, entries in zip(REGISTRIES, before, strict=True):
-        registry.clear()
-        (registry.extend if isinstance(registry, list) else registry.update)(entries)
+    return place
 
 
 # ---- commands
@@ -334,6 +324,20 @@ def test_a_recipe_trains(words, desk):
     small = small if any("model.path" in word for word in words) else [*TINY, *small]
     values = run(compose([*words[2:], *small]))
     assert math.isfinite(values["loss"])
+
+
+def test_a_recipe_leaves_no_registration_behind(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    before = [(table, table.copy()) for table in registries()]
+    with restored(tmp_path):
+        for number, block in enumerate(blocks(DOCS / "extending.md", "python")):
+            (tmp_path / f"recipe_{number}.py").write_text(block)
+            importlib.invalidate_caches()
+            importlib.import_module(f"recipe_{number}")
+        offer_schemas([])
+        assert len([table for table, entries in before if table != entries]) >= 6
+    assert [table for table, entries in before if table != entries] == []
+    assert [name for name in sys.modules if name.startswith("recipe_")] == []
 
 
 def test_a_recipe_is_one_file():

@@ -1,15 +1,11 @@
 """What a user's own module adds in one file: a format of rows, a kind of data. docs/extending.md shows the same."""
 
-import sys
-
 import pytest
-from hydra.core.config_store import ConfigStore
 
 from tests.chats import byte_tokenizer, marked, write_jsonl
 from tests.command import TINY, metrics
-from trainer import config
 from trainer.compose import compose
-from trainer.data.chats import CHAT_FORMATS, ChatData
+from trainer.data.chats import ChatData
 from trainer.run import run
 
 TOKENIZER = byte_tokenizer("<|im_end|>")
@@ -57,22 +53,15 @@ class Counting(Data):
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module where Python finds it; what it adds to formats and schemas is taken away again."""
-    formats, choices = list(CHAT_FORMATS), ConfigStore.instance().repo
+def module(clean_registries, tmp_path, monkeypatch):
+    """Writes a module where Python finds it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(name: str, text: str) -> str:
         (tmp_path / f"{name}.py").write_text(text)
         return name
 
-    yield write
-    CHAT_FORMATS[:] = formats
-    config._SCHEMAS.pop("data/counting", None)
-    for group in (choices.get("data", {}), choices["schema"]["data"]):
-        group.pop("counting.yaml", None)
-    for name in ("forum", "counting"):
-        sys.modules.pop(name, None)
+    return write
 
 
 def test_a_format_of_rows_is_a_function_of_ones_own(module, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from tests.parity.test_transformers import SMALL, perturbed, write
 from trainer.batch import Documents
 from trainer.functional import logits
-from trainer.models.architecture import FAMILIES, Architecture
+from trainer.models.architecture import Architecture
 from trainer.models.hf_format import FormatError, read_architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
@@ -31,8 +31,7 @@ FAMILIES["seed_oss"] = Family(
 
 
 @pytest.fixture
-def family(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["llama"])  # takes it away again
+def family(clean_registries):
     exec(compile(MODULE, "seed_oss.py", "exec"), {})
 
 

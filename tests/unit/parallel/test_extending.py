@@ -68,7 +68,7 @@ def both(folder: str) -> tuple[dict, dict]:
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch) -> Path:
+def mine(clean_registries, tmp_path, monkeypatch) -> Path:
     (tmp_path / "plain_strategy.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import math
-import sys
 
 import pytest
 
@@ -57,14 +56,13 @@ class Scaled(Pretrain):
 
 
 @pytest.fixture
-def module(tmp_path, monkeypatch):
+def module(clean_registries, tmp_path, monkeypatch):
     """Writes a user's module, which can then be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name: str, text: str) -> str:
         (tmp_path / f"{name}.py").write_text(text)
-        sys.modules.pop(name, None)
         importlib.invalidate_caches()
         return f"imports=[{name}]"
 
@@ -80,10 +78,7 @@ def test_a_pipeline_and_a_metric_are_one_file(module, tmp_path):
         compose([*settings, "pipeline.scale=0"])
 
 
-def test_a_preference_loss_is_one_file(module, tmp_path, request):
-    from trainer.pipelines.preference_losses import LOSSES
-
-    request.addfinalizer(lambda: LOSSES.pop("patient", None))
+def test_a_preference_loss_is_one_file(module, tmp_path):
     colours = ["red", "blue", "green", "black"]
     pairs = [{"prompt": f"{a} {b}?", "chosen": a, "rejected": b} for a, b in itertools.permutations(colours, 2)]
     write_jsonl(tmp_path / "pairs.jsonl", pairs)

@@ -1,7 +1,6 @@
 """What a user's own module adds in one file: advantage estimators and rewards. docs/extending.md shows the same."""
 
 import importlib
-import sys
 from functools import partial
 
 import pytest
@@ -12,7 +11,6 @@ from trainer.cli.help import help_text
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.generation.completion import Completion
-from trainer.rl.advantages import ESTIMATORS
 from trainer.rl.experience import AdvantageComputer
 from trainer.rl.settings import PolicyGradientSettings
 
@@ -59,16 +57,12 @@ def brevity(prompts, completions, rows, *, unit=1.0):
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """The module, which can be imported; what it registers is forgotten afterwards."""
+def mine(clean_registries, tmp_path, monkeypatch):
+    """The module, which can be imported."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_estimators.py").write_text(MODULE)
     importlib.invalidate_caches()
-    before = dict(ESTIMATORS)
-    yield "imports=[my_estimators]"
-    ESTIMATORS.clear()
-    ESTIMATORS.update(before)
-    sys.modules.pop("my_estimators", None)
+    return "imports=[my_estimators]"
 
 
 @pytest.fixture(scope="module")
