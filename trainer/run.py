@@ -173,7 +173,7 @@ class Run(Node):
             low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
-            adapters=self.adapter.trained(architecture), beside=tuple(self.pipeline.auxiliary_models(architecture)),
+            adapters=self.adapter.trained(architecture), auxiliary=tuple(self.pipeline.auxiliary_models(architecture)),
         )  # fmt: skip
 
     def made_from(self, load: ModelLoader, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def experience(checkpoint) -> Experience:
     manifest = read_manifest(checkpoint)
     files = FragmentFiles(checkpoint, manifest)
     shapes = {name: shape for name, shape in manifest.shapes.items() if name.startswith("data/")}
-    return Experience.of({n.removeprefix("data/"): files.whole(n, "held", shape) for n, shape in shapes.items()})
+    return Experience.of({n.removeprefix("data/"): files.full_tensor(n, "held", shape) for n, shape in shapes.items()})
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), pytest.param(2, "zero3", marks=pytest.mark.slow)])

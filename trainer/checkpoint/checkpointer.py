@@ -197,14 +197,14 @@ class Checkpointer:
 
     def _tensors_of_parts(self) -> Iterator[Fragment]:
         """This rank's share of what parts hold alike on all ranks."""
-        held = [
+        replicated = [
             (f"{name}/{key}", t)
             for name, part in self.parts.items()
             if isinstance(part, Holder)
             for key, t in part.tensors().items()
         ]
-        for number, first, last in owned_spans([t.numel() for _, t in held]):
-            name, tensor = held[number]
+        for number, first, last in owned_spans([t.numel() for _, t in replicated]):
+            name, tensor = replicated[number]
             yield Fragment(name, HELD, tuple(tensor.shape), first, tensor.reshape(-1)[first:last])
 
     def _finish(self, save: Save) -> None:
@@ -215,8 +215,8 @@ class Checkpointer:
             distributed.run_on_main(lambda: self._commit(save, written))
         except distributed.RankError as error:
             distributed.run_on_main(lambda: shutil.rmtree(save.partial, ignore_errors=True))
-            kept = steps_in(self.folder)
-            still = f"the newest checkpoint is {folder_name(kept[0])}" if kept else "there is no checkpoint yet"
+            saved = steps_in(self.folder)
+            still = f"the newest checkpoint is {folder_name(saved[0])}" if saved else "there is no checkpoint yet"
             raise CheckpointError(f"the checkpoint of step {save.step} was not written ({error}); {still}") from error
         self._good.add(save.step)
         distributed.run_on_main(self._retire)
@@ -259,8 +259,8 @@ class Checkpointer:
         for name, part in self.parts.items():
             part.load_state_dict(manifest.parts[name])
             if isinstance(part, Holder):
-                held = {n.removeprefix(f"{name}/"): n for n in manifest.shapes if n.startswith(f"{name}/")}
-                part.load_tensors({key: files.whole(n, HELD, manifest.shapes[n]) for key, n in held.items()})
+                names = {n.removeprefix(f"{name}/"): n for n in manifest.shapes if n.startswith(f"{name}/")}
+                part.load_tensors({key: files.full_tensor(n, HELD, manifest.shapes[n]) for key, n in names.items()})
 
     def _refuse_another_model(self, folder: Path, manifest: Manifest, files: FragmentFiles, wanted: list[Any]) -> None:
         problems = []

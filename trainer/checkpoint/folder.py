@@ -70,8 +70,8 @@ def steps_in(folder: Path) -> list[int]:
     """Steps of all checkpoints in ``folder``, newest first, damaged ones too."""
     if not folder.is_dir():
         return []
-    found = (NAME.fullmatch(p.name) for p in folder.iterdir() if p.is_dir())
-    return sorted((int(m.group(1)) for m in found if m), reverse=True)
+    matches = (NAME.fullmatch(p.name) for p in folder.iterdir() if p.is_dir())
+    return sorted((int(m.group(1)) for m in matches if m), reverse=True)
 
 
 def write_fragments(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class FragmentFiles:
         if at < end:
             raise CheckpointError(f"{self.folder} lacks elements {at} .. {end} of {name} ({state})")
 
-    def whole(self, name: str, state: str, shape: Sequence[int]) -> Tensor:
+    def full_tensor(self, name: str, state: str, shape: Sequence[int]) -> Tensor:
         """A whole tensor, in the format that it was written in.
 
         Raises:

@@ -59,18 +59,18 @@ class Save:
     def write(self, pieces: Callable[[], Any]) -> None:
         """Write ``(name, state, start, tensor)`` pieces; a failure is kept for `result`."""
         try:
-            held: dict[str, Tensor] = {}
+            pending: dict[str, Tensor] = {}
             size = 0
             for name, state, start, tensor in pieces():
-                if held and size + tensor.nbytes > FILE_BYTES:
-                    self._write_file(held)
-                    held, size = {}, 0
+                if pending and size + tensor.nbytes > FILE_BYTES:
+                    self._write_file(pending)
+                    pending, size = {}, 0
                 key = str(len(self._written.fragments))
-                held[key] = tensor
+                pending[key] = tensor
                 size += tensor.nbytes
                 self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
-            if held:
-                self._write_file(held)
+            if pending:
+                self._write_file(pending)
         except Exception as error:
             self._error = error
 

@@ -59,10 +59,10 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
     """Restore the newest checkpoint that verifies and write its model; gives its step. Collective."""
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     corpus, load = cfg.open_corpus(tokenizer), cfg.loader(tokenizer)
-    with distributed.session() as world, ExitStack() as held:
+    with distributed.session() as world, ExitStack() as locks:
         if world.is_main:
             try:
-                held.enter_context(FileLock(run_dir / ".lock", timeout=0))
+                locks.enter_context(FileLock(run_dir / ".lock", timeout=0))
             except Timeout:
                 raise InputError(f"{run_dir} is in use by its run; wait until it has stopped") from None
         models = cfg.pipeline.models(load, tokenizer)

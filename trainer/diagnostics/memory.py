@@ -36,7 +36,7 @@ class Layout:
         offload: What lives in CPU memory: none, optimizer or parameters.
         cuda: Whether the ranks compute on GPUs.
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
-        beside: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
+        auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
     """
 
     stage: int
@@ -49,7 +49,7 @@ class Layout:
     offload: str = "none"
     cuda: bool = True
     adapters: int = 0
-    beside: tuple[tuple[Architecture, bool], ...] = ()
+    auxiliary: tuple[tuple[Architecture, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
     working = 2 if layout.low_precision_weights else 4
     optimizer = 12 if layout.stage or layout.low_precision_weights else 8
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
-    held, gradients, moments = (
+    weights, gradients, moments = (
         parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
     )
     if layout.offload != "none" and layout.cuda:
         moments = 0.0
     if layout.offload == "parameters" and layout.cuda:
-        held = 0.0
-    return held, gradients, moments
+        weights = 0.0
+    return weights, gradients, moments
 
 
 def frozen(a: Architecture, layout: Layout) -> float:
@@ -120,12 +120,12 @@ def activations(a: Architecture, layout: Layout) -> float:
     c, inputs = layout.compute, 4 * a.hidden_size
     heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     products = c * (2 * heads + 2 * groups + 2 * a.hidden_size)
-    kept = {
+    stored = {
         Recompute.none: _block(a, c),
         Recompute.selective: inputs + products + 2 * c * a.intermediate_size,
         Recompute.full: inputs,
     }[layout.recompute]
-    return float(layout.micro * layout.length * (a.num_hidden_layers * kept + 8 * a.hidden_size))
+    return float(layout.micro * layout.length * (a.num_hidden_layers * stored + 8 * a.hidden_size))
 
 
 def backward(a: Architecture, layout: Layout) -> float:
@@ -166,10 +166,10 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     """
     count = parameters_of(a)
     learnt = layout.adapters or count
-    held, gradients, moments = states(learnt, layout)
-    held += frozen(a, layout) if layout.adapters else 0.0
+    weights, gradients, moments = states(learnt, layout)
+    weights += frozen(a, layout) if layout.adapters else 0.0
     block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
-    kept, head = activations(a, layout), loss(a, layout)
+    stored, head = activations(a, layout), loss(a, layout)
     # The loss is gone when the blocks' backward begins.
     temporary = max(0.0, backward(a, layout) - head)
     if layout.compute == 2 and not layout.low_precision_weights:
@@ -179,19 +179,19 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     if layout.stage:
         # The bucket that gradients are exchanged in. The copy of its share that the optimizer steps with comes later, when
         # the activations are gone.
-        temporary += 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - kept - head)
+        temporary += 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
     if layout.stage == 3:
         live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
         temporary += (2 if layout.low_precision_weights else 4) * min(count, live)
     others = 0.0
-    for shape, trained in layout.beside:
+    for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += sum(states(parameters_of(shape), layout)) + kept * parameters_of(shape) / count
+            others += sum(states(parameters_of(shape), layout)) + stored * parameters_of(shape) / count
         else:
             others += frozen(shape, layout)
     base = 0.0 if layout.cuda else BASE_CPU
-    return Memory(held, gradients, moments, kept, head, temporary, others, base)
+    return Memory(weights, gradients, moments, stored, head, temporary, others, base)
 
 
 def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float, utilisation: float) -> float:

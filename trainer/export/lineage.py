@@ -44,9 +44,9 @@ def ancestry(config: Mapping[str, Any]) -> dict[str, Any]:
         record = os.path.join(value, RECORD)  # noqa: PTH118  (a text may be too long for a path, which pathlib refuses)
         if not value or not os.path.isfile(record):  # noqa: PTH113
             continue
-        held = json.loads(Path(record).read_text())
+        parent = json.loads(Path(record).read_text())
         digest = WeightFiles(Path(value)).fingerprint()
-        ancestors |= {**held.pop("ancestors", {}), digest: {**held, "folder": value}}
+        ancestors |= {**parent.pop("ancestors", {}), digest: {**parent, "folder": value}}
         parents[setting] = digest
     return {"parents": parents, "ancestors": ancestors}
 

@@ -53,17 +53,17 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
 
 def variables(where: Place) -> dict[str, str]:
     """What tells a process its place, in the names that torch and DeepSpeed read."""
-    said = {"RANK": str(where.rank), "WORLD_SIZE": str(where.size), "LOCAL_RANK": str(where.local_rank)}
+    named = {"RANK": str(where.rank), "WORLD_SIZE": str(where.size), "LOCAL_RANK": str(where.local_rank)}
     host, port = where.master or ("", 0)
-    return {**said, "MASTER_ADDR": host, "MASTER_PORT": str(port)} if host else said
+    return {**named, "MASTER_ADDR": host, "MASTER_PORT": str(port)} if host else named
 
 
 @contextmanager
 def imagined(ranks: int) -> Iterator[None]:
     """Let `place` answer as on the first of ``ranks`` ranks: what will run on them is checked before they exist."""
-    said = variables(Place(0, ranks, 0, ("nowhere", 0)))
-    before = {name: os.environ.get(name) for name in said}
-    os.environ.update(said)
+    changed = variables(Place(0, ranks, 0, ("nowhere", 0)))
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:

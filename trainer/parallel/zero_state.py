@@ -29,8 +29,8 @@ class ZeroState:
     def __init__(self, module: nn.Module, inner: Any, zero: Any) -> None:
         self.module, self.inner, self.zero = module, inner, zero
         self.parameters = dict(module.named_parameters())
-        kept = module.state_dict(keep_vars=True)
-        self.buffers = {name: b for name, b in module.named_buffers() if name in kept and b.numel()}
+        persistent = module.state_dict(keep_vars=True)
+        self.buffers = {name: b for name, b in module.named_buffers() if name in persistent and b.numel()}
 
     @property
     def device(self) -> torch.device:
@@ -83,13 +83,15 @@ class ZeroState:
 
     def set_optimizer_steps(self, steps: Mapping[str, float]) -> None:
         """One count serves a whole partition, so all of its parameters must have the same."""
-        held: dict[int, float] = {}
+        counts: dict[int, float] = {}
         for name, p in self.parameters.items():
             place = self.located(name, p) if p.requires_grad and name in steps else None
             if place is None:
                 continue
-            if held.setdefault(id(place[0]), steps[name]) != steps[name]:
-                raise ValueError(f"{name} has had {steps[name]} updates, others of its partition {held[id(place[0])]}")
+            if counts.setdefault(id(place[0]), steps[name]) != steps[name]:
+                raise ValueError(
+                    f"{name} has had {steps[name]} updates, others of its partition {counts[id(place[0])]}"
+                )
             self.inner.state[place[0]]["step"].fill_(steps[name])
 
     def full_weights(self, frozen: bool) -> Iterator[tuple[str, Tensor]]:
@@ -127,11 +129,11 @@ class PartitionedOptimizer(ZeroState):
         if not p.requires_grad or p.dtype is torch.float32:
             return p.detach().float()
         # The working copy is bfloat16: put the float32 masters of all ranks together.
-        whole = torch.zeros(p.numel(), dtype=torch.float32, device=distributed.world().device)
+        full = torch.zeros(p.numel(), dtype=torch.float32, device=distributed.world().device)
         if (place := self.located(name, p)) is not None:
             flat, at, start, size = place
-            whole[start : start + size] = flat.detach()[at : at + size].to(whole.device)
-        return distributed.sum_over_data(whole).view(p.shape)
+            full[start : start + size] = flat.detach()[at : at + size].to(full.device)
+        return distributed.sum_over_data(full).view(p.shape)
 
 
 class PartitionedParameters(ZeroState):
@@ -155,22 +157,22 @@ class PartitionedParameters(ZeroState):
                 group, at, size = self.zero.grad_position[self.zero.get_param_id(p)]
                 p.ds_tensor.data.copy_(self.zero.fp32_partitioned_groups_flat[group].data.narrow(0, at, size))  # type: ignore[attr-defined]
         # Small parameters keep a full copy: drop it and gather it again.
-        if kept := self.zero.persistent_parameters:
-            kept[0].partition(kept)
-            kept[0].all_gather(kept)
+        if small := self.zero.persistent_parameters:
+            small[0].partition(small)
+            small[0].all_gather(small)
 
     def full(self, name: str, p: nn.Parameter) -> Tensor:
-        whole = torch.zeros(p.ds_numel, dtype=torch.float32, device=distributed.world().device)  # type: ignore[attr-defined]
+        full = torch.zeros(p.ds_numel, dtype=torch.float32, device=distributed.world().device)  # type: ignore[attr-defined]
         if p.requires_grad:
             place = self.located(name, p)
             if place is not None:
                 flat, at, start, size = place
-                whole[start : start + size] = flat.detach()[at : at + size].to(whole.device)
+                full[start : start + size] = flat.detach()[at : at + size].to(full.device)
         else:
             start, size = share(p)
             if size > 0:
-                whole[start : start + size] = p.ds_tensor.detach()[:size].float()  # type: ignore[attr-defined]
-        return distributed.sum_over_data(whole).view(p.ds_shape)  # type: ignore[attr-defined]
+                full[start : start + size] = p.ds_tensor.detach()[:size].float()  # type: ignore[attr-defined]
+        return distributed.sum_over_data(full).view(p.ds_shape)  # type: ignore[attr-defined]
 
 
 def share(p: Any) -> tuple[int, int]:

@@ -47,16 +47,16 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
 def test_models_beside_the_policy_take_their_share():
     small = dataclasses.replace(SEVEN, num_hidden_layers=2)
     shape, count = layout(ranks=8, stage=3), parameters_of(small)
-    alone, beside = (
-        memory(SEVEN, Layout(**{**vars(shape), "beside": b})) for b in ((), ((small, False), (small, True)))
+    alone, both = (
+        memory(SEVEN, Layout(**{**vars(shape), "auxiliary": b})) for b in ((), ((small, False), (small, True)))
     )
     # A frozen bf16 model over 8 ranks; a trained one of 16 bytes a weight, and what its forward keeps.
     kept = alone.activations * count / parameters_of(SEVEN)
-    assert beside.others == pytest.approx(2 * count / 8 + 16 * count / 8 + kept)
+    assert both.others == pytest.approx(2 * count / 8 + 16 * count / 8 + kept)
     assert alone.others == 0
-    assert beside.total == pytest.approx(alone.total + beside.others)
+    assert both.total == pytest.approx(alone.total + both.others)
     # Under autocast over float32 weights the tables stay wide, and on every rank without ZeRO-3.
-    wide = memory(SEVEN, layout(ranks=8, low_precision_weights=False, beside=((small, False),)))
+    wide = memory(SEVEN, layout(ranks=8, low_precision_weights=False, auxiliary=((small, False),)))
     assert wide.others == pytest.approx(4 * 2 * 32000 * 4096 + 2 * (count - 2 * 32000 * 4096))
 
 
