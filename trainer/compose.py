@@ -33,7 +33,7 @@ def compose(
     Raises:
         ConfigError: with one sentence for everything that cannot work.
     """
-    problems = list(Model.contradictions(overrides))
+    problems = list(Model.override_problems(overrides))
     with _composed(overrides, config_dirs, name) as cfg:
         try:
             run: Run = parse(cfg, later)
@@ -50,7 +50,7 @@ def compose_raw(overrides: Sequence[str], *, config_dirs: Sequence[str] = (), na
     Raises:
         ConfigError: if it cannot be composed, or its settings contradict each other.
     """
-    if problems := list(Model.contradictions(overrides)):
+    if problems := list(Model.override_problems(overrides)):
         raise ConfigError(problems)
     with _composed(overrides, config_dirs, name) as cfg:
         return cfg

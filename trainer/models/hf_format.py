@@ -166,15 +166,15 @@ class WeightFiles:
 
     def fingerprint(self) -> str:
         """Of names, sizes and samples of the content: whole folders would take minutes to read."""
-        whole = hashlib.sha256((self.folder / "config.json").read_bytes())
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted(set(self.files.values())):
             size = (self.folder / file).stat().st_size
-            whole.update(f"{file}:{size}".encode())
+            digest.update(f"{file}:{size}".encode())
             with (self.folder / file).open("rb") as stream:
                 for part in range(SAMPLES):
                     stream.seek(size * part // SAMPLES)
-                    whole.update(stream.read(4096))
-        return whole.hexdigest()[:24]
+                    digest.update(stream.read(4096))
+        return digest.hexdigest()[:24]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handle(self.files[name]).get_slice(name).get_shape())
@@ -193,21 +193,21 @@ def write_weights(
     No more than one shard is in memory. Returns the file of every tensor; above one file an index is written.
     """
     shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}
     size = total = 0
 
     def flush() -> None:
-        nonlocal held, size
-        if held:
-            save_tensors(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(held))
-        held, size = {}, 0
+        nonlocal shard, size
+        if shard:
+            save_tensors(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(shard))
+        shard, size = {}, 0
 
     for name, tensor in weights:
         own = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if size + own.nbytes > shard_bytes:
             flush()
-        held[name] = own
+        shard[name] = own
         size, total = size + own.nbytes, total + own.nbytes
     flush()
     names = ["model.safetensors"]

@@ -71,15 +71,15 @@ class Model(Node):
             yield from self._shape(self.vocab_size or 1).problems()
             return
         try:
-            found = read_architecture(Path(self.path))
+            architecture = read_architecture(Path(self.path))
             WeightFiles(Path(self.path))
         except FormatError as error:
             yield f"model.path={self.path}: {error}"
             return
-        yield from found.problems(f"{self.path}/config.json: ")
+        yield from architecture.problems(f"{self.path}/config.json: ")
 
     @classmethod
-    def contradictions(cls, typed: Sequence[str]) -> Iterator[str]:
+    def override_problems(cls, typed: Sequence[str]) -> Iterator[str]:
         """What a command line says that ``model.path`` makes meaningless; ``typed``: its overrides (``key=value``)."""
         keys = [override.lstrip("+").partition("=")[0] for override in typed]
         shape = {f.name for f in dataclasses.fields(Architecture)}
@@ -95,15 +95,15 @@ class Model(Node):
         Raises:
             ConfigError: if the model's vocabulary is smaller than the tokenizer's.
         """
-        found = read_architecture(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
-        if found.vocab_size < vocab_size and grow and self.path:
-            return dataclasses.replace(found, vocab_size=vocab_size)
-        if found.vocab_size < vocab_size:
-            where = self.path or f"model.vocab_size={found.vocab_size}"
+        shape = read_architecture(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
+        if shape.vocab_size < vocab_size and grow and self.path:
+            return dataclasses.replace(shape, vocab_size=vocab_size)
+        if shape.vocab_size < vocab_size:
+            where = self.path or f"model.vocab_size={shape.vocab_size}"
             raise ConfigError(
-                [f"{where} has {found.vocab_size} tokens, fewer than the tokenizer's {vocab_size}; use its own"]
+                [f"{where} has {shape.vocab_size} tokens, fewer than the tokenizer's {vocab_size}; use its own"]
             )
-        return found
+        return shape
 
     def _shape(self, vocab_size: int) -> Architecture:
         names = {f.name for f in dataclasses.fields(Architecture)} & {f.name for f in dataclasses.fields(self)}

@@ -123,11 +123,11 @@ class LoRA(Adapter):
     def __post_init__(self) -> None:
         if self.path is not None and (Path(self.path) / "adapter_config.json").is_file():
             try:
-                found = AdapterFolder(Path(self.path)).settings
+                settings = AdapterFolder(Path(self.path)).settings
             except FormatError:
                 return  # problems() says it
-            self.rank, self.alpha, self.rslora = found.rank, found.alpha, found.rslora
-            self.targets = list(found.targets)
+            self.rank, self.alpha, self.rslora = settings.rank, settings.alpha, settings.rslora
+            self.targets = list(settings.targets)
 
     def problems(self) -> Iterator[str]:
         if self.path is not None:
@@ -187,8 +187,8 @@ class LoRA(Adapter):
         return {} if files is None else {"model": files.fingerprint()}
 
     def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        if self.path is not None and (found := AdapterFolder(Path(self.path)).tensor(name)) is not None:
-            return found
+        if self.path is not None and (stored := AdapterFolder(Path(self.path)).tensor(name)) is not None:
+            return stored
         if not is_adapter(name):
             return None
         if name.endswith("lora_B.weight"):

@@ -48,18 +48,18 @@ class AdapterFolder:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FormatError(f"{folder} holds no {name}; give a folder that PEFT or Onecurve wrote")
-        found = json.loads((folder / CONFIG).read_text())
-        if found.get("peft_type") != "LORA":
-            raise FormatError(f"{CONFIG} is of type {found.get('peft_type')}; only LORA is read")
+        config = json.loads((folder / CONFIG).read_text())
+        if config.get("peft_type") != "LORA":
+            raise FormatError(f"{CONFIG} is of type {config.get('peft_type')}; only LORA is read")
         for key, plain in UNUSED.items():
-            if found.get(key) not in (plain, None):
-                raise FormatError(f"{CONFIG} has {key}={found[key]!r}, which is not read; only {plain!r} is")
-        targets = found["target_modules"]
+            if config.get(key) not in (plain, None):
+                raise FormatError(f"{CONFIG} has {key}={config[key]!r}, which is not read; only {plain!r} is")
+        targets = config["target_modules"]
         if isinstance(targets, str):
             raise FormatError(f"{CONFIG} names target_modules by an expression ({targets}); only a list is read")
         self.settings = Settings(
-            int(found["r"]), float(found["lora_alpha"]), bool(found.get("use_rslora", False)), tuple(sorted(targets)),
-            tuple(found.get("modules_to_save") or ()),
+            int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)), tuple(sorted(targets)),
+            tuple(config.get("modules_to_save") or ()),
         )  # fmt: skip
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -109,8 +109,8 @@ def write_adapter(
     partial.mkdir(parents=True)
     try:
         tokenizer.save(partial)
-        held = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_tensors(held, partial / WEIGHTS, metadata={"format": "pt"})
+        weights = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         partial.rename(folder)
     except BaseException:

@@ -42,8 +42,8 @@ def _llama3(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Llama 3.1's: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    blended: Tensor = (1 - kept) * inverse / scaling["factor"] + kept * inverse
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    blended: Tensor = (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
     return blended
 
 

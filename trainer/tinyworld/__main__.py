@@ -23,9 +23,9 @@ def main() -> None:
     """Write every file, or none where one would be overwritten."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    for kind, (learnt, held) in SIZES.items():
+    for kind, (learnt, heldout) in SIZES.items():
         parser.add_argument(
-            f"--{kind}", type=int, nargs=2, default=[learnt, held], metavar=("TRAIN", "HELD"), help="rows"
+            f"--{kind}", type=int, nargs=2, default=[learnt, heldout], metavar=("TRAIN", "HELD"), help="rows"
         )
     parser.add_argument("--world", type=int, default=0, help="the seed of the world")
     a = parser.parse_args()
