@@ -30,6 +30,7 @@ from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
 from trainer.export.lineage import ancestry
+from trainer.export.peft import export_adapter, merged_weights
 from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
@@ -151,7 +152,7 @@ class Run(Node):
         if self.batch.length > longest:
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
-        self.adapter.check(architecture)
+        self.adapter.validate_architecture(architecture)
         if problems := list(self.pipeline.validate_tokenizer(tokenizer)):
             raise ConfigError(problems)
         return tokenizer, architecture
@@ -322,17 +323,17 @@ class Session:
         """Write the model in the formats that others read, with the ``record`` of how it was made; collective."""
         self.log.flush()
         self.checkpoints.close()
-        adapter, tokenizer = self.cfg.adapter, self.models.tokenizer
+        tokenizer = self.models.tokenizer
         computed = self.cfg.pipeline.finalize(self.models, self.engine, self.corpus)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            named = adapter.weights(self.engine, self.load)
+            named = merged_weights(self.engine, self.load)
             return ((name, tensor) for name, tensor in named if self.cfg.pipeline.exports(name))
 
-        if adapter.exports:
+        if self.cfg.adapter.exports:
             facts = {**record, **computed, "step": step}
             self.cfg.export.write(folder / "export", weights, self.load.architecture, tokenizer, facts)
-        adapter.write(folder / "adapter", self.engine, self.load, tokenizer)
+        export_adapter(folder / "adapter", self.engine, self.load, tokenizer)
 
     def _validate_first(self, step: Step) -> None:
         self.log.flush()

@@ -26,6 +26,7 @@ from trainer.cli.train import split_config_dirs
 from trainer.compose import compose
 from trainer.config import InputError
 from trainer.export.lineage import ancestry
+from trainer.export.peft import merged_weights
 from trainer.parallel import distributed
 from trainer.run import Run
 
@@ -74,7 +75,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         computed = cfg.pipeline.finalize(models, engine, corpus)
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            named = cfg.adapter.weights(engine, load)
+            named = merged_weights(engine, load)
             return ((name, tensor) for name, tensor in named if cfg.pipeline.exports(name))
 
         record = {**facts, "config": plain(cfg), **ancestry(plain(cfg)), **computed, "step": step}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,11 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
 from trainer.models.hf_format import FormatError, WeightFiles
-from trainer.models.peft_format import AdapterFolder, Settings, write_adapter
+from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
-from trainer.parallel import distributed
-from trainer.parallel.engine import Engine
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = ("embed_tokens", "lm_head")
-
-
-class Start(Protocol):
-    """What a model is before training: its shape, where it comes from, and its own parameters by name."""
-
-    config: Any
-
-    @property
-    def architecture(self) -> Architecture: ...
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def start(self, name: str) -> Tensor: ...
 
 
 @dataclass
@@ -46,12 +32,14 @@ class Adapter(Node):
 
     rate: ClassVar[float] = 1.0
     """Factor of the pipeline's learning rate where ``optimizer.lr=null``."""
+    freezes_model: ClassVar[bool] = False
+    """Whether the model is frozen and parameters beside it are trained, which `merged` and `peft_settings` then take."""
 
-    def check(self, architecture: Architecture) -> None:
-        """Whether it fits a model.
+    def validate_architecture(self, architecture: Architecture) -> None:
+        """Check that it fits a model.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: if it does not.
         """
 
     def trained(self, architecture: Architecture) -> int:
@@ -83,12 +71,13 @@ class Adapter(Node):
         """Whether a whole model is written in the end."""
         return True
 
-    def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model as it is now, without adapters; collective, complete on the first rank."""
-        yield from engine.weights()
+    def merged(self, name: str, trained: Mapping[str, Tensor], start: Callable[[str], Tensor]) -> Tensor:
+        """A tensor of the model, what was trained beside it merged in; ``start``: its values before training by name."""
+        raise NotImplementedError
 
-    def write(self, folder: Path, engine: Engine, load: Start, tokenizer: Any) -> None:
-        """Write the adapter beside the export, if there is one; collective. What is there stays."""
+    def peft_settings(self, trained: Mapping[str, Tensor]) -> Settings:
+        """What PEFT must know to open the trained tensors as an adapter."""
+        raise NotImplementedError
 
 
 @schema("adapter/none")
@@ -104,6 +93,7 @@ class LoRA(Adapter):
 
     # Adapters want about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
     rate: ClassVar[float] = 10.0
+    freezes_model: ClassVar[bool] = True
 
     path: str | None = setting(
         None, "an adapter in PEFT's layout to start from; rank, alpha, rslora and targets are then the folder's"
@@ -143,7 +133,7 @@ class LoRA(Adapter):
         """What an adapter's output is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def check(self, architecture: Architecture) -> None:
+    def validate_architecture(self, architecture: Architecture) -> None:
         with torch.device("meta"):
             model = Transformer(architecture)
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -211,35 +201,20 @@ class LoRA(Adapter):
     def exports(self) -> bool:
         return self.merge
 
-    def weights(self, engine: Engine, load: Start) -> Iterator[tuple[str, Tensor]]:
-        trained = {name: tensor.clone() for name, tensor in engine.weights(frozen=False) if of_model(name, load)}
-        if not distributed.world().is_main:
-            return
-        for name in load.shapes:
-            stem = name.removesuffix("weight")
-            if f"{stem}lora_A.weight" in trained:
-                a, b = (trained[f"{stem}lora_{side}.weight"].float() for side in "AB")
-                yield name, load.start(name).to(a.device, torch.float32) + self.scale * (b @ a)
-            else:
-                yield name, trained[name] if name in trained else load.start(name)
+    def merged(self, name: str, trained: Mapping[str, Tensor], start: Callable[[str], Tensor]) -> Tensor:
+        stem = name.removesuffix("weight")
+        if f"{stem}lora_A.weight" not in trained:
+            return trained[name] if name in trained else start(name)
+        a, b = (trained[f"{stem}lora_{side}.weight"].float() for side in "AB")
+        return start(name).to(a.device, torch.float32) + self.scale * (b @ a)
 
-    def write(self, folder: Path, engine: Engine, load: Start, tokenizer: Any) -> None:
-        weights = engine.weights(frozen=False)
-        trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights if of_model(name, load)}
-        table, head = "model.embed_tokens.weight", "lm_head.weight"
-        if table in trained and load.architecture.tie_word_embeddings:
-            # PEFT would train a copy of the one and leave the other as it was.
-            trained[head] = trained[table].clone()
+    def peft_settings(self, trained: Mapping[str, Tensor]) -> Settings:
+        targets = self.targets
+        if not all(target.isidentifier() for target in targets):
+            # PEFT knows no patterns of names.
+            targets = [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
         full = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in trained if not is_adapter(n)})
-        settings = Settings(self.rank, self.alpha, self.rslora, tuple(self._named(trained)), tuple(full))
-        path = load.config.path
-        distributed.run_on_main(lambda: write_adapter(folder, settings, trained, path, self.dropout, tokenizer))
-
-    def _named(self, trained: dict[str, Tensor]) -> list[str]:
-        """The targets as PEFT writes them: last parts of names where these say it all, else whole names."""
-        if all(target.isidentifier() for target in self.targets):
-            return list(self.targets)
-        return [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
+        return Settings(self.rank, self.alpha, self.rslora, tuple(targets), tuple(full), self.dropout)
 
 
 class LoRALinear(nn.Module):
@@ -278,11 +253,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is that of an adapter's matrix."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-def of_model(name: str, load: Start) -> bool:
-    """Whether a trained tensor is the model's or an adapter's, and not of something that is trained beside it."""
-    return is_adapter(name) or name in load.shapes
 
 
 def unmatched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -27,13 +27,22 @@ UNUSED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter's configuration says. ``full``: modules whose own weights are saved with it."""
+    """What an adapter's configuration says.
+
+    ``rank``: rows of A and columns of B.
+    ``alpha``: what its output is scaled by, times the rank or the rank's root.
+    ``rslora``: whether it is the root.
+    ``targets``: names of the adapted linear layers, or their last parts.
+    ``full``: modules whose own weights are saved with it.
+    ``dropout``: part of its inputs that is dropped in training.
+    """
 
     rank: int
     alpha: float
     rslora: bool
     targets: tuple[str, ...]
     full: tuple[str, ...] = ()
+    dropout: float = 0.0
 
 
 class AdapterFolder:
@@ -59,7 +68,7 @@ class AdapterFolder:
             raise FormatError(f"{CONFIG} names target_modules by an expression ({targets}); only a list is read")
         self.settings = Settings(
             int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)), tuple(sorted(targets)),
-            tuple(config.get("modules_to_save") or ()),
+            tuple(config.get("modules_to_save") or ()), float(config.get("lora_dropout") or 0.0),
         )  # fmt: skip
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -91,7 +100,7 @@ class AdapterFolder:
 
 
 def write_adapter(
-    folder: Path, settings: Settings, tensors: Mapping[str, Tensor], base: str | None, dropout: float, tokenizer: Any
+    folder: Path, settings: Settings, tensors: Mapping[str, Tensor], base: str | None, tokenizer: Any
 ) -> None:
     """Write a folder that PEFT opens, tokenizer included; it appears whole or not at all. What is there stays.
 
@@ -101,7 +110,7 @@ def write_adapter(
         return
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": settings.rank,
-        "lora_alpha": settings.alpha, "lora_dropout": dropout, "use_rslora": settings.rslora,
+        "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
         "target_modules": list(settings.targets), "modules_to_save": list(settings.full) or None, "bias": "none",
         "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from trainer.batch import Documents
 from trainer.config import ConfigError
+from trainer.export.peft import export_adapter, merged_weights
 from trainer.functional import logits
 from trainer.models.dropout import draw_for, dropout
 from trainer.models.hf_format import write_model
@@ -121,9 +122,9 @@ def test_targets_are_chosen_by_name_and_by_pattern(folder):
 
 def test_targets_that_match_nothing_are_refused(folder):
     with pytest.raises(ConfigError, match=r"adapter.targets: q_porj matches no linear layer; there are q_proj, k_proj"):
-        LoRA(targets=["q_porj"]).check(loader(path=str(folder)).architecture)
+        LoRA(targets=["q_porj"]).validate_architecture(loader(path=str(folder)).architecture)
     with pytest.raises(ConfigError, match=r"adapter.full and adapter.targets both name model.layers.0.mlp.up_proj"):
-        LoRA(full=["up_proj"]).check(loader(path=str(folder)).architecture)
+        LoRA(full=["up_proj"]).validate_architecture(loader(path=str(folder)).architecture)
 
 
 def test_first_values_depend_on_the_seed_and_the_name_alone(folder):
@@ -149,7 +150,7 @@ def test_peft_opens_the_adapter_and_gives_the_same_logits(folder, tmp_path, adap
     if adapter.full:
         with torch.no_grad():
             model.model.embed_tokens.weight[3] += 1
-    adapter.write(tmp_path / "adapter", engine, load, NoTokenizer())
+    export_adapter(tmp_path / "adapter", engine, load, NoTokenizer())
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -162,7 +163,7 @@ def test_merged_weights_give_the_same_logits(folder, tmp_path):
     adapter = LoRA(rank=4)
     load = loader(adapter, path=str(folder))
     engine, model = adapted(load)
-    merged = adapter.weights(engine, load)
+    merged = merged_weights(engine, load)
     write_model(
         tmp_path / "merged", load.architecture, merged, dtype=torch.float32, shard_bytes=10**9, tokenizer=NoTokenizer(),
         facts={},
@@ -181,7 +182,7 @@ def test_a_run_starts_from_an_adapter_that_peft_wrote(folder, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = LoRA(path=str(tmp_path / "theirs"))
     assert list(adapter.problems()) == []
-    adapter.check(loader(path=str(folder)).architecture)
+    adapter.validate_architecture(loader(path=str(folder)).architecture)
     assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 7.0, ["q_proj", "up_proj"])
     ours = loader(adapter, path=str(folder)).load()
     with torch.no_grad():
@@ -193,9 +194,9 @@ def test_a_run_starts_from_an_adapter_that_peft_wrote(folder, tmp_path):
 def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, tmp_path):
     other = loader(LoRA(rank=2, targets=["q_proj"]), **{**SHAPE, "hidden_size": 24})
     engine, _ = adapted(other)
-    other.adapter.write(tmp_path / "other", engine, other, NoTokenizer())
+    export_adapter(tmp_path / "other", engine, other, NoTokenizer())
     with pytest.raises(ConfigError, match=r"q_proj.lora_A.weight is \(2, 24\) and should be \(2, 32\)"):
-        LoRA(path=str(tmp_path / "other")).check(loader(path=str(folder)).architecture)
+        LoRA(path=str(tmp_path / "other")).validate_architecture(loader(path=str(folder)).architecture)
     [absent] = LoRA(path=str(tmp_path / "nothing")).problems()
     assert "holds no adapter_config.json; give a folder that PEFT or Onecurve wrote" in absent
 
@@ -209,7 +210,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, tmp_path):
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path, change, said):
-    write_adapter(tmp_path / "a", Settings(2, 4.0, False, ("q_proj",)), {}, None, 0.0, NoTokenizer())
+    write_adapter(tmp_path / "a", Settings(2, 4.0, False, ("q_proj",)), {}, None, NoTokenizer())
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **change}))
     [problem] = LoRA(path=str(tmp_path / "a")).problems()
@@ -218,7 +219,7 @@ def test_adapters_of_another_kind_are_refused(tmp_path, change, said):
 
 def test_an_adapter_that_is_there_is_not_overwritten(tmp_path):
     for rank in (2, 5):
-        write_adapter(tmp_path / "a", Settings(rank, 4.0, False, ("q_proj",)), {}, None, 0.0, NoTokenizer())
+        write_adapter(tmp_path / "a", Settings(rank, 4.0, False, ("q_proj",)), {}, None, NoTokenizer())
     assert AdapterFolder(tmp_path / "a").settings.rank == 2
 
 
@@ -229,10 +230,10 @@ def test_frozen_matrices_are_held_in_the_compute_format_and_merged_from_the_fold
     kinds = {n: p.dtype for n, p in model.named_parameters()}
     narrow = {n for n, kind in kinds.items() if kind is torch.bfloat16}
     assert narrow == {n for n in kinds if n.endswith("_proj.weight")}
-    whole = dict(load.adapter.weights(engine, load))
+    merged = dict(merged_weights(engine, load))
     delta = model.model.layers[0].mlp.up_proj
     expected = load.start("model.layers.0.mlp.up_proj.weight") + 2 * delta.lora_B.weight @ delta.lora_A.weight
-    assert torch.equal(whole["model.layers.0.mlp.up_proj.weight"], expected)
+    assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], expected)
 
 
 def test_new_tokens_get_rows_that_are_the_mean_and_are_trained(folder):

@@ -1,0 +1,43 @@
+"""What an adapter comes to in the end: the merged model, and a folder in PEFT's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer.data.tokenizer import Tokenizer
+from trainer.models.load import ModelLoader
+from trainer.models.lora import is_adapter
+from trainer.models.peft_format import write_adapter
+from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
+
+
+def merged_weights(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the trained model, adapters merged; collective, complete on the first rank."""
+    if not load.adapter.freezes_model:
+        yield from engine.weights()
+        return
+    trained = {name: tensor.clone() for name, tensor in _trained(engine, load)}
+    if distributed.world().is_main:
+        yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes)
+
+
+def export_adapter(folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer) -> None:
+    """Write the trained adapter, if there is one; collective. What is there stays."""
+    if not load.adapter.freezes_model:
+        return
+    trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _trained(engine, load)}
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    if table in trained and load.architecture.tie_word_embeddings:
+        # PEFT would train a copy of the one and leave the other as it was.
+        trained[head] = trained[table].clone()
+    settings = load.adapter.peft_settings(trained)
+    distributed.run_on_main(lambda: write_adapter(folder, settings, trained, load.config.path, tokenizer))
+
+
+def _trained(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:
+    """Trained tensors of the model and its adapter, without those of what is trained beside it (a critic)."""
+    return ((n, tensor) for n, tensor in engine.weights(frozen=False) if is_adapter(n) or n in load.shapes)
