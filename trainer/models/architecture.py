@@ -8,6 +8,8 @@ from enum import Enum, auto
 from itertools import product
 from typing import Any
 
+from trainer.config import setting
+
 BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 
 
@@ -69,35 +71,41 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A decoder's shape; names are those of Hugging Face's ``config.json``.
+class Shape:
+    """What a model from scratch is told of its shape; names are those of Hugging Face's ``config.json``."""
 
-    ``family``: its ``model_type``, one of `FAMILIES`.
-    ``rope_scaling``: None, or a mapping with ``rope_type`` (linear, llama3, yarn) and that type's parameters.
+    family: str = setting("llama", "the Hugging Face architecture that the export is written as", choices=FAMILIES)
+    hidden_size: int = setting(256, "width of the residual stream", least=2)
+    intermediate_size: int = setting(704, "width of the MLP", least=1)
+    num_hidden_layers: int = setting(4, "blocks", least=1)
+    num_attention_heads: int = setting(4, "query heads", least=1)
+    num_key_value_heads: int = setting(4, "key and value heads, which query heads share in groups", least=1)
+    head_dim: int = setting(64, "width of a head", least=2)
+    max_position_embeddings: int = setting(2048, "longest document, tokens", least=1)
+    rope_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0)
+    rope_scaling: dict[str, Any] | None = setting(None, "null, or rope_type (linear, llama3, yarn) and its parameters")
+    rms_norm_eps: float = setting(1e-5, "added to the mean square", above=0)
+    tie_word_embeddings: bool = setting(True, "whether input and output embeddings are one tensor")
+    attention_bias: bool = setting(False, "biases of the query, key and value projections")
+    attention_output_bias: bool = setting(False, "bias of the output projection")
+    mlp_bias: bool = setting(False, "biases of the MLP")
+    qk_norm: bool = setting(False, "normalise queries and keys (Qwen3)")
+    sliding_window: int | None = setting(
+        None, "tokens that attention looks back on, itself included; null = all", least=1
+    )
+    initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Shape):
+    """A decoder's whole shape.
+
     ``sliding_layers``: numbers of the layers that ``sliding_window`` holds for; None = all.
     ``scores``: one score of a sequence instead of logits (``...ForSequenceClassification`` with ``num_labels`` 1).
     """
 
     vocab_size: int
-    family: str = "llama"
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    head_dim: int = 64
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
-    initializer_range: float = 0.02
     scores: bool = False
 
     def window(self, layer: int) -> int | None:

@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.models.architecture import FAMILIES, Architecture
+from trainer.models.architecture import Architecture, Shape
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
@@ -30,10 +29,9 @@ TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Parameters with a row for every token."""
 
 
-@schema("model/transformer")
-@dataclass
-class Model(Node):
-    """The decoder: from scratch by its shape, or from a folder."""
+@dataclass(frozen=True)
+class ModelOptions(Node):
+    """What is chosen for a model of any shape. A base of `Model` so that help names it before the shape."""
 
     path: str | None = setting(None, "a Hugging Face folder or an earlier export; the shape below is then the folder's")
     activation_checkpointing: Recompute = setting(
@@ -41,27 +39,13 @@ class Model(Node):
         "what the backward computes again: none, selective (all but matrix products), full (every block)",
     )
     compile: bool = setting(False, "torch.compile every block; worth it on CUDA, not on CPU")
-    family: str = setting("llama", "the Hugging Face architecture that the export is written as", choices=FAMILIES)
     vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
-    hidden_size: int = setting(256, "width of the residual stream", least=2)
-    intermediate_size: int = setting(704, "width of the MLP", least=1)
-    num_hidden_layers: int = setting(4, "blocks", least=1)
-    num_attention_heads: int = setting(4, "query heads", least=1)
-    num_key_value_heads: int = setting(4, "key and value heads, which query heads share in groups", least=1)
-    head_dim: int = setting(64, "width of a head", least=2)
-    max_position_embeddings: int = setting(2048, "longest document, tokens", least=1)
-    rope_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0)
-    rope_scaling: dict[str, Any] | None = setting(None, "null, or rope_type (linear, llama3, yarn) and its parameters")
-    rms_norm_eps: float = setting(1e-5, "added to the mean square", above=0)
-    tie_word_embeddings: bool = setting(True, "whether input and output embeddings are one tensor")
-    attention_bias: bool = setting(False, "biases of the query, key and value projections")
-    attention_output_bias: bool = setting(False, "bias of the output projection")
-    mlp_bias: bool = setting(False, "biases of the MLP")
-    qk_norm: bool = setting(False, "normalise queries and keys (Qwen3)")
-    sliding_window: int | None = setting(
-        None, "tokens that attention looks back on, itself included; null = all", least=1
-    )
-    initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
+
+
+@schema("model/transformer")
+@dataclass(frozen=True)
+class Model(Shape, ModelOptions):
+    """The decoder: from scratch by its shape, or from a folder."""
 
     def problems(self) -> Iterator[str]:
         if self.compile and self.activation_checkpointing is Recompute.selective:
@@ -106,8 +90,8 @@ class Model(Node):
         return shape
 
     def _shape(self, vocab_size: int) -> Architecture:
-        names = {f.name for f in dataclasses.fields(Architecture)} & {f.name for f in dataclasses.fields(self)}
-        return Architecture(**{**{name: getattr(self, name) for name in names}, "vocab_size": vocab_size})
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Shape)}
+        return Architecture(**fields, vocab_size=vocab_size)
 
 
 @dataclass
