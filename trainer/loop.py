@@ -76,9 +76,7 @@ def train_step(
     with watch.lap("forward_backward"):
         prepared = list(pipeline.prepare_step(models, engine, micro_batches))
         weight = distributed.sum_over_data(torch.stack([batch.weight for batch in prepared]).sum())
-        metrics = Metrics()
-        for report in engine.accumulate(partial(loss_of, pipeline, models, key), prepared, weight):
-            metrics.merge(report)
+        metrics = Metrics.merged(engine.accumulate(partial(loss_of, pipeline, models, key), prepared, weight))
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
     guard.observe(outcome.grad_norm, outcome.applied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
@@ -54,6 +54,14 @@ class Metrics:
     def per_example(self, name: str, values: Tensor, rows: Tensor) -> None:
         """Keep the value ``(B,)`` of every unit with its number ``(B,)``, for the histograms and errors of an evaluation."""
         self.units.setdefault(name, []).append((rows, values.detach()))
+
+    @classmethod
+    def merged(cls, reports: Iterable[Metrics]) -> Metrics:
+        """The numbers of several micro-batches together."""
+        metrics = cls()
+        for report in reports:
+            metrics.merge(report)
+        return metrics
 
     def merge(self, other: Metrics) -> None:
         """Fold another micro-batch's numbers in."""

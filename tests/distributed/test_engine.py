@@ -79,9 +79,7 @@ def trained(
             return loss, metrics
 
         weight = distributed.sum_over_data(sum(b.weight for b in micro_batches))
-        metrics = Metrics()
-        for report in engine.accumulate(loss_of, micro_batches, weight):
-            metrics.merge(report)
+        metrics = Metrics.merged(engine.accumulate(loss_of, micro_batches, weight))
         outcome = engine.step()
         losses.append(metrics.reduced(distributed.stack_over_data)["loss"].item())
         norms.append(outcome.grad_norm.item())
