@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/onecurve recipe tinyworld folder=runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist load
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore=tests/launch --ignore=tests/faults

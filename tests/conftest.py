@@ -3,12 +3,16 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
+from tests.command import ROOT
 from tests.registries import restored
 from trainer.models.gguf_format import convert
 
@@ -34,3 +38,23 @@ def smollm2() -> Path:
         if not folder.exists():
             convert(source, folder, torch.bfloat16)
     return folder
+
+
+class ByFixture(LoadScopeScheduling):
+    """Keeps the tests of a file that has a fixture of its own on one worker, or each worker would make it again.
+
+    A scheduler of ours, because pytest-xdist 3.8's own groups have no effect under pytest 9.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if _has_module_fixture(file) else nodeid
+
+
+@cache
+def _has_module_fixture(file: str) -> bool:
+    return 'scope="module"' in (ROOT / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    return ByFixture(config, log) if config.getvalue("dist") == "load" else None

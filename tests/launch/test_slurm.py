@@ -14,7 +14,7 @@ from tests.launch.cluster import NODES, Cluster, needs_slurm
 from tests.launch.test_stopping import wait_for_lines
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1500),
+    pytest.mark.slow, pytest.mark.timeout(1500),
     pytest.mark.skipif("ONECURVE_SLURM" not in os.environ, reason="minutes on a real Slurm; ONECURVE_SLURM=1 runs them"),
 ]  # fmt: skip
 RUN = [*TINY, "steps=300", "checkpoint.every=25", "optimizer.lr=0.003"]

@@ -28,7 +28,7 @@ def recipe(folder: Path) -> Path:
     (folder / "judge.py").write_text(JUDGE)
     sizes = ["--sft", "40", "8", "--preference", "8", "8", "--prompts", "8", "8"]
     stages = {
-        "data": {"script": ["python -m trainer.tinyworld", "{out}", *sizes]},
+        "data": {"script": ["trainer.tinyworld", "{out}", *sizes]},
         "pretrain": {"run": [*TINY, "steps=60", "checkpoint.every=2", "checkpoint.keep=2"]},
         "sft": {
             "run": [
@@ -81,7 +81,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lifecycle")
     recipe(folder)
     first = lifecycle(folder)
-    wait_for((folder / "life" / "pretrain" / "checkpoints" / "latest").exists)
+    latest = folder / "life" / "pretrain" / "checkpoints" / "latest"
+    wait_for(lambda: latest.exists() or first.poll() is not None)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert not (folder / "life" / "pretrain" / "export").exists()
