@@ -3,29 +3,29 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.command import ROOT, TINY, Command, environment, metrics
 from tests.ranks import free_port, on_ranks
-from trainer.parallel import links as preflight
+from trainer.diagnostics import preflight
 from trainer.parallel.watchdog import EXIT_CODE
 
 RUN = [*TINY, "optimizer.lr=0.003", "run_dir=run"]
 
 
-def looked() -> tuple:
-    links = [(link.source, link.target, link.intact) for link in preflight.links(0.1)]
-    return preflight.wrong_sums(), preflight.clock_offsets(), preflight.all_reduce_speed(0.1, 1), links
+def measure(folder: Path) -> dict:
+    return preflight.facts(folder) | preflight.speeds(folder, 1)
 
 
-def test_ranks_of_one_machine_have_right_sums_one_clock_and_whole_links():
-    for sums, offsets, speed, links in on_ranks(3, looked):
-        assert sums == []
-        assert max(map(abs, offsets)) < 1  # the same clock; readings differ by how busy the machine is
-        assert speed > 0
-        # To the next rank and to the one after it.
-        assert sorted(links) == sorted((r, (r + d) % 3, True) for d in (1, 2) for r in range(3))
+def test_ranks_of_one_machine_have_right_sums_one_clock_and_one_folder(tmp_path):
+    every = on_ranks(3, measure, tmp_path / "runs")
+    assert [(each["exact"], each["shared"], each["disk"] > 0) for each in every] == [(True, True, True)] * 3
+    assert max(each["clock"] for each in every) - min(each["clock"] for each in every) < 1
+    assert all(each[name] > 0 for each in every for name in ("compute", "all_reduce", "write", "memory"))
+    assert list(preflight.problems(every)) == []
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def start(folder, ranks: int, command: list, more: list[list[str]]) -> list[subprocess.Popen]:
@@ -43,19 +43,17 @@ def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is
     both = start(tmp_path, 2, ["-m", "trainer", *RUN, "steps=3"], [[], ["seed=1"]])
     said = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [1, 1]
-    assert all("the configuration is" in text and "start all ranks with the same overrides" in text for text in said)
+    assert all("configuration is" in text and "start all ranks with the same overrides" in text for text in said)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
 def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_path):
-    command = ["-m", "trainer", "preflight", "--megabytes", "1", "--", "data=tinyworld", *TINY]
-    both = start(tmp_path, 2, command, [[], []])
+    both = start(tmp_path, 2, ["-m", "trainer", "preflight", "--megabytes", "1"], [[], []])
     said, other = (process.communicate(timeout=200)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0], said + other
     assert said.startswith("2 rank(s) on 1 node(s)")
-    assert all(f"  {what} " in said for what in ("matrix product", "clocks", "write and fsync", "all-reduce", "links"))
-    assert "a rank is estimated to take" in said
+    assert all(f" {unit}\n" in said for unit in preflight.MEASURED.values())
     assert "PROBLEM" not in said
     assert list((tmp_path / "runs").iterdir()) == []
 

@@ -162,20 +162,13 @@ class Checkpointer:
 
     def _refuse_unshared(self) -> None:
         """Every node must see what rank 0 writes, or a restore elsewhere would find half a checkpoint."""
-        token = Path(distributed.run_on_main(self._leave_token))
-        seen = distributed.gather(token.is_file())
-        distributed.run_on_main(lambda: token.unlink())
+        seen = distributed.gather(distributed.sees_files_of_main(self.folder))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
                 f"run_dir: ranks {', '.join(map(str, blind))} do not see {self.folder} of rank 0; "
                 "use a folder that all nodes share"
             )
-
-    def _leave_token(self) -> str:
-        token = self.folder.resolve() / f".shared-{uuid.uuid4().hex}"
-        token.touch()
-        return str(token)
 
     def _begin(self, step: int) -> str:
         unfinished = self.folder / f"{folder_name(step)}.tmp-{uuid.uuid4().hex[:8]}"

@@ -1,7 +1,4 @@
-"""What is checked before several ranks begin: the same software, right sums, clocks, room on disk and in memory.
-
-Quiet when all is well. `onecurve preflight` looks longer: at the speed of devices, disks and links.
-"""
+"""What several ranks compare before they work together; for `onecurve preflight` also how fast each of them is."""
 
 from __future__ import annotations
 
@@ -14,69 +11,43 @@ import shutil
 import socket
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 
 from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of
-from trainer.export.lineage import PACKAGES, version
+from trainer.export.lineage import PACKAGES, device_name, source_digest, version
 from trainer.models.architecture import Architecture
 from trainer.parallel import distributed
-from trainer.parallel import links as preflight
-from trainer.parallel.links import Link
+from trainer.tracking.throughput import free_memory_gb, measured_flops
 
 log = logging.getLogger(__name__)
 
-SKEW = 1.0
-"""Seconds between clocks from which on somebody is told: file times, logs and leases no longer agree."""
+Facts = Mapping[str, Any]
+MUST_BE_EQUAL = {
+    **dict.fromkeys(("python", "code", *PACKAGES), "install the same everywhere"),
+    "configuration": "start all ranks with the same overrides",
+}
+SHOULD_BE_EQUAL = {"device": "all wait for the slowest", "number of GPUs": "look for one that fell out"}
+MEASURED = {
+    "compute": "TFLOP/s of a matrix product",
+    "all_reduce": "GB/s through a rank in an all-reduce",
+    "write": "MB/s to the disk, while all ranks write",
+    "memory": "GB of memory free",
+    "disk": "GB of disk free",
+}
+SHOULD_BE_FAST = {"compute": "look at its clock and its temperature", "write": "look at its mount"}
 SLOW = 0.6
-"""Part of the median below which a link, a disk or a device is called slow."""
+"""Part of the median below which a device or a disk is called slow."""
+CLOCK_SKEW = 1.0
+"""Seconds by which a clock may differ: beyond it file times, logs and leases no longer agree."""
 
 
 class PreflightError(RuntimeError):
     """Ranks that would not work together; the message names the nodes."""
-
-
-@dataclass
-class Findings:
-    """``problems``: what cannot work, or would give wrong results. ``warnings``: what will be slow, or may fail later."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def software() -> dict[str, str]:
-    """What has to be equal on all ranks."""
-    versions = {package: found for package in PACKAGES if (found := version(package)) is not None}
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions, "code": code()}
-
-
-@cache
-def code() -> str:
-    """A digest of the package's own source files."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def facts(folder: Path, settings: Any) -> dict[str, Any]:
-    """What a rank tells the others. ``folder``: what the run writes to. ``settings``: of the run, as plain values."""
-    cuda = torch.cuda.is_available()
-    return {
-        "host": socket.gethostname(),
-        "software": software(),
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12],
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "devices": torch.cuda.device_count() if cuda else 0,
-        "memory": _memory(cuda),
-        "disk": shutil.disk_usage(_existing(folder)).free,
-    }
 
 
 def quick(folder: Path, settings: Mapping[str, Any], a: Architecture, layout: Layout) -> dict[int, str]:
@@ -85,148 +56,103 @@ def quick(folder: Path, settings: Mapping[str, Any], a: Architecture, layout: La
     Raises:
         PreflightError: naming the nodes that differ.
     """
-    shared = {key: value for key, value in settings.items() if key != "run_dir"}
-    every = distributed.gather(facts(folder, shared))
-    found = compare(every, memory(a, layout).total, float(STATE * (layout.adapters or parameters_of(a))))
-    found.problems += wrong([each["host"] for each in every], preflight.wrong_sums())
-    found.warnings += skewed([each["host"] for each in every], preflight.clock_offsets())
-    settle(found)
+    every = distributed.gather(facts(folder, {key: value for key, value in settings.items() if key != "run_dir"}))
+    if wrong := list(problems(every)):
+        raise PreflightError("; ".join(wrong))
+    needed, saved = memory(a, layout).total, STATE * (layout.adapters or parameters_of(a))
+    for warning in warnings(every, needed / 1e9, saved / 1e9) if distributed.world().is_main else ():
+        log.warning("preflight: %s", warning)
     return {rank: each["host"] for rank, each in enumerate(every)}
 
 
-def settle(found: Findings) -> None:
-    """Warn on the first rank, and refuse to go on where there is a problem.
+def facts(folder: Path, settings: Any = None) -> dict[str, Any]:
+    """What this rank compares with the others: of ``settings`` a digest, of ``folder`` the disk that it is on. Collective."""
+    world = distributed.world()
+    # Integers below 2^24: their sum over all ranks has no rounding.
+    numbers = torch.arange(1 << 16, device=world.device, dtype=torch.float32) % 251
+    total = distributed.sum_over_data(numbers * (world.data.rank % 7 + 1))
+    exact = bool((total == numbers * sum(rank % 7 + 1 for rank in range(world.data.size))).all())
+    distributed.barrier()
+    return {
+        "clock": time.time(),
+        "host": socket.gethostname(),
+        **{package: version(package) or "not installed" for package in PACKAGES},
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "code": source_digest(),
+        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12],
+        "device": device_name(),
+        "number of GPUs": torch.cuda.device_count(),
+        "memory": free_memory_gb(),
+        "disk": shutil.disk_usage(next(p for p in (folder, *folder.resolve().parents) if p.is_dir())).free / 1e9,
+        "exact": exact,
+    }
 
-    Raises:
-        PreflightError: with all problems.
-    """
-    for warning in found.warnings if distributed.world().is_main else ():
-        log.warning("preflight: %s", warning)
-    if found.problems:
-        raise PreflightError("; ".join(found.problems))
+
+def speeds(folder: Path, megabytes: int) -> dict[str, Any]:
+    """What a longer look adds to `facts`: the first three of `MEASURED`, and whether ``folder`` is shared. Collective."""
+    world = distributed.world()
+    shared = distributed.sees_files_of_main(folder)
+    dtype, size = (torch.bfloat16, 8192) if world.device.type == "cuda" else (torch.float32, 512)
+    compute = measured_flops(world.device, dtype, size, seconds=0.5) / 1e12
+    tensor, seconds = torch.ones(megabytes * 250_000, device=world.device), []
+    for _ in range(4):  # the first opens connections
+        distributed.barrier()
+        began = time.perf_counter()
+        distributed.sum_in_place(tensor)
+        tensor[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    # 2 (W - 1) / W times a tensor's size pass through every rank of a ring (Patarasuk and Yuan 2009).
+    all_reduce = 2 * (world.devices - 1) / world.devices * megabytes / 1e3 / min(seconds)
+    folder.mkdir(parents=True, exist_ok=True)  # a node that does not share it has none
+    with NamedTemporaryFile(dir=folder, buffering=0) as file:
+        data, began = os.urandom(megabytes * 1_000_000), time.perf_counter()
+        file.write(data)
+        os.fsync(file.fileno())
+        write = megabytes / (time.perf_counter() - began)
+    return {"compute": compute, "all_reduce": all_reduce, "write": write, "shared": shared}
 
 
-def compare(every: Sequence[Mapping[str, Any]], needed: float, saved: float) -> Findings:
-    """What is wrong with ranks that say these `facts` of themselves."""
-    found, hosts = Findings(), [each["host"] for each in every]
-    for name in dict.fromkeys(name for each in every for name in each["software"]):
-        installed = [each["software"].get(name, "not installed") for each in every]
-        found.problems += _unequal(name, hosts, installed, "install the same everywhere")
-    settings, devices, counts = ([str(each[key]) for each in every] for key in ("settings", "device", "devices"))
-    found.problems += _unequal("the configuration", hosts, settings, "start all ranks with the same overrides")
-    found.warnings += _unequal("the device", hosts, devices, "all wait for the slowest")
-    found.warnings += _unequal("the number of devices", hosts, counts, "look for one that fell out")
-    for host in dict.fromkeys(hosts):
-        mine = [each for each in every if each["host"] == host]
+def problems(every: Sequence[Facts]) -> Iterator[str]:
+    """What cannot work, or would give wrong results, with ranks of these `facts`."""
+    for name, remedy in MUST_BE_EQUAL.items():
+        yield from _differing(every, name, remedy)
+    if wrong := _hosts(every, "exact", False):
+        yield f"sums over all ranks come out wrong on {', '.join(wrong)}; take it out and run onecurve preflight"
+    if blind := _hosts(every, "shared", False):
+        yield f"{', '.join(blind)} do not see --folder of {every[0]['host']}; use one that all nodes share"
+
+
+def warnings(every: Sequence[Facts], needed: float = 0, saved: float = 0) -> Iterator[str]:
+    """What will be slow, or may fail later, where a rank takes ``needed`` GB of memory and a checkpoint ``saved`` GB."""
+    for name, remedy in SHOULD_BE_EQUAL.items():
+        yield from _differing(every, name, remedy)
+    for name, remedy in SHOULD_BE_FAST.items():
+        usual = statistics.median(each.get(name, 0) for each in every)
+        for rank, each in enumerate(every):
+            if usual and each[name] < SLOW * usual:
+                yield f"rank {rank} ({each['host']}): {each[name]:,.1f} {MEASURED[name]}, others {usual:,.1f}; {remedy}"
+    now = statistics.median(each["clock"] for each in every)
+    for host in dict.fromkeys(each["host"] for each in every):
+        ranks = [each for each in every if each["host"] == host]
+        if abs(ahead := ranks[0]["clock"] - now) > CLOCK_SKEW:
+            yield f"the clock of {host} is {ahead:+.1f} s from the others'; let it follow a time server"
         # Ranks of a node share its memory where they have no device of their own.
-        wanted = needed * (1 if mine[0]["devices"] else len(mine))
-        if wanted > (room := min(each["memory"] for each in mine)):
-            found.warnings.append(
-                f"{host} has {room / 1e9:.1f} GB of memory and the run is estimated to take {wanted / 1e9:.1f}; "
-                "onecurve estimate says what fits"
-            )
-        if 2 * saved > (free := min(each["disk"] for each in mine)):
-            found.warnings.append(
-                f"{host} sees {free / 1e9:.1f} GB free where run_dir is, and a checkpoint takes {saved / 1e9:.1f} twice over "
-                "while the next one is written; free space or set checkpoint.keep"
-            )
-    return found
+        demand = needed * (1 if ranks[0]["number of GPUs"] else len(ranks))
+        if demand > (free := min(each["memory"] for each in ranks)):
+            yield f"{host} has {free:.1f} GB of memory, and the run needs about {demand:.1f}; see onecurve estimate"
+        if 2 * saved > (free := min(each["disk"] for each in ranks)):
+            yield f"{host} has {free:.1f} GB of disk, and two checkpoints take {2 * saved:.1f}; free some at run_dir"
 
 
-def skewed(hosts: Sequence[str], offsets: Sequence[float]) -> list[str]:
-    """A sentence for every node whose clock is off."""
-    middle = statistics.median(offsets)
-    off = {host: offset - middle for host, offset in zip(hosts, offsets, strict=True) if abs(offset - middle) > SKEW}
-    return [
-        f"the clock of {host} is {abs(by):.1f} s {'ahead' if by > 0 else 'behind'}; let it follow a time server"
-        for host, by in off.items()
-    ]
-
-
-def slow_links(hosts: Sequence[str], found: Sequence[Link]) -> Findings:
-    """What links say: damaged transfers, and ranks most of whose links of a kind are slow."""
-    said = Findings()
-    for link in found:
-        if not link.intact:
-            said.problems.append(
-                f"what rank {link.source} ({hosts[link.source]}) sends to rank {link.target} ({hosts[link.target]}) "
-                "arrives damaged; take one of them out"
-            )
-    for near in (True, False):
-        kind = [link for link in found if (hosts[link.source] == hosts[link.target]) is near]
-        if len(kind) < 4:
-            continue
-        usual = statistics.median(link.speed for link in kind)
-        speeds: dict[str, list[float]] = defaultdict(list)
-        for link in kind:
-            for rank in {link.source, link.target}:
-                speeds[f"rank {rank}" if near else hosts[rank]].append(link.speed)
-        for name, measured in speeds.items():
-            slow = statistics.median(measured)
-            if slow < SLOW * usual:
-                where = "within its node" if near else "to other nodes"
-                said.warnings.append(
-                    f"{name} moves {slow:.2f} GB/s {where}, the others {usual:.2f}; look at its cables"
-                )
-    return said
-
-
-def slower(what: str, unit: str, names: Sequence[str], values: Sequence[float], remedy: str) -> list[str]:
-    """A sentence for every name whose value is well below the median."""
-    usual = statistics.median(values)
-    slow = {n: v for n, v in zip(names, values, strict=True) if v < SLOW * usual}
-    return [
-        f"{what} of {name} reaches {value:,.1f} {unit}, the others {usual:,.1f}; {remedy}"
-        for name, value in slow.items()
-    ]
-
-
-def write_speed(folder: Path, megabytes: int = 64) -> float:
-    """Megabytes a second that reach the disk itself under ``folder``, with fsync."""
-    file = _existing(folder) / f".preflight-{socket.gethostname()}-{os.getpid()}"
-    block = os.urandom(1 << 20)
-    began = time.perf_counter()
-    try:
-        with file.open("wb") as stream:
-            for _ in range(megabytes):
-                stream.write(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return megabytes * (1 << 20) / 1e6 / (time.perf_counter() - began)
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def wrong(hosts: Sequence[str], ranks: Sequence[int]) -> list[str]:
-    """A sentence about the nodes of ``ranks`` at which sums do not come out."""
-    names = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
-    return [f"sums over all ranks come out wrong on {names}; take it out and run onecurve preflight"] if ranks else []
-
-
-def _unequal(what: str, hosts: Sequence[str], values: Sequence[str], remedy: str) -> list[str]:
+def _differing(every: Sequence[Facts], name: str, remedy: str) -> Iterator[str]:
     """A sentence about the nodes whose value is not that of most."""
+    values = [each.get(name) for each in every]
     usual = statistics.mode(values)
-    at: dict[str, list[str]] = defaultdict(list)
-    for host, value in zip(hosts, values, strict=True):
-        if host not in at[value]:
-            at[value].append(host)
-    return [
-        f"{what} is {value} on {', '.join(at[value])} and {usual} on {at[usual][0]}; {remedy}"
-        for value in at
-        if value != usual
-    ]
+    for value in dict.fromkeys(values):
+        if value != usual:
+            nodes = ", ".join(_hosts(every, name, value))
+            yield f"{name} is {value} on {nodes} and {usual} on {_hosts(every, name, usual)[0]}; {remedy}"
 
 
-def _memory(cuda: bool) -> int:
-    """Bytes that are free: of this rank's device, or of its node."""
-    if cuda:
-        return int(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+def _hosts(every: Sequence[Facts], name: str, value: Any) -> list[str]:
+    return list(dict.fromkeys(each["host"] for each in every if each.get(name) == value))

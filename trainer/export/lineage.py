@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def environment_facts(ranks: int) -> dict[str, Any]:
         "git": git_commit(Path.cwd()) or git_commit(Path(__file__).parent),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "ranks": ranks,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+        "device": device_name(),
     }
 
 
@@ -82,3 +84,17 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@cache
+def source_digest() -> str:
+    """A digest of the package's own source files."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def device_name() -> str:
+    """The GPU's name, or the kind of CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"

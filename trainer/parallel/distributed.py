@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -151,9 +153,14 @@ def world() -> World:
 def sum_over_data(value: Tensor) -> Tensor:
     """The sum of ``value`` over the data ranks, on this rank's device."""
     value = value.detach().clone().to(_world.device)
+    sum_in_place(value)
+    return value
+
+
+def sum_in_place(value: Tensor) -> None:
+    """Sum a tensor of this rank's device over the data ranks."""
     if _world.size > 1:
         dist.all_reduce(value)
-    return value
 
 
 def stack_over_data(value: Tensor) -> Tensor:
@@ -218,3 +225,23 @@ def run_on_main(action: Callable[[], Json]) -> Json:
         RankError: if it failed there.
     """
     return run_on_all_ranks(lambda: action() if _world.is_main else None)[0]  # type: ignore[return-value]
+
+
+def sees_files_of_main(folder: Path) -> bool:
+    """Whether this rank sees what the main rank writes to ``folder``, which is made if need be. Collective.
+
+    Raises:
+        RankError: if the main rank cannot write there.
+    """
+
+    def leave() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        token = folder.resolve() / f".shared-{uuid.uuid4().hex}"
+        token.touch()
+        return str(token)
+
+    token = Path(run_on_main(leave))
+    seen = token.is_file()
+    barrier()
+    run_on_main(token.unlink)
+    return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -135,6 +136,17 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return host_peak_bytes() / 1e9
+
+
+def free_memory_gb() -> float:
+    """Memory that is free, GB: on this rank's device, or on its machine; infinite where that does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return math.inf
 
 
 def host_peak_bytes() -> int:
