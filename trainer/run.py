@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
 from trainer.checkpoint.run_folder import plain
@@ -325,13 +324,9 @@ class Session:
         self.checkpoints.close()
         tokenizer = self.models.tokenizer
         computed = self.cfg.pipeline.finalize(self.models, self.engine, self.corpus)
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            named = merged_weights(self.engine, self.load)
-            return ((name, tensor) for name, tensor in named if self.cfg.pipeline.exports(name))
-
         if self.cfg.adapter.exports:
             facts = {**record, **computed, "step": step}
+            weights = partial(merged_weights, self.engine, self.load, self.cfg.pipeline.exports)
             self.cfg.export.write(folder / "export", weights, self.load.architecture, tokenizer, facts)
         export_adapter(folder / "adapter", self.engine, self.load, tokenizer)
 

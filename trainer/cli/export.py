@@ -10,14 +10,14 @@ The run is composed again from the command in its config.yaml, so start this in 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.run_folder import RECORD, plain
@@ -73,11 +73,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         if step == 0:
             raise InputError(f"{run_dir} holds no checkpoint to export; let the run save one (checkpoint.every)")
         computed = cfg.pipeline.finalize(models, engine, corpus)
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            named = merged_weights(engine, load)
-            return ((name, tensor) for name, tensor in named if cfg.pipeline.exports(name))
-
         record = {**facts, "config": plain(cfg), **ancestry(plain(cfg)), **computed, "step": step}
+        weights = partial(merged_weights, engine, load, cfg.pipeline.exports)
         cfg.export.write(out, weights, architecture, tokenizer, record)
     return step

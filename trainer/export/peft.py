@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -15,14 +15,16 @@ from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 
 
-def merged_weights(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the trained model, adapters merged; collective, complete on the first rank."""
+def merged_weights(
+    engine: Engine, load: ModelLoader, exports: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the trained model whose names ``exports`` takes, adapters merged; collective, complete on the first rank."""
     if not load.adapter.freezes_model:
-        yield from engine.weights()
+        yield from ((name, tensor) for name, tensor in engine.weights() if exports(name))
         return
     trained = {name: tensor.clone() for name, tensor in _trained(engine, load)}
     if distributed.world().is_main:
-        yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes)
+        yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes if exports(name))
 
 
 def export_adapter(folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer) -> None:
