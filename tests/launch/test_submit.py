@@ -32,7 +32,7 @@ def test_everything_wrong_with_a_job_and_its_run_is_said_at_once():
     assert len(problems) == 11
     assert "onecurve submit has no argument 'lancher=srun'; did you mean 'launcher'?" in text
     assert "nodes=none is not a number of at least 1" in text
-    assert "time=soon is no time limit; give minutes, or [days-]hours:minutes:seconds" in text
+    assert "time=soon is not a time limit; give minutes, or [days-]hours:minutes:seconds" in text
     assert "launcher=mpirun is not known; use srun, torchrun or deepspeed" in text
     assert "Run has no setting 'stepz'; did you mean 'steps'?" in text
     assert "seed=-1 must be at least 0" in text

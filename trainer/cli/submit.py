@@ -95,24 +95,12 @@ class Job:
 
     def problems(self) -> Iterator[str]:
         """Everything that cannot work, a sentence each."""
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("signal", 0), ("restarts", 0)):
-            if not getattr(self, name).isdigit() or int(getattr(self, name)) < least:
-                yield f"{name}={getattr(self, name)} is not a number of at least {least}"
-        for name in ("tasks_per_node", "cpus_per_task"):
-            text = getattr(self, name)
-            if text and (not text.isdigit() or not int(text)):
-                yield f"{name}={text} is not a number of at least 1"
+        yield from self._wrong_numbers()
+        yield from self._wrong_times()
         if self.tasks_per_node and self.gpus_per_node not in ("0", self.tasks_per_node):
             yield (
                 f"tasks_per_node={self.tasks_per_node} and gpus_per_node={self.gpus_per_node} differ, and a GPU has one "
                 "rank; give gpus_per_node alone"
-            )
-        if self.time and not TIME.fullmatch(self.time):
-            yield f"time={self.time} is no time limit; give minutes, or [days-]hours:minutes:seconds"
-        elif self.time and self.signal.isdigit() and self.seconds <= int(self.signal):
-            yield (
-                f"signal={self.signal} seconds before a limit of time={self.time} is before the job begins; use a longer "
-                f"time, or signal={self.seconds // 4}"
             )
         if self.launcher not in ("srun", "torchrun", "deepspeed"):
             yield f"launcher={self.launcher} is not known; use srun, torchrun or deepspeed"
@@ -121,7 +109,25 @@ class Job:
         if self.container_mounts and not self.container:
             yield f"container_mounts={self.container_mounts} needs a container"
         if self.mail and "@" not in self.mail:
-            yield f"mail={self.mail} is no address"
+            yield f"mail={self.mail} is not an address"
+
+    def _wrong_numbers(self) -> Iterator[str]:
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("signal", 0), ("restarts", 0)):
+            if not getattr(self, name).isdigit() or int(getattr(self, name)) < least:
+                yield f"{name}={getattr(self, name)} is not a number of at least {least}"
+        for name in ("tasks_per_node", "cpus_per_task"):
+            text = getattr(self, name)
+            if text and (not text.isdigit() or not int(text)):
+                yield f"{name}={text} is not a number of at least 1"
+
+    def _wrong_times(self) -> Iterator[str]:
+        if self.time and not TIME.fullmatch(self.time):
+            yield f"time={self.time} is not a time limit; give minutes, or [days-]hours:minutes:seconds"
+        elif self.time and self.signal.isdigit() and self.seconds <= int(self.signal):
+            yield (
+                f"signal={self.signal} seconds before a limit of time={self.time} is before the job begins; use a longer "
+                f"time, or signal={self.seconds // 4}"
+            )
 
     def directives(self, name: str, run_dir: Path) -> list[str]:
         """What sbatch is told."""
