@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.command import ROOT, Command, metrics
+from tests.command import ROOT, Command, metrics, onecurve
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "evaluation.samples=0"]
 AUSTEN = Path(os.environ.get("ONECURVE_DATA", ROOT.parent / "shared" / "data")) / "pretrain" / "austen.jsonl.gz"
@@ -32,23 +32,13 @@ def test_a_hundred_and_twenty_steps_bring_tiny_world_within_a_fifth_of_its_entro
 @pytest.mark.skipif(not AUSTEN.exists(), reason="needs Jane Austen's novels (ONECURVE_DATA)")
 @pytest.mark.timeout(1800)
 def test_a_novel_costs_fewer_bits_than_xz_needs_for_it(tmp_path):
-    import subprocess
-    import sys
-
     novels = [json.loads(line) for line in gzip.decompress(AUSTEN.read_bytes()).splitlines()]
     held = next(n for n in novels if n["id"] == "pride-and-prejudice")
     rest = [n for n in novels if n is not held]
     for name, rows in (("train", rest), ("heldout", [held])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": n["text"]}) + "\n" for n in rows))
-    script = [
-        sys.executable,
-        ROOT / "scripts" / "train_tokenizer.py",
-        "tokenizer",
-        "train.jsonl",
-        "--vocab-size",
-        "2048",
-    ]
-    subprocess.run(script, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code, _, errors = onecurve(tmp_path, "tokenize", "tokenizer", "train.jsonl", "--vocab-size", "2048")
+    assert code == 0, errors
     data = ["data.train=[train.jsonl]", "data.eval=[heldout.jsonl]", "tokenizer.path=tokenizer"]
     Command(tmp_path, "experiment=text", "run_dir=run", *data, *QUIET, ranks=2).finish(timeout=1500)
     text = held["text"].encode()

@@ -1,8 +1,6 @@
 """Reward models: learnt on every layout, opened by transformers with equal scores, normalised."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
-from tests.command import ROOT, Command, environment, metrics
+from tests.command import Command, metrics, onecurve
 from tests.pipelines.test_dpo import LAYOUTS, PAIRS, QUIET, SMALL
 from tests.pipelines.test_dpo import base as base
 
@@ -104,18 +102,15 @@ def test_the_export_scores_equally_in_transformers_whatever_the_padding(kind, si
     with torch.no_grad():
         theirs = model(**inputs).logits[: len(rows), 0].tolist()
     write_jsonl(folder.parent / "answers.jsonl", rows)
-    script = [sys.executable, ROOT / "scripts" / "score.py", folder, folder.parent / "answers.jsonl"]
     for raw in (True, False):
-        done = subprocess.run(
-            [*script, *["--raw"] * raw], env=environment(), capture_output=True, text=True, check=True
-        )
-        ours = [json.loads(line)["score"] for line in done.stdout.splitlines()]
+        code, out, errors = onecurve(folder.parent, "score", str(folder), "answers.jsonl", *["--raw"] * raw)
+        assert code == 0, errors
+        ours = [json.loads(line)["score"] for line in out.splitlines()]
         usual = {"mean": 0.0, "std": 1.0} if raw else json.loads((folder / "onecurve.json").read_text())["reward"]
         assert ours == pytest.approx([(t - usual["mean"]) / usual["std"] for t in theirs], abs=1e-4)
 
 
 def test_a_model_without_a_score_is_refused_as_a_scorer(base):
-    script = [sys.executable, ROOT / "scripts" / "score.py", base / "run" / "export", base / "train.jsonl"]
-    done = subprocess.run(script, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "holds no score.weight, so it scores nothing; give an export of pipeline=reward" in done.stderr
+    code, _, errors = onecurve(base, "score", "run/export", "train.jsonl")
+    assert code == 2
+    assert "has no score.weight, so it scores nothing; give an export of pipeline=reward" in errors
