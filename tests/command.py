@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.ranks import free_port
+from trainer import stopping
 from trainer.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,7 @@ def onecurve(folder: Path, *arguments: str, stdin: str = "") -> tuple[int, str, 
         code = end.code if isinstance(end.code, int) else 1
     finally:
         sys.stdin = before
+        stopping.forget()  # a verb listens to signals; this process is not its own
     return code, out.getvalue(), errors.getvalue()
 
 

@@ -36,6 +36,13 @@ def _rank(
         raise
 
 
+def forkserver() -> Any:
+    """Starts processes from one that has imported everything and computed nothing: imports take longer than most tests."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.compose", "trainer.run", __name__])
+    return context
+
+
 def on_ranks(
     size: int, function: Callable[..., Any], *args: Any, timeout: float = 300, joined: bool = True
 ) -> list[Any]:
@@ -43,9 +50,7 @@ def on_ranks(
 
     ``joined``: whether the ranks are in a session already, or know their places only.
     """
-    # Ranks are forked from a process that has imported everything and computed nothing: imports take longer than most tests.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.compose", "trainer.run", __name__])
+    context = forkserver()
     results = context.Queue()
     port = free_port()
     processes = [

@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.command import onecurve
+from tests.ranks import forkserver
 from tests.small_run import Run, same
 from trainer.checkpoint import CheckpointError
 from trainer.checkpoint.folder import Stored, incomplete, steps_in, verify
@@ -203,28 +206,24 @@ def test_nothing_to_verify_is_said(tmp_path):
     assert (code, "holds no checkpoint" in errors) == (2, True)
 
 
-KILLED = '''
-import os, signal, sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from tests.small_run import Run
-folder, deadly = Path(sys.argv[1]), int(sys.argv[2])
-run = Run(folder, keep=1)
-done = run.checkpointer.restore()
-run.steps(done + 1, 4)
-seen = 0
-def die(event, args):
-    """SIGKILL at the deadly-th thing that the save does to the file system."""
-    global seen
-    if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"):
-        if any(str(folder) in str(a) for a in args):
-            seen += 1
-            if seen == deadly:
+def save_and_die(folder: Path, deadly: int, events: Path) -> None:
+    """Save a step, and end by SIGKILL at the ``deadly``-th thing that the save does to the file system."""
+    torch.set_num_threads(1)
+    run, count = Run(folder, keep=1), 0
+    run.steps(run.checkpointer.restore() + 1, 4)
+
+    def die(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate") and any(
+            str(folder) in str(argument) for argument in arguments
+        ):
+            count += 1
+            if count == deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-run.checkpointer.save(4)
-print("events", seen)
-'''
+
+    sys.addaudithook(die)
+    run.checkpointer.save(4)
+    events.write_text(str(count))
 
 
 def test_killed_in_any_phase_of_a_save_the_run_comes_back_whole(tmp_path):
@@ -233,25 +232,25 @@ def test_killed_in_any_phase_of_a_save_the_run_comes_back_whole(tmp_path):
     first.steps(3, 4)
     after = first.state()
 
-    def attempt(deadly: int) -> subprocess.CompletedProcess:
+    def attempt(deadly: int) -> int | None:
         folder = tmp_path / f"at-{deadly}"
         shutil.copytree(tmp_path / "start", folder)
-        return subprocess.run(
-            [sys.executable, "-c", KILLED, folder, str(deadly)], capture_output=True, text=True,
-            cwd=Path(__file__).parents[3],
-        )  # fmt: skip
+        process = forkserver().Process(target=save_and_die, args=(folder, deadly, tmp_path / "events"))
+        process.start()
+        process.join()
+        return process.exitcode
 
-    whole = attempt(10**6)
-    events = int(whole.stdout.split()[-1])
-    assert events > 10, whole.stderr
-    seen = set()
+    assert attempt(10**6) == 0
+    events = int((tmp_path / "events").read_text())
+    assert events > 10
+    restored = set()
     for deadly in range(1, events + 1):
-        assert attempt(deadly).returncode == -9
+        assert attempt(deadly) == -signal.SIGKILL
         again = Run(tmp_path / f"at-{deadly}", seed=9)
         step = again.checkpointer.restore()
-        seen.add(step)
+        restored.add(step)
         assert same(again.state(), before if step == 2 else after), (deadly, step)
-    assert seen == {2, 4}
+    assert restored == {2, 4}
 
 
 def test_a_checkpoint_is_readable_by_whoever_may_read_its_folder(tmp_path):
