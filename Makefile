@@ -22,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist load
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore=tests/launch --ignore=tests/faults
+	$(BIN)/python -m pytest -m slow -n 2 --dist load --ignore=tests/launch --ignore=tests/faults
 	$(BIN)/python -m pytest -m slow tests/launch tests/faults  # limits of seconds: nothing else beside them
 
 lint: $(STAMP)

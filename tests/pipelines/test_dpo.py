@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
+from tests.layouts import covering
 from trainer.compose import compose
 from trainer.config import ConfigError
 
@@ -27,7 +28,6 @@ KINDS = {
     "adapters_off": ["pipeline.reference=adapters_off", "adapter=lora", "adapter.rank=4"],
     "kto": [KTO],
 }
-LAYOUTS = [(2, "zero3"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,8 @@ def compare(found, whole, expected, folder) -> None:
     assert max(float(np.abs(ours[n] - whole[n]).max()) for n in whole) < 2e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("ranks", "strategy"), LAYOUTS[:1] + [pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:]]
+    ("kind", "ranks", "strategy"), covering(KINDS, [("adapters_off", (2, "zero3")), ("kto", (2, "zero3"))])
 )
 def test_every_layout_gives_the_same_run(kind, ranks, strategy, base, reference, tmp_path):
     found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)

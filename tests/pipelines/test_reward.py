@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import Command, metrics, onecurve
-from tests.pipelines.test_dpo import LAYOUTS, PAIRS, QUIET, SMALL
+from tests.layouts import covering
+from tests.pipelines.test_dpo import PAIRS, QUIET, SMALL
 from tests.pipelines.test_dpo import base as base
 
 KINDS = {"full": [], "lora": ["adapter=lora", "adapter.rank=4"]}
@@ -41,9 +42,8 @@ def reference(base, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("ranks", "strategy"), LAYOUTS[:1] + [pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:]]
+    ("kind", "ranks", "strategy"), covering(KINDS, [("full", (2, "zero3")), ("lora", (2, "zero3"))])
 )
 def test_every_layout_gives_the_same_reward_model(kind, ranks, strategy, base, reference, tmp_path):
     found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
+from tests.layouts import covering
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "data=chat", "data.template=chatml"]
 PAINTERS = {"red": "Ada", "blue": "Ben", "green": "Cleo", "gold": "Dan", "black": "Eve", "white": "Finn"}
@@ -20,7 +21,6 @@ KINDS = {
     "full": ["optimizer.lr=0.003"],
     "lora": ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "optimizer.lr=0.003"],
 }
-LAYOUTS = [(2, "ddp"), (2, "zero3"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def compare(found, folder, reference) -> None:
     assert max(float(np.abs(ours[n] - whole[n]).max()) for n in whole) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("ranks", "strategy"), LAYOUTS[:2] + [pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS[2:]]
+    ("kind", "ranks", "strategy"),
+    covering(KINDS, [("full", (2, "ddp")), ("full", (2, "zero3")), ("lora", (2, "zero3"))]),
 )
 def test_every_layout_tunes_to_the_same_model(kind, ranks, strategy, base, reference, tmp_path):
     found = tuned(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
