@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-export DS_ACCELERATOR ?= cpu
 
 .PHONY: demo test test-slow lint types format clean
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,12 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.command import ROOT
 from tests.registries import restored
 from trainer.models.gguf_format import convert
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every test computes on the CPU, whatever the machine has, but for those that ``-m gpu`` asks for."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture

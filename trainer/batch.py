@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,11 +18,13 @@ class Documents:
     Documents do not attend to each other, and positions restart at 0 in each. Padding is a document of its own.
 
     ``lengths``: tokens of each document, over all rows of the micro-batch; they sum to B * T. Known to the host.
+    ``longest``: the largest of them. A field, because a compiled block reads it.
     ``offsets`` ``(D + 1,)``: int32, the first token of each, and the end (``cu_seqlens`` of varlen attention).
     ``positions`` ``(B, T)``: int64, the position of every token in its document.
     """
 
     lengths: tuple[int, ...]
+    longest: int
     offsets: Tensor
     positions: Tensor
 
@@ -35,17 +36,12 @@ class Documents:
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
         total = int(offsets[-1])
         positions = torch.arange(total) - torch.repeat_interleave(offsets[:-1], counts)
-        return cls(tuple(int(n) for n in lengths), offsets.to(torch.int32), positions.view(rows, -1))
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.lengths)
+        counted = tuple(int(n) for n in lengths)
+        return cls(counted, max(counted, default=0), offsets.to(torch.int32), positions.view(rows, -1))
 
     def to(self, device: torch.device) -> Documents:
-        return Documents(
-            self.lengths, self.offsets.to(device, non_blocking=True), self.positions.to(device, non_blocking=True)
-        )
+        offsets, positions = (t.to(device, non_blocking=True) for t in (self.offsets, self.positions))
+        return replace(self, offsets=offsets, positions=positions)
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,8 @@ def quick(folder: Path, settings: Mapping[str, Any], a: Architecture, layout: La
 def facts(folder: Path, settings: Any = None) -> dict[str, Any]:
     """What this rank compares with the others: of ``settings`` a digest, of ``folder`` the disk that it is on. Collective."""
     world = distributed.world()
-    # Integers below 2^24: their sum over all ranks has no rounding.
-    numbers = torch.arange(1 << 16, device=world.device, dtype=torch.float32) % 251
-    total = distributed.sum_over_data(numbers * (world.data.rank % 7 + 1))
-    exact = bool((total == numbers * sum(rank % 7 + 1 for rank in range(world.data.size))).all())
+    total = distributed.sum_over_data(summand(world.data.rank, world.device))
+    exact = bool((total == summand(0, world.device) * sum(rank % 7 + 1 for rank in range(world.data.size))).all())
     distributed.barrier()
     return {
         "clock": time.time(),
@@ -88,12 +86,17 @@ def facts(folder: Path, settings: Any = None) -> dict[str, Any]:
     }
 
 
+def summand(rank: int, device: torch.device) -> torch.Tensor:
+    """What a rank adds to a sum that comes out exactly: integers, and in float64, so that no number of ranks rounds."""
+    return torch.arange(1 << 16, device=device, dtype=torch.float64) % 251 * (rank % 7 + 1)
+
+
 def speeds(folder: Path, megabytes: int) -> dict[str, Any]:
     """What a longer look adds to `facts`: the first three of `MEASURED`, and whether ``folder`` is shared. Collective."""
     world = distributed.world()
     shared = distributed.sees_files_of_main(folder)
-    dtype, size = (torch.bfloat16, 8192) if world.device.type == "cuda" else (torch.float32, 512)
-    compute = measured_flops(world.device, dtype, size, seconds=0.5) / 1e12
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    compute = measured_flops(world.device, dtype, seconds=0.5) / 1e12
     tensor, seconds = torch.ones(megabytes * 250_000, device=world.device), []
     for _ in range(4):  # the first opens connections
         distributed.barrier()

@@ -123,4 +123,11 @@ def score_statistics(folder: Path) -> tuple[float, float]:
 
 
 def _on_device(model: nn.Module) -> nn.Module:
-    return model.to("cuda", torch.bfloat16) if torch.cuda.is_available() else model
+    return narrowed(model, torch.bfloat16).to("cuda") if torch.cuda.is_available() else model
+
+
+def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Hold a model's parameters in ``dtype``, and never its buffers: positions far along need the angles in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

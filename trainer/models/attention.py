@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from trainer.batch import Branches, Documents
 from trainer.models.cpu_kernels import attend_by_length, causal_attention, has_fast_attention
+
+VARLEN_DEVICES = ("cuda",)
+"""Kinds of devices that there is a kernel for documents of unequal lengths on."""
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+VARLEN_HEAD_DIMS = range(8, 257, 8)
+VARLEN_CAPABILITY = 8
+"""CUDA's compute capability from which FlashAttention works: Ampere. V100 and T4 are older."""
+# Up to torch 2.11 the kernel takes fewer key heads without being told.
+GROUPED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def attend(
@@ -25,15 +39,21 @@ def attend(
         return attend(q, k, v, documents.sequences, window=window, scale=scale)[:, documents.back]
     if window is not None and window >= documents.longest:
         window = None
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen(q.device, q.dtype, q.shape[-1]):
         return _varlen(q, k, v, documents, window, scale)
-    return attend_by_length(q, k, v, documents, partial(_causal, window=window, scale=scale))
+    causal = partial(_causal, window=window, scale=scale)
+    return attend_by_length(q, k, v, documents, causal)  # type: ignore[no-any-return]
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention takes documents of unequal lengths; elsewhere those of about the same length go together."""
+    if device.type not in VARLEN_DEVICES or dtype not in VARLEN_DTYPES or head_dim not in VARLEN_HEAD_DIMS:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= VARLEN_CAPABILITY
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, scale: float) -> Tensor:
     """FlashAttention over the flattened micro-batch; documents are told apart by their offsets."""
-    from torch.nn.attention.varlen import varlen_attn
-
     out = varlen_attn(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -43,8 +63,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
         max_q=documents.longest,
         max_k=documents.longest,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
         window_size=(-1 if window is None else window - 1, 0),
+        **GROUPED_HEADS,
     )
     assert isinstance(out, Tensor)
     return out.view(q.shape)

@@ -105,6 +105,8 @@ class _CausalAttention(torch.autograd.Function):
         return grad_q.mul_(ctx.scale), grad_k, grad_v, None
 
 
+# Which documents go together is decided on the host, anew for every micro-batch: no graph of it could be used again.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: Causal) -> Tensor:
     """One ``causal`` call ``(n, L, H, D)`` for all documents of about the same length, where no kernel takes ragged ones.
 

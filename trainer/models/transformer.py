@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.batch import Branches, Documents
 from trainer.functional import At, working_dtype
 from trainer.models.architecture import Architecture
-from trainer.models.attention import attend
+from trainer.models.attention import attend, has_varlen
 from trainer.models.cpu_kernels import embed
 from trainer.models.norm import RMSNorm
 from trainer.models.rope import angles, frequencies, rotate
@@ -154,6 +155,8 @@ class Transformer(nn.Module):
     def __init__(self, architecture: Architecture, recompute: Recompute = Recompute.none) -> None:
         super().__init__()
         self.architecture, self.recompute = architecture, recompute
+        self._backend: str | Callable[..., Any] | None = None
+        self._compiled: Callable[..., Tensor] | None = None
         self.model = Decoder(architecture)
         table = self.model.embed_tokens.weight
         if architecture.scores:
@@ -171,28 +174,39 @@ class Transformer(nn.Module):
         )
         x = self.model.embed_tokens(tokens)
         turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, working_dtype(x))
-        run: Callable[..., Tensor] = self._checkpointed if self._recomputes() else nn.Module.__call__
+        run = self._in_training(x) if self.training and torch.is_grad_enabled() else nn.Module.__call__
         *blocks, last = self.model.layers
         for block in blocks:
-            x = run(block, x, turned, attending)
+            x = run(block, x, turned, attending, None)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
         x = run(last, x, turned, attending, places)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
-    def compile_blocks(self) -> None:
-        """Compile every block on its own: one graph for all of them, and no graph break at the gathers of ZeRO-3."""
-        for block in self.model.layers:
-            block.compile(dynamic=None)
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile what a block does in training, recomputation included: one graph for all blocks of a kind.
 
-    def _recomputes(self) -> bool:
-        return self.recompute is not Recompute.none and torch.is_grad_enabled() and self.training
+        Evaluation and sampling call the same blocks uncompiled: each of their shapes would be a graph more, and after the
+        limit of graphs nothing is compiled any longer.
+        """
+        # DDP's own splitting of graphs is for whole models: a block's gradients are ready one block after the other anyway.
+        torch._dynamo.config.optimize_ddp = False
+        # Several models share the code: a policy, its critic, layers with a window and without.
+        torch._dynamo.config.recompile_limit = 64
+        self._backend = backend
 
-    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.recompute is Recompute.full:
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    def _in_training(self, x: Tensor) -> Callable[..., Tensor]:
+        """What runs a block where gradients are wanted."""
+        run = RECOMPUTING[self.recompute]
+        if self._backend is None:
+            return run
+        if self._compiled is None and has_varlen(x.device, working_dtype(x), self.architecture.head_dim):
+            self._compiled = torch.compile(run, fullgraph=True, backend=self._backend)
+        elif self._compiled is None:
+            # Documents go by length here, as the host decides: a block's halves are graphs, and recomputation is around them.
+            halves = torch.compile(_keep_all, backend=self._backend)
+            self._compiled = partial(_around, run, halves)
+        return self._compiled
 
 
 def _attend_packed(
@@ -204,5 +218,31 @@ def _attend_packed(
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Save expensive ops (matrix products, attention); norms, activations and rotations are computed again."""
     expensive = ("mm", "addmm", "bmm", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn")
-    name = str(operation).removeprefix("aten.").partition(".")[0]
+    # Of torch_attn::_varlen_attn, too, which is not aten's.
+    name = operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else str(operation)
     return CheckpointPolicy.MUST_SAVE if name.startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_all(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)  # type: ignore[no-any-return]
+
+
+def _recompute_all(block: nn.Module, *inputs: Any) -> Tensor:
+    return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _recompute_cheap(block: nn.Module, *inputs: Any) -> Tensor:
+    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def _around(run: Callable[..., Tensor], compiled: Callable[..., Tensor], block: nn.Module, *inputs: Any) -> Tensor:
+    return run(partial(compiled, block), *inputs)
+
+
+RECOMPUTING: dict[Recompute, Callable[..., Tensor]] = {
+    Recompute.none: _keep_all,
+    Recompute.selective: _recompute_cheap,
+    Recompute.full: _recompute_all,
+}
+"""What runs a block in training."""

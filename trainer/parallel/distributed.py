@@ -142,7 +142,7 @@ def ensure_group() -> None:
 
 def backend() -> str:
     """What carries tensors: NCCL between GPUs, else gloo."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if _world.device.type == "cuda" else "gloo"
 
 
 def world() -> World:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from trainer.config import schema, setting
 from trainer.optim import Muon, Optimizer
 from trainer.parallel import distributed, zero_state
+from trainer.parallel.distributed import World
 from trainer.parallel.engine import Decision, Engine, Fragment, Outcome, digest_of
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Strategy
@@ -103,6 +105,7 @@ class Zero(Strategy):
             return super().freeze(module, precision)
         module.requires_grad_(False).eval()
         self._cast_shards(module, precision)
+        _enter_in_forward(module, partial(self.computing, precision))
         engine, *_ = _deepspeed().initialize(model=module, config=self._settings(precision))
         return engine  # type: ignore[no-any-return]
 
@@ -204,6 +207,7 @@ class ZeroEngine(Engine):
         self.optimizers = optimizer.build(module, strategy.shape_of)
         [inner] = self.optimizers
         self.inner: Any = inner
+        _enter_in_forward(module, self.autocast)
         engine, *_ = _deepspeed().initialize(model=module, optimizer=inner, config=strategy._settings(precision))
         self.model = engine
         self._engine: Any = engine
@@ -274,13 +278,31 @@ class ZeroEngine(Engine):
         return nullcontext() if self.low_precision_weights else self.precision.autocast(self.device)
 
 
+def _enter_in_forward(module: nn.Module, compute: Callable[[], AbstractContextManager[object]]) -> None:
+    """Let a module's own forward enter the format that it computes in.
+
+    DeepSpeed's forward switches off an autocast for CUDA that was entered around it, and without a word computes in float32.
+    """
+    forward = module.forward
+
+    @wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with compute():
+            return forward(*args, **kwargs)
+
+    module.forward = inside
+
+
+def deepspeed_variables(world: World) -> dict[str, str]:
+    """What tells DeepSpeed its device: not always the local rank, where a task sees only its own GPU (--gpus-per-task=1)."""
+    index = world.local_rank if world.device.index is None else world.device.index
+    return {"DS_ACCELERATOR": world.device.type, "LOCAL_RANK": str(index)}
+
+
 def _deepspeed() -> Any:
     """DeepSpeed, quiet, on the session's process group, and without compiling anything."""
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.update(deepspeed_variables(distributed.world()))
     distributed.ensure_group()
-    # DeepSpeed looks for it even where no launcher set it.
-    os.environ.setdefault("LOCAL_RANK", str(distributed.world().local_rank))
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -19,25 +20,42 @@ from trainer.models.architecture import Architecture
 from trainer.parallel.distributed import World
 from trainer.parallel.watchdog import Watchdog
 
-# Dense peaks in TFLOP/s (bf16 or fp16 with float32 accumulation, float32 without TF32), from the vendors' data sheets.
 PEAKS = {
+    "GB300": (2500.0, 80.0),
+    "GB200": (2500.0, 80.0),
+    "B300": (2250.0, 75.0),
     "B200": (2250.0, 75.0),
     "GH200": (989.0, 67.0),
     "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
+    "H200 NVL": (835.0, 60.0),
     "H100": (989.0, 67.0),
+    "H100 NVL": (835.0, 60.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H800": (989.0, 67.0),
+    "H20": (148.0, 44.0),
     "A100": (312.0, 19.5),
+    "A100 PCIe": (312.0, 19.5),
+    "A40": (149.7, 37.4),
+    "A30": (165.0, 10.3),
     "A10G": (70.0, 35.0),
     "A10": (125.0, 31.2),
     "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
     "L4": (121.0, 30.3),
+    "RTX 5090": (209.5, 104.8),
     "RTX 4090": (165.0, 82.6),
     "RTX 3090": (71.0, 35.6),
     "V100": (125.0, 15.7),
+    "V100 PCIe": (112.0, 14.0),
     "T4": (65.0, 8.1),
     "MI300X": (1307.0, 163.4),
-    "MI250X": (383.0, 47.9),
+    "MI250X": (191.5, 23.9),  # torch sees each of its two dies as a device
 }
+"""Dense peaks in TFLOP/s (bf16 or fp16 with float32 accumulation, float32 without TF32), from the vendors' data sheets."""
+FORM = re.compile(r"NVIDIA|AMD|Tesla|GeForce|Instinct|SXM\d?|OAM|\d+GB|HBM\d?e?", re.IGNORECASE)
+"""Words in the names of devices that do not change their peaks."""
+PRODUCT = {"cuda": 8192, "cpu": 1024}
+"""Size of the matrices that measure a device: their product must take far longer than to launch it."""
 
 
 class Stopwatch:
@@ -105,16 +123,21 @@ def training_flops(a: Architecture, tokens: float, pairs: float) -> float:
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a device at best: from a table, or measured with a matrix product where it is not there."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (low, full) in PEAKS.items():
-            if known in name:
-                return 1e12 * (full if dtype is torch.float32 else low)
-    return measured_flops(device, dtype)
+    known = known_peaks(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is None:
+        return measured_flops(device, dtype)
+    return 1e12 * known[1 if dtype is torch.float32 else 0]
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Operations per second of a square matrix product of ``size``, the best of several."""
+def known_peaks(name: str) -> tuple[float, float] | None:
+    """`PEAKS` of a device by the name that its driver gives it; None for every variant that is not listed."""
+    words = [word for word in re.split(r"[ -]", name) if not FORM.fullmatch(word)]
+    return {key.lower(): peaks for key, peaks in PEAKS.items()}.get(" ".join(words).lower())
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.2) -> float:
+    """Operations per second of a square matrix product of ``size``, by default `PRODUCT`, the best of several."""
+    size = size or PRODUCT[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     with torch.no_grad():

@@ -1,6 +1,8 @@
 """What is said about nodes that differ: each sentence names the node that is to blame."""
 
-from trainer.diagnostics.preflight import MUST_BE_EQUAL, problems, warnings
+import torch
+
+from trainer.diagnostics.preflight import MUST_BE_EQUAL, problems, summand, warnings
 
 
 def facts(host: str, **changes):
@@ -88,3 +90,12 @@ def test_a_node_that_writes_slowly_is_named():
     assert list(warnings(four("write", 100.0, 900.0, 1000.0, 1100.0))) == [
         "rank 0 (a): 100.0 MB/s to the disk, while all ranks write, others 950.0; look at its mount"
     ]
+
+
+def test_sums_that_are_compared_come_out_exactly_on_any_number_of_ranks():
+    cpu, total = torch.device("cpu"), torch.zeros(1, dtype=summand(0, torch.device("cpu")).dtype)
+    of_one = {turn: summand(turn, cpu)[249:250] for turn in range(7)}
+    for rank in range(35_000):  # one after the other, as around a ring
+        total += of_one[rank % 7]
+    # 5,000 rounds of 1 + 2 + ... + 7; float32 has no odd numbers above 2**24 = 16,777,216.
+    assert total.item() == 249 * 5000 * 28 == 34_860_000

@@ -1,7 +1,10 @@
 """Launchers' variables become ranks, in one order of preference."""
 
+import os
+
 import pytest
 
+from trainer.parallel.distributed import backend
 from trainer.parallel.environment import LaunchError, Place, device_index, place
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -49,3 +52,8 @@ def test_more_ranks_than_devices_are_refused_and_a_task_s_own_device_is_its_firs
     assert device_index(3, 1, {}) == 0
     with pytest.raises(LaunchError, match="8 ranks on this machine, which has 4 GPUs; start at most 4"):
         device_index(5, 4, {"LOCAL_WORLD_SIZE": "8"})
+
+
+def test_tests_see_no_gpu_nor_do_the_processes_that_they_start():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert backend() == "gloo"

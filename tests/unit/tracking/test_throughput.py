@@ -7,7 +7,7 @@ import torch
 
 from trainer.models.architecture import Architecture
 from trainer.parallel.distributed import World
-from trainer.tracking.throughput import Speed, Stopwatch, Timing, measured_flops, training_flops
+from trainer.tracking.throughput import PRODUCT, Speed, Stopwatch, Timing, known_peaks, measured_flops, training_flops
 
 A = Architecture(
     vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -57,3 +57,31 @@ def test_evaluations_and_checkpoints_do_not_slow_the_rate_down():
 
 def test_the_peak_of_a_device_without_a_table_is_measured():
     assert 1e8 < measured_flops(torch.device("cpu"), torch.float32, size=256, seconds=0.02) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165), ("AMD Instinct MI300X", 1307),
+    ],
+)  # fmt: skip
+def test_a_device_has_its_own_peak_and_not_that_of_a_namesake(name, bf16):
+    peaks = known_peaks(name)
+    assert peaks is not None
+    assert peaks[0] == bf16
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA Z9"]
+)
+def test_the_peak_of_a_variant_that_is_not_listed_is_measured(name):
+    assert known_peaks(name) is None
+
+
+def test_the_product_that_measures_a_gpu_takes_far_longer_than_its_launch():
+    # At 2,500 TFLOP/s, the fastest of the table, against the 10 microseconds or so of a launch and a synchronisation.
+    assert 2 * PRODUCT["cuda"] ** 3 / 2500e12 > 40 * 10e-6
