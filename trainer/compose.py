@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from trainer.config import ConfigError, offer_schemas, parse
@@ -59,6 +59,10 @@ def compose_raw(overrides: Sequence[str], *, config_dirs: Sequence[str] = (), na
 @contextmanager
 def _composed(overrides: Sequence[str], config_dirs: Sequence[str], name: str | None) -> Iterator[DictConfig]:
     """The composed configuration; within the context ``${hydra:...}`` can be resolved."""
+    problems = [f"--config-dir {f} is not a folder; name one that exists" for f in config_dirs if not Path(f).is_dir()]
+    problems += [problem for override in overrides if (problem := override_problem(override))]
+    if problems:
+        raise ConfigError(problems)
     register_imports(overrides, config_dirs)
     given = [*([f"name={name}"] if name else []), *map(spelling_tolerant, overrides)]
     if config_dirs:
@@ -80,14 +84,34 @@ def _composed(overrides: Sequence[str], config_dirs: Sequence[str], name: str | 
 
 def composition_problem(error: HydraException) -> str:
     """What Hydra says about a configuration that cannot be composed, as one sentence with its remedy."""
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} is not a valid override; write setting=value or group=choice, without spaces"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         near = difflib.get_close_matches(choice, error.options, n=1)
         hint = f"did you mean {group}={near[0]}? It has" if near else "it has"
         return f"{group}={choice} is not a choice; {hint} {', '.join(sorted(error.options))}"
     return " ".join(str(error).partition("Config search path")[0].split())
+
+
+def override_problem(override: str) -> str | None:
+    """What is wrong with a word that is no override of one run, with its remedy; None if it is one."""
+    key, equals, value = override.partition("=")
+    if not equals and Path(override).suffix in (".yaml", ".yml"):
+        remedy = f"put it into FOLDER/experiment/ and write --config-dir FOLDER experiment={Path(override).stem}"
+        return f"{override} is a file, not an override; {remedy}"
+    if not equals or not key or key != key.strip():
+        return f"{override!r} is not a valid override; write setting=value, without spaces around the equals sign"
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        for left, right in ("[]", "{}"):
+            if value.startswith(left) and not value.endswith(right):
+                return f"{override} is not a valid override; close the bracket: {key}={left}...{right}"
+    else:
+        if not parsed.is_sweep_override():
+            return None
+    quote = '"' if "'" in value else "'"
+    remedy = f"quote the value: {key}={quote}{value}{quote} (and the whole word once more, for the shell)"
+    return f"{override} is not a valid override; {remedy}"
 
 
 def config_folder() -> Path:

@@ -245,7 +245,9 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(holder), {"value": value})).value  # type: ignore[union-attr]
     except OmegaConfBaseException:
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        problems.append(f"{where}={plain!r} is not {describe(hint)}")
+        one = isinstance(plain, str) and typing.get_origin(hint) is list
+        remedy = f"; write {where}=[{plain}]" if one else ""
+        problems.append(f"{where}={plain!r} is not {describe(hint)}{remedy}")
         return None
 
 
@@ -282,7 +284,9 @@ def _unknown(cls: type, path: str, key: str, root: DictConfig) -> str:
     close = difflib.get_close_matches(key, names, n=1)
     paths = list(_paths(root))
     same_name = [p for p in paths if p.rpartition(".")[2] == key and p != f"{path}{key}"]
-    if close:
+    if choice := next(iter(_choices_with(cls, key)), None):
+        hint = f"choose {choice}, which has it"
+    elif close:
         hint = f"did you mean '{path}{close[0]}'?"
     elif same_name:
         hint = f"did you mean '{same_name[0]}'?"
@@ -291,6 +295,15 @@ def _unknown(cls: type, path: str, key: str, root: DictConfig) -> str:
     else:
         hint = f"it has {', '.join(names)}"
     return f"{cls.__name__} has no setting '{path}{key}'; {hint}"
+
+
+def _choices_with(cls: type, key: str) -> Iterator[str]:
+    """Other choices of a schema's group that have a setting of that name: ``adapter=lora`` for ``rank``."""
+    groups = {path.partition("/")[0] for path, schema_class in _SCHEMAS.items() if schema_class is cls}
+    for path, schema_class in _SCHEMAS.items():
+        group, _, name = path.partition("/")
+        if group in groups and any(field.name == key for field in dataclasses.fields(schema_class)):
+            yield f"{group}={name}"
 
 
 def _paths(node: DictConfig, path: str = "") -> Iterator[str]:

@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
         The exit code: 0 done, 1 failed, 2 refused because the input cannot work, 75 stopped early and saved: run it again.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in VERBS:
+    if not words or (default is None and words[0] in ("-h", "--help")):
+        print(overview())
+        return 0
+    if words[0] in VERBS:
         verb = words.pop(0)
     elif default is not None:
         verb = default
-    elif not words or words[0] in ("-h", "--help"):
-        print(overview())
-        return 0
     else:
         print(f"error: {unknown(words)}", file=sys.stderr)
         return 2
@@ -95,7 +95,10 @@ def end_ranks(code: int) -> None:
 def overview() -> str:
     """The verbs, a line each."""
     lines = "\n".join(f"  {verb:<11} {meaning}" for verb, meaning in VERBS.items())
-    return f"usage: onecurve VERB ...\n\n{lines}\n\n'onecurve VERB --help' explains a verb and shows an example."
+    first = "onecurve train experiment=tinyworld    a first run: minutes on a CPU, no data needed"
+    return (
+        f"usage: onecurve VERB ...\n\n{lines}\n\n'onecurve VERB --help' explains a verb and shows an example.\n{first}"
+    )
 
 
 def unknown(words: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import hydra
 
 from trainer import stopping
 from trainer.cli.help import help_text
-from trainer.compose import compose, config_folder, register_imports, spelling_tolerant
+from trainer.compose import compose, compose_raw, config_folder, register_imports, spelling_tolerant
 from trainer.config import ConfigError
 from trainer.jobs import sweep
 from trainer.parallel.environment import place
@@ -26,6 +26,9 @@ from trainer.run import run
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line describes."""
+    if not arguments:
+        print(__doc__, "\n'onecurve train --help' lists every setting; configs/experiment/ has complete runs.", sep="")
+        return 0
     config_dirs, rest = split_config_dirs(arguments)
     overrides = [argument for argument in rest if not argument.startswith("-")]
     if {"-h", "--help"} & set(rest):
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.argv = ["onecurve", *map(spelling_tolerant, arguments)]
         if {"--multirun", "-m"} & set(rest):
             return run_sweep(arguments)
+        compose_raw(overrides, config_dirs=config_dirs)  # Hydra's own message would have no remedy
         hydra_app()  # --cfg, --info and the like: Hydra shows what it composes and runs nothing
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

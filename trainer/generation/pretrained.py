@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.generation.generate import generate, stream
 from trainer.generation.sampling import Sampling
 from trainer.generation.scoring import score
-from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
+from trainer.models.header import read_shape
+from trainer.models.hf_format import FormatError, WeightFiles, read_object
 from trainer.models.load import HEAD, Model, ModelLoader
 from trainer.parallel.ddp import DDP
 
@@ -41,10 +41,11 @@ class ChatModel:
             FormatError: if the folder holds no model of a known family.
             TemplateError: if there is no template, or none that fits the tokenizer.
         """
+        read_shape(folder)  # a folder that is no model is named as such, not by the tokenizer that it lacks
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer)
         config = folder / "generation_config.json"
-        ends = json.loads(config.read_text()).get("eos_token_id", []) if config.is_file() else []
+        ends = read_object(config).get("eos_token_id", []) if config.is_file() else []
         tokenizer.stops = (chat.end, tokenizer.eos, *(ends if isinstance(ends, list) else [ends]))
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
         return cls(_on_device(model), tokenizer, chat)
@@ -108,7 +109,7 @@ class RewardModel:
 def scoring_problem(folder: Path) -> str | None:
     """Why a folder holds no model that scores; None if it does."""
     try:
-        if read_architecture(folder).scores and HEAD in WeightFiles(folder).files:
+        if read_shape(folder).scores and HEAD in WeightFiles(folder).files:
             return None
     except FormatError as error:
         return str(error)
@@ -118,7 +119,7 @@ def scoring_problem(folder: Path) -> str | None:
 def score_statistics(folder: Path) -> tuple[float, float]:
     """Mean and standard deviation of the scores that a reward model was trained on; 0 and 1 where they are not recorded."""
     record = folder / "onecurve.json"
-    statistics = json.loads(record.read_text()).get("reward", {}) if record.is_file() else {}
+    statistics = read_object(record).get("reward", {}) if record.is_file() else {}
     return statistics.get("mean", 0.0), statistics.get("std", 0.0) or 1.0
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
+import rich.markup
 import rich.table
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -84,8 +86,17 @@ def problems(arguments: Sequence[str]) -> Iterator[str]:
         if key in ("run_dir", "resume"):
             yield f"{argument}: every point of a sweep has a run_dir of its own under hydra.sweep.dir; leave {key} out"
         plugin = PLUGINS.get(argument)
-        if plugin is not None and importlib.util.find_spec(plugin) is None:
+        if plugin is not None and not _installed(plugin):
             yield f"{argument} needs packages that are not installed; pip install 'onecurve[sweep]'"
+        elif argument == "hydra/launcher=slurm" and shutil.which("srun") is None:
+            yield f"{argument}: srun is not on this machine; start it where Slurm is, or use hydra/launcher=jobs"
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it lies in is not there
+        return False
 
 
 def folder_of(arguments: Sequence[str]) -> str:
@@ -152,10 +163,12 @@ def summary(folder: Path, command: Sequence[str]) -> int:
     unfinished.write_text(json.dumps({**facts, "points": [asdict(p) for p in points]}, indent=1) + "\n")
     unfinished.replace(folder / "sweep.json")
     shared = set.intersection(*(set(p.overrides) for p in points)) if len(points) > 1 else set()
-    table = rich.table.Table("point", "overrides", "status", metric, "run_dir", title=f"{folder}: {direction} {metric}")
+    title = rich.markup.escape(f"{folder}: {direction} {metric}")
+    table = rich.table.Table("point", "overrides", "status", metric, "run_dir", title=title)
     for p in points:
         own = " ".join(override for override in p.overrides if override not in shared)
-        table.add_row(str(p.number), own, p.status, "" if p.value is None else f"{p.value:.6g}", p.run_dir)
+        cells = (str(p.number), own, p.status, "" if p.value is None else f"{p.value:.6g}", p.run_dir)
+        table.add_row(*map(rich.markup.escape, cells))  # [/path] in a setting is no markup
     console = rich.console.Console(highlight=False)
     # A log file has no width, and a folder's name that is cut is of no use.
     console = console if console.is_terminal else rich.console.Console(highlight=False, width=200)

@@ -15,6 +15,7 @@ from trainer.config import InputError
 from trainer.data.tokenizer import Tokenizer
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import write_model
+from trainer.models.transformer import Transformer
 
 FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 NAMES = {
@@ -55,7 +56,7 @@ class Gguf:
             raise UnsupportedError("GGUF files need the package gguf; pip install 'onecurve[convert]'") from None
         try:
             self.reader = GGUFReader(file)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever numbers in a damaged header lead to
             raise UnsupportedError(f"{file} is not a GGUF file that can be read ({error}); give a .gguf file") from None
         self.kind = ""
         self.kind = str(self.get("general.architecture"))
@@ -100,17 +101,21 @@ def architecture_of(file: Gguf) -> Architecture:
     )
 
 
+def hugging_face_name(name: str) -> str:
+    """A tensor's name in Hugging Face's words."""
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
+    return f"{OUTER[parts[0]]}.{parts[1]}"
+
+
 def weights_of(file: Gguf, a: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under Hugging Face's names, float32."""
     from gguf import dequantize
 
     for tensor in file.reader.tensors:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        parts = tensor.name.split(".")
-        if parts[0] == "blk":
-            name = f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
-        else:
-            name = f"{OUTER[parts[0]]}.{parts[1]}"
+        parts, name = tensor.name.split("."), hugging_face_name(tensor.name)
         # llama.cpp turns neighbouring pairs where Hugging Face turns halves; its converter reordered the rows.
         if file.kind == "llama" and parts[-2] in ("attn_q", "attn_k"):
             heads = a.num_attention_heads if parts[-2] == "attn_q" else a.num_key_value_heads
@@ -162,10 +167,39 @@ def convert(source: Path, folder: Path, dtype: torch.dtype) -> Architecture:
         UnsupportedError: if the file is no GGUF file, or holds something that is not supported.
     """
     file = Gguf(source)
-    architecture = architecture_of(file)
+    try:
+        architecture = architecture_of(file)
+        tokenizer = tokenizer_of(file)
+        _validate_tensors(file, architecture)
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError) as error:  # metadata of any kind
+        raise UnsupportedError(f"{source} is damaged ({type(error).__name__}: {error}); download it again") from None
+    except ValueError as error:
+        raise UnsupportedError(f"{source}: {error}") from None
     facts = {"converted_from": source.name, "license": file.get("general.license")}
     write_model(
         folder, architecture, weights_of(file, architecture), dtype=dtype, shard_bytes=5 * 10**9,
-        tokenizer=tokenizer_of(file), facts=facts,
+        tokenizer=tokenizer, facts=facts,
     )  # fmt: skip
     return architecture
+
+
+def _validate_tensors(file: Gguf, a: Architecture) -> None:
+    """The file holds the tensors of its metadata's model, in its shapes: else what is written could not be loaded.
+
+    Raises:
+        UnsupportedError: naming one that is missing, unexpected, or of another shape.
+    """
+    stored = {hugging_face_name(t.name): tuple(int(n) for n in reversed(t.shape)) for t in file.reader.tensors}
+    layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
+    if problems := list(a.problems("")):
+        raise UnsupportedError("; ".join(problems))
+    if len(layers) != a.num_hidden_layers:  # before a model is built of so many
+        raise UnsupportedError(f"it says {a.num_hidden_layers} layers and holds {len(layers)}; download it again")
+    with torch.device("meta"):
+        needed = {name: tuple(p.shape) for name, p in Transformer(a).named_parameters()}
+    missing, unexpected = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
+    wrong = [n for n in sorted(needed.keys() & stored.keys()) if needed[n] != stored[n]]
+    parts = [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {unexpected[0]}"] * bool(unexpected)
+    parts += [f"{wrong[0]} is {stored[wrong[0]]} and should be {needed[wrong[0]]}"] if wrong else []
+    if parts:
+        raise UnsupportedError(f"its tensors are not those of its metadata: {'; '.join(parts)}; download it again")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ PLAIN = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
+INTEGERS = (*PLAIN[:7], "head_dim", "sliding_window")
+NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
 class FormatError(InputError):
@@ -38,12 +42,10 @@ def read_architecture(folder: Path) -> Architecture:
         FormatError: naming the file and what is missing, unknown, or cannot be computed.
     """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FormatError(f"{folder} has no config.json; model.path names a Hugging Face folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(f"{file} is not JSON ({error})") from None
+    if not file.is_file():
+        raise FormatError(_absent(folder))
+    config = read_object(file)
+    _validate_values(file, config)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
@@ -75,6 +77,44 @@ def read_architecture(folder: Path) -> Architecture:
         sliding_layers=layers,
         scores=any(name.endswith(SCORE) for name in config.get("architectures") or ()),
     )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FormatError: naming the file, if it holds something else or is cut off.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise FormatError(f"{file} is no JSON that can be read ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{file} holds {type(value).__name__}, not a JSON object; download it again")
+    return value
+
+
+def _validate_values(file: Path, config: Mapping[str, Any]) -> None:
+    """Values of the kinds that the decoder's sizes are of: whatever else stands there would be computed with."""
+    rules: dict[str, tuple[Sequence[str], Callable[[Any], bool]]] = {
+        "a positive integer": (INTEGERS, lambda v: type(v) is int and v > 0),
+        "a positive number": (NUMBERS, lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0),
+        "true or false": (FLAGS, lambda v: isinstance(v, bool)),
+        "an object": (("rope_parameters", "rope_scaling"), lambda v: isinstance(v, dict)),
+        "a list": (("layer_types", "architectures"), lambda v: isinstance(v, list)),
+    }
+    for words, (keys, holds) in rules.items():
+        for key in keys:
+            if config.get(key) is not None and not holds(config[key]):
+                raise FormatError(f"{file}: {key}={json.dumps(config[key])[:80]} is not {words}; correct the file")
+
+
+def _absent(folder: Path) -> str:
+    if folder.is_dir():
+        return f"{folder} has no config.json; name a Hugging Face folder, such as the export/ of a run"
+    hub = not folder.is_absolute() and len(folder.parts) == 2
+    download = f"; for a model of the hub: hf download {folder} --local-dir models/{folder.name}" if hub else ""
+    return f"{folder} does not exist{download or '; name a Hugging Face folder, such as the export/ of a run'}"
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -146,7 +186,13 @@ class WeightFiles:
     def _locate(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.is_file():
-            named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            named: dict[str, str] = read_object(index).get("weight_map", {})
+            if not named or not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+                raise FormatError(f"{index} has no weight_map from tensors to files; download it again")
+            if outside := sorted({f for f in named.values() if Path(f).name != f}):
+                raise FormatError(
+                    f"{index} names {', '.join(outside)}, which is outside of {self.folder}; only own files are read"
+                )
             absent = sorted({f for f in named.values() if not (self.folder / f).is_file()})
             if absent:
                 raise FormatError(f"{index} names {', '.join(absent)}, which are missing in {self.folder}")
@@ -177,7 +223,12 @@ class WeightFiles:
         return digest.hexdigest()[:24]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self.files[name]).get_slice(name).get_shape())
+        handle = self._handle(self.files[name])
+        if name not in handle.keys():  # noqa: SIM118 - it is no dictionary
+            raise FormatError(
+                f"{self.folder / self.files[name]} lacks {name}, which {INDEX} says it holds; download it again"
+            )
+        return tuple(handle.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in the format that it is stored in."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.models.architecture import Architecture, Shape
+from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
@@ -55,8 +56,7 @@ class Model(Shape, ModelOptions):
             yield from self._shape(self.vocab_size or 1).problems()
             return
         try:
-            architecture = read_architecture(Path(self.path))
-            WeightFiles(Path(self.path))
+            architecture = read_shape(Path(self.path))
         except FormatError as error:
             yield f"model.path={self.path}: {error}"
             return
@@ -79,7 +79,7 @@ class Model(Shape, ModelOptions):
         Raises:
             ConfigError: if the model's vocabulary is smaller than the tokenizer's.
         """
-        shape = read_architecture(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
+        shape = read_shape(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
         if shape.vocab_size < vocab_size and grow and self.path:
             return dataclasses.replace(shape, vocab_size=vocab_size)
         if shape.vocab_size < vocab_size:

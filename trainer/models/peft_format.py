@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.disk import save_tensors
-from trainer.models.hf_format import FormatError
+from trainer.models.hf_format import FormatError, read_object
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 UNUSED = {
@@ -57,19 +57,24 @@ class AdapterFolder:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FormatError(f"{folder} holds no {name}; give a folder that PEFT or Onecurve wrote")
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_object(folder / CONFIG)
         if config.get("peft_type") != "LORA":
             raise FormatError(f"{CONFIG} is of type {config.get('peft_type')}; only LORA is read")
         for key, plain in UNUSED.items():
             if config.get(key) not in (plain, None):
                 raise FormatError(f"{CONFIG} has {key}={config[key]!r}, which is not read; only {plain!r} is")
-        targets = config["target_modules"]
-        if isinstance(targets, str):
+        targets = config.get("target_modules")
+        if not isinstance(targets, list):
             raise FormatError(f"{CONFIG} names target_modules by an expression ({targets}); only a list is read")
-        self.settings = Settings(
-            int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)), tuple(sorted(targets)),
-            tuple(config.get("modules_to_save") or ()), float(config.get("lora_dropout") or 0.0),
-        )  # fmt: skip
+        try:
+            self.settings = Settings(
+                int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)), tuple(sorted(targets)),
+                tuple(config.get("modules_to_save") or ()), float(config.get("lora_dropout") or 0.0),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{folder / CONFIG} is damaged ({type(error).__name__}: {error}); write it again"
+            ) from None
         try:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

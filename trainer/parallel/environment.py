@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from trainer.config import InputError
 
-class LaunchError(RuntimeError):
+
+class LaunchError(InputError):
     """The environment describes ranks that cannot work together; the message says what to change."""
 
 

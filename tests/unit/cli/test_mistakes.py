@@ -1,0 +1,181 @@
+"""What people get wrong at first: one sentence each with its remedy, exit code 2, and nothing is left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.chats import write_jsonl
+from tests.command import onecurve
+from tests.small_folder import write_folder
+from trainer.cli import VERBS
+
+CHAT = {"messages": [{"role": "user", "content": "Who paints?"}, {"role": "assistant", "content": "Ada."}]}
+PAIR = {"prompt": "Who paints?", "chosen": "Ada.", "rejected": "Nobody."}
+FILES = {
+    "chats.jsonl": [CHAT] * 8,
+    "pairs.jsonl": [PAIR] * 16,
+    "tasks.jsonl": [{"prompt": f"{n} + 1?", "ideal": f"{n + 1}"} for n in range(64)],
+    "labels.jsonl": [{"prompt": "Who?", "completion": "Ada.", "label": n % 2 == 0} for n in range(16)],
+    "equal.jsonl": [{**PAIR, "rejected": "Ada."}] * 16,
+    "verdicts.jsonl": [{"prompt": "Who?", "completion": "Ada.", "label": "perhaps"}] * 16,
+    "columns.jsonl": [{"question": "Who?", "answer": "Ada."}] * 8,
+    "corrupt.jsonl": [CHAT, b'{"messages": [', CHAT],
+    "roles.jsonl": [{"messages": [{"role": "robot", "content": "Beep."}]}],
+    "questions.jsonl": [{"messages": [{"role": "user", "content": "Who?"}]}],
+    "numbers.jsonl": [{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "Ada."}]}],
+    "latin.jsonl": [json.dumps({"text": "Blåbær"}, ensure_ascii=False).encode("latin-1")],
+    "empty.jsonl": [],
+    "rows.csv": [],
+}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with a small model, a reward model, data of every kind, and what is wrong with it in a file each."""
+    folder = tmp_path_factory.mktemp("desk")
+    write_folder(folder / "model")
+    write_folder(folder / "judge", scores=True, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    for name, rows in FILES.items():
+        write_jsonl(folder / name, rows)
+    (folder / "plain.txt").write_text("Ada paints.\n" * 40)
+    (folder / "rewards.py").write_text("def backwards(rows):\n    return []\nnumber = 3\n")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "notes.txt").write_text("no run")
+    return folder
+
+
+CHATML = ["data.template=chatml", "batch.length=128", "epochs=null", "steps=1", "schedule.warmup=0"]
+SFT = ["experiment=sft", "model.path=model", "data.train=[chats.jsonl]", *CHATML]
+DPO = ["experiment=dpo", "model.path=model", "data.train=[pairs.jsonl]", *CHATML]
+KTO = ["experiment=dpo", "model.path=model", "data=labelled", "pipeline=kto", "data.train=[labels.jsonl]", *CHATML]
+GRPO = ["experiment=grpo", "model.path=model", "data.train=[tasks.jsonl]", *CHATML]
+PPO = ["experiment=ppo", "model.path=model", "data.train=[tasks.jsonl]", "pipeline.reward.main.path=judge", *CHATML]
+TEXT = ["experiment=text", "data.train=[plain.txt]", "tokenizer.path=model", "batch.length=64"]
+
+MISTAKES: list[tuple[str, list[str], str]] = [
+    # ---- what Hydra refuses
+    (
+        "a model's name as a choice",
+        [*TEXT, "model=smollm2"],
+        "model=smollm2 is not a choice; did you mean model=smollm2-135m",
+    ),
+    (
+        "a precision of another framework",
+        [*TEXT, "precision=bfloat16"],
+        "precision=bfloat16 is not a choice; did you mean precision=bf16",
+    ),
+    (
+        "a strategy of another framework",
+        [*TEXT, "strategy=fsdp"],
+        "strategy=fsdp is not a choice; it has ddp, zero1, zero2, zero3",
+    ),
+    (
+        "an optimizer of another framework",
+        [*TEXT, "optimizer=adamw8bit"],
+        "optimizer=adamw8bit is not a choice; did you mean optimizer=adamw",
+    ),
+    ("a misspelt experiment", ["experiment=sftt"], "experiment=sftt is not a choice; did you mean experiment=sft"),
+    ("a configuration file", ["config.yaml"], "config.yaml is a file, not an override; "),
+    (
+        "spaces around the sign",
+        ["experiment", "=", "sft"],
+        "write setting=value, without spaces around the equals sign",
+    ),
+    ("a path with a bracket", [*SFT, "model.path=runs/a(1"], "quote the value: model.path='runs/a(1'"),
+    ("a path with an equals sign", [*SFT, "model.path=runs/lr=3"], "quote the value: model.path='runs/lr=3'"),
+    ("a path with a comma", [*SFT, "model.path=runs/a,b"], "quote the value: model.path='runs/a,b'"),
+    ("a list without its end", [*SFT, "data.train=[chats.jsonl"], "close the bracket"),
+    ("a folder of configurations that is absent", ["--config-dir", "conf", "experiment=sft"], "--config-dir conf"),
+    ("a module that is absent", [*SFT, "imports=[nowhere]"], "imports=nowhere cannot be imported"),
+    # ---- settings
+    (
+        "a misspelt setting",
+        [*SFT, "optimizer.lrr=1"],
+        "AdamW has no setting 'optimizer.lrr'; did you mean 'optimizer.lr'",
+    ),
+    ("a setting without its group", [*SFT, "lr=1e-4"], "did you mean 'optimizer.lr'"),
+    ("words for a number", [*SFT, "steps=many"], "steps='many' is not an integer"),
+    ("a file that is not in a list", [*SFT, "data.train=chats.jsonl"], "write data.train=[chats.jsonl]"),
+    ("a batch that does not divide", [*SFT, "batch.size=7"], "batch.size=7 is not a multiple of"),
+    ("rows longer than the model", [*SFT, "batch.length=100000"], "use at most 2048"),
+    ("a template's name", [*SFT, "data.template=chatlm"], "data.template=chatlm is not known"),
+    ("LoRA's rank without LoRA", [*SFT, "adapter.rank=8"], "adapter=lora"),
+    ("peft's word for all layers", [*SFT, "adapter=lora", "adapter.targets=all-linear"], "write adapter.targets=["),
+    ("a target that is no layer", [*SFT, "adapter=lora", "adapter.targets=[query]"], "query"),
+    ("both biases and a family without", ["model.qk_norm=true"], "cannot be written as family llama"),
+    ("heads that do not divide", ["model.num_attention_heads=5"], "num_attention_heads=5 is not a multiple of"),
+    ("an unknown rope", ["model.rope_scaling={rope_type: ntk}"], "rope_type=ntk is not known"),
+    ("layers beside a folder", [*SFT, "model.num_hidden_layers=2"], "has no effect beside model.path=model"),
+    ("muon under ZeRO-3", [*TEXT, "strategy=zero3"], "muon"),
+    ("a warm-up longer than the run", [*SFT, "schedule.warmup=5"], "schedule.warmup=5 is more than steps=1"),
+    ("neither steps nor epochs", [*SFT, "steps=null"], "give exactly one"),
+    ("a run_dir that is something else", [*SFT, "run_dir=runs"], "run_dir=runs is not a run directory"),
+    ("a run_dir that is a file", [*SFT, "run_dir=plain.txt"], "run_dir=plain.txt is not a run directory"),
+    # ---- models and tokenizers
+    ("a hub id as a model", [*SFT, "model.path=HuggingFaceTB/SmolLM2-135M"], "hf download HuggingFaceTB/SmolLM2-135M"),
+    ("a folder that is absent", [*SFT, "model.path=nowhere"], "model.path=nowhere: "),
+    ("no model", [w for w in SFT if "model.path" not in w], "model.path is required"),
+    (
+        "a reward model as a policy's tokenizer",
+        [*SFT, "tokenizer.path=plain.txt"],
+        "tokenizer.path=plain.txt holds no tokenizer",
+    ),
+    ("no template", [w for w in SFT if "template" not in w], "data.template="),
+    ("a model without head as a judge", [*PPO, "pipeline.reward.main.path=model"], "scores nothing"),
+    # ---- data
+    ("a file that is absent", [*SFT, "data.train=[chat.jsonl]"], "data.train: chat.jsonl does not exist"),
+    ("a file of another kind", [*SFT, "data.train=[rows.csv]"], "rows.csv is of no kind that is read"),
+    ("an empty file", [*SFT, "data.train=[empty.jsonl]"], "empty.jsonl"),
+    ("a line that is cut", [*SFT, "data.train=[corrupt.jsonl]"], "corrupt.jsonl, line 2: not JSON"),
+    ("another encoding", [*TEXT, "data.train=[latin.jsonl]"], "latin.jsonl, line 1: not UTF-8"),
+    (
+        "a role that nobody has",
+        [*SFT, "data.train=[roles.jsonl]"],
+        "roles.jsonl, line 1: message 1 of messages has the role 'robot'",
+    ),
+    ("questions alone", [*SFT, "data.train=[questions.jsonl]"], "questions.jsonl, line 1: no turn is the assistant's"),
+    ("a number as a content", [*SFT, "data.train=[numbers.jsonl]"], "numbers.jsonl, line 1: the content of message 1"),
+    ("columns of other names", [*SFT, "data.train=[columns.jsonl]"], "name the columns in data.columns"),
+    ("a column that is not read", [*SFT, "data.columns={promt: question}"], "data.columns.promt is not used"),
+    ("the weight of no source", [*SFT, "data.weights={chat: 2}"], "data.weights.chat is the weight of no source"),
+    ("chats as preferences", [*DPO, "data.train=[chats.jsonl]"], "chats.jsonl, line 1: "),
+    (
+        "two equal answers",
+        [*DPO, "data.train=[equal.jsonl]"],
+        "equal.jsonl has no pair left to learn from (16 dropped: equal answers)",
+    ),
+    ("a verdict in words", [*KTO, "data.train=[verdicts.jsonl]"], "verdicts.jsonl, line 1: "),
+    ("data of another pipeline", [*SFT, "pipeline=dpo"], "choose another data="),
+    # ---- rewards
+    ("a reward that is absent", [*GRPO, "pipeline.reward.main.function=rewards.brevity"], "has none called brevity"),
+    ("a reward of a module that is absent", [*GRPO, "pipeline.reward.main.function=my.brevity"], "cannot be imported"),
+    ("a reward that takes something else", [*GRPO, "pipeline.reward.main.function=rewards.backwards"], "does not take"),
+    ("a prompt longer than the model", [*GRPO, "pipeline.rollout.tokens=100000"], "pipeline.rollout.tokens"),
+    # ---- other verbs
+    ("a verb that is absent", ["finetune"], "finetune is not a verb"),
+    ("a recipe that is absent", ["recipe", "nowhere"], "nowhere"),
+    ("an evaluation of nothing", ["evaluate", *SFT], "data.eval=[]"),
+    ("a chat with nothing", ["chat", "nowhere"], "nowhere does not exist"),
+    ("completions of a folder that is no model", ["generate", "runs", "--prompt", "Who?"], "runs has no config.json"),
+    ("scores of a model without head", ["score", "model", "chats.jsonl"], "scores nothing"),
+    ("a GGUF that is none", ["convert", "plain.txt", "models/x"], "plain.txt is not a GGUF file"),
+    ("an export of a folder that is no run", ["export", "runs"], "runs is not a run directory"),
+    ("a tokenizer over another", ["tokenize", "model", "plain.txt"], "model exists already"),
+    ("a report of nothing", ["report", "runs"], "no run is there"),
+    ("checkpoints of nothing", ["verify", "runs"], "holds no checkpoint"),
+    ("Slurm's time in words", ["submit", "time=soon", "--", *SFT], "time=soon"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_sentence_with_its_remedy(words, sentence, desk, monkeypatch, clean_registries):
+    monkeypatch.syspath_prepend(desk)
+    before = sorted(path for path in desk.rglob("*") if "__pycache__" not in str(path))
+    command = words if words[0] in VERBS or words == ["finetune"] else ["train", *words]
+    cache = [f"data.cache={desk}-cache"] if command[0] in ("train", "evaluate") else []
+    code, _, errors = onecurve(desk, *command, *cache)
+    assert code == 2, errors
+    assert sentence in errors
+    assert "Traceback" not in errors
+    assert sorted(path for path in desk.rglob("*") if "__pycache__" not in str(path)) == before
