@@ -9,17 +9,25 @@ the nearest configuration that does is named. Time is what the operations need a
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trainer.cli.parsing import add_run_arguments, parser_of
 from trainer.compose import compose
 from trainer.config import ConfigError
-from trainer.diagnostics.memory import advice, memory, parameters_of, seconds_per_step
+from trainer.diagnostics.memory import advice, host_memory, memory, parameters_of, seconds_per_step
 from trainer.parallel.environment import imagined
+from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.pretrain import Pretrain
 from trainer.run import Run
 from trainer.tracking.throughput import PEAKS
+
+DEVICE_GB = {
+    "B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 80, "A10G": 24, "A10": 24, "L40S": 48,
+    "L4": 24, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16, "MI300X": 192, "MI250X": 64, "cpu": 80,
+}  # fmt: skip
+"""Memory of a device as its vendor sells it (of several sizes the largest); of a CPU any."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     add_run_arguments(parser)
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks")
     parser.add_argument("--device", default="H100", choices=[*PEAKS, "cpu"], help="what the ranks run on")
-    parser.add_argument("--gb", type=float, default=80.0, help="memory of a device, GB")
+    parser.add_argument("--gb", type=float, help="memory of a device, GB; default: the device's own")
     parser.add_argument("--utilisation", type=float, default=0.4, help="part of the peak that is reached")
     parser.add_argument("--vocab", type=int, default=32000, help="tokens, where the model leaves them to the tokenizer")
     a = parser.parse_intermixed_args(arguments)
@@ -41,11 +49,15 @@ def main(arguments: Sequence[str]) -> int:
             )
         shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
         layout = cfg.layout(shape, a.ranks, cuda=a.device != "cpu")
-    peak = memory(shape, layout)
+        sharded = [c.layout(shape, a.ranks, cuda=a.device != "cpu") for c in sharding_more(cfg)]
+    peak, gb = memory(shape, layout), a.gb or DEVICE_GB[a.device]
     print(f"{parameters_of(shape):,} parameters; a rank of {a.ranks} under strategy={cfg.strategy.name}:")
     print("\n".join(peak.lines()))
-    if peak.total > a.gb * 1e9:
-        print(f"does not fit {a.gb:g} GB: {advice(shape, layout, a.gb * 1e9)}")
+    if host := host_memory(shape, layout):
+        where = f"strategy.offload={layout.offload} keeps {host / 1e9:.2f} GB of each rank in CPU memory"
+        print(f"{where}, {a.ranks * host / 1e9:.2f} GB of all")
+    fits = peak.total <= gb * 1e9
+    print(f"fits {gb:g} GB" if fits else f"does not fit {gb:g} GB: {advice(shape, layout, gb * 1e9, sharded)}")
     if a.device in PEAKS:
         flops = 1e12 * PEAKS[a.device][0 if cfg.precision.dtype.itemsize == 2 else 1]
         tokens = cfg.batch.size * cfg.batch.length
@@ -53,6 +65,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{seconds:.2f} s a step of {tokens:,} tokens on {a.device} at {a.utilisation:.0%} of its peak", end="")
         print(f"; {cfg.steps:,} steps: {cfg.steps * seconds / 3600:.1f} h" if cfg.steps else "")
     return 0
+
+
+def sharding_more(cfg: Run) -> Iterator[Run]:
+    """The run under the strategies that shard more than its own and that its optimizer works under, the least first."""
+    for strategy in (Zero1(), Zero2(), Zero3()):
+        if strategy.stage > cfg.strategy.stage and not list(strategy.validate_optimizer(cfg.optimizer)):
+            yield dataclasses.replace(cfg, strategy=strategy)
 
 
 def compose_without_data(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> Run:

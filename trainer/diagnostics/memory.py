@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
@@ -107,6 +107,21 @@ def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
     return weights, gradients, moments
 
 
+def host_memory(a: Architecture, layout: Layout) -> float:
+    """Bytes of CPU memory that ``strategy.offload`` moves a rank's states to; what a library copies besides is not in it."""
+    if not layout.cuda or layout.offload == "none":
+        return 0.0
+    trained = [
+        layout.adapters or parameters_of(a),
+        *(parameters_of(shape) for shape, learns in layout.auxiliary if learns),
+    ]
+    here, there = (
+        sum(sum(states(count, dataclasses.replace(layout, offload=offload))) for count in trained)
+        for offload in (layout.offload, "none")
+    )
+    return there - here
+
+
 def frozen(a: Architecture, layout: Layout) -> float:
     """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
     count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
@@ -201,8 +216,15 @@ def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float
     return flops * again / (layout.ranks * peak * utilisation)
 
 
-def advice(a: Architecture, layout: Layout, limit: float) -> str:
-    """The nearest configuration that fits ``limit`` bytes a rank: fewer rows a forward, recomputation, then more sharding."""
+def advice(a: Architecture, layout: Layout, limit: float, sharded: Sequence[Layout] = ()) -> str:
+    """The nearest configuration that fits ``limit`` bytes a rank: fewer rows a forward, recomputation, then more sharding.
+
+    Args:
+        a: the model's shape.
+        layout: as it is configured.
+        limit: bytes of a device.
+        sharded: the same run under strategies that shard more, the least first: each holds weights in a way of its own.
+    """
     if memory(a, layout).total <= limit:
         return "it fits"
     for recompute in (layout.recompute, Recompute.selective, Recompute.full):
@@ -212,17 +234,16 @@ def advice(a: Architecture, layout: Layout, limit: float) -> str:
             if memory(a, fitting).total <= limit:
                 return _say(fitting)
             micro //= 2
-    for stage in range(max(1, layout.stage + 1), 4):
-        if layout.ranks > 1:
-            fitting = dataclasses.replace(layout, stage=stage, micro=1, recompute=Recompute.full)
-            if memory(a, fitting).total <= limit:
-                return _say(fitting)
-    for ranks in (2**n for n in range(1, 17)):
-        if ranks > layout.ranks:
-            fitting = dataclasses.replace(layout, stage=3, ranks=ranks, micro=1, recompute=Recompute.full)
-            if memory(a, fitting).total <= limit:
-                return _say(fitting)
-    return "no number of ranks fits it: even one block is too large; use a device with more memory"
+    smallest = [dataclasses.replace(more, micro=1, recompute=Recompute.full) for more in sharded]
+    most = max([layout, *smallest], key=lambda candidate: candidate.stage)
+    more_ranks = [dataclasses.replace(most, ranks=2**n, micro=1, recompute=Recompute.full) for n in range(1, 17)]
+    candidates = [s for s in smallest if layout.ranks > 1] + [
+        m for m in more_ranks if m.stage and m.ranks > layout.ranks
+    ]
+    for fitting in candidates:
+        if memory(a, fitting).total <= limit:
+            return _say(fitting)
+    return "no number of ranks fits it; use a device with more memory, or strategy=zero3 strategy.offload=parameters"
 
 
 def _say(layout: Layout) -> str:

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from tests.command import onecurve
-from trainer.diagnostics.memory import Layout, advice, memory, parameters_of, seconds_per_step, states
+from trainer.cli.estimate import DEVICE_GB
+from trainer.diagnostics.memory import Layout, advice, host_memory, memory, parameters_of, seconds_per_step, states
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer
+from trainer.tracking.throughput import PEAKS
 
 SEVEN = Architecture(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -78,12 +80,27 @@ def test_parameters_are_counted_as_the_model_has_them(changes):
 def test_what_does_not_fit_gets_the_nearest_configuration_that_does():
     big = layout(ranks=8, low_precision_weights=False, micro=8, length=4096)
     assert memory(SEVEN, big).total > 80e9
-    said = advice(SEVEN, big, 80e9)
+    said = advice(SEVEN, big, 80e9, [dataclasses.replace(big, stage=stage) for stage in (1, 2, 3)])
     # zero1 still holds 4 + 4 + 12 / 8 bytes a parameter (7.2e9 of them: 69 GB), casts of all (14 GB) and more.
     assert said == "use strategy=zero2 batch.micro=1 model.activation_checkpointing=full on 8 ranks"
     fitting = layout(ranks=8, low_precision_weights=False, micro=1, length=4096, stage=2, recompute=Recompute.full)
     assert memory(SEVEN, fitting).total <= 80e9
     assert advice(SEVEN, fitting, 80e9) == "it fits"
+
+
+def test_advice_counts_every_strategy_in_its_own_storage():
+    # DDP holds 7.24e9 float32 weights (16 bytes each: 116 GB); ZeRO-1 on 8 ranks bf16 ones (2 + 2 + 12 / 8: 40 GB).
+    ddp = layout(ranks=8, low_precision_weights=False)
+    assert advice(SEVEN, ddp, 80e9, [layout(ranks=8, stage=stage) for stage in (1, 2, 3)]).startswith(
+        "use strategy=zero1 "
+    )
+
+
+def test_what_is_offloaded_is_counted_in_cpu_memory():
+    count = parameters_of(SEVEN)
+    assert host_memory(SEVEN, layout(ranks=8, stage=2)) == 0
+    assert host_memory(SEVEN, layout(ranks=8, stage=2, offload="optimizer")) == pytest.approx(12 * count / 8)
+    assert host_memory(SEVEN, layout(ranks=8, stage=3, offload="parameters")) == pytest.approx((12 + 2) * count / 8)
 
 
 def test_time_is_operations_over_what_the_devices_do():
@@ -101,8 +118,9 @@ def test_time_is_operations_over_what_the_devices_do():
 def test_the_verb_and_the_run_say_it_and_start_nothing(tmp_path):
     code, out, _ = onecurve(tmp_path, "estimate", "--ranks", "8", "experiment=7b", "strategy=ddp")
     assert code == 0
-    assert "does not fit 80 GB: use strategy=zero" in out
+    assert "does not fit 80 GB: use strategy=zero1 " in out
     assert "steps:" in out
+    assert set(PEAKS) | {"cpu"} == set(DEVICE_GB)
     code, out, _ = onecurve(tmp_path, "train", "estimate=true", "run_dir=run")
     assert code == 0
     assert "memory of a rank" in out
