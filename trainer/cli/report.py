@@ -2,7 +2,7 @@
 
     onecurve report runs/sft                 into the run's folder
     onecurve report runs/sft runs/dpo        one that compares them, into the folder that they share
-    onecurve report runs/sweeps              the same for all runs inside
+    onecurve report runs/sweeps              the same for all runs inside, one for each sweep
     onecurve report runs/tinyworld           a recipe's folder, which has a lifecycle.json
 
 One file that needs neither network nor server.
@@ -35,6 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"{', '.join(missing)}: no run is there (a run has a config.yaml and a metrics.jsonl)")
     if len(runs) == 1 and a.out is None:
         print(write(runs[0]))
+        return 0
+    sweeps = {run.parent for run in runs if (run.parent / "points").is_dir()}
+    if len(sweeps) > 1 and a.out is None and all(run.parent in sweeps for run in runs):
+        for sweep in sorted(sweeps):  # points of different sweeps are not compared
+            print(write_comparison(sweep / FILE, [run for run in runs if run.parent == sweep]))
         return 0
     shared = Path(os.path.commonpath([run.resolve() for run in runs]))
     # A lifecycle's folder has a report of its own.

@@ -14,21 +14,25 @@ from trainer.report.html import duration, markup, number
 from trainer.report.lifecycle import RECORD, lifecycle
 from trainer.report.page import opening, page, plots
 from trainer.report.recording import Recording, read
+from trainer.report.sweeps import labelled
 from trainer.report.tables import ancestry, changed, errors, made, samples, settings, statistics, time_split
 from trainer.report.verdict import headline, verdict
 
 FILE = "report.html"
 
 
-def write(folder: Path, ended: str | None = None) -> Path:
-    """Write the report of a run or of a lifecycle into its folder, and give its path. ``ended``: why a run failed."""
-    text = lifecycle(folder) if (folder / RECORD).is_file() else of_run(read(folder, ended))
+def write(folder: Path, ended: str | None = None, stopped: str | None = None) -> Path:
+    """Write the report of a run or of a lifecycle into its folder, and give its path.
+
+    ``ended``: why a run failed; ``stopped``: what it was stopped and saved for.
+    """
+    text = lifecycle(folder) if (folder / RECORD).is_file() else of_run(read(folder, ended, stopped))
     return _replace(folder / FILE, text)
 
 
 def write_comparison(file: Path, folders: Sequence[Path]) -> Path:
     """Write a report that compares runs."""
-    return _replace(file, comparison([read(folder) for folder in folders], title_of(folders)))
+    return _replace(file, comparison(labelled([read(folder) for folder in folders]), title_of(folders)))
 
 
 def runs_in(folder: Path) -> Iterator[Path]:

@@ -91,6 +91,7 @@ class Chart:
         needs_all: drawn only where the run has all of the metrics.
         hide_zero: not drawn where all values are 0.
         compare: drawn in comparisons of runs, too.
+        unit: of its values, named in the heading.
     """
 
     id: str
@@ -108,6 +109,12 @@ class Chart:
     needs_all: bool = False
     hide_zero: bool = False
     compare: bool = True
+    unit: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The title with its unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     @classmethod
     def from_yaml(cls, section: str, entry: dict[str, Any]) -> Chart:

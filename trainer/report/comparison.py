@@ -14,14 +14,19 @@ from trainer.report.html import Html, anchor, markup, number, tag
 from trainer.report.page import opening, page, plots
 from trainer.report.readings import Reading, Trace, settled
 from trainer.report.recording import Recording
-from trainer.report.tables import differing, last_answers, side_by_side, table
+from trainer.report.sweeps import objective, varied
+from trainer.report.tables import code, last_answers, plain, side_by_side, table
 from trainer.report.verdict import Line, State, headline_figure
 
 
 def comparison(runs: Sequence[Recording], title: str) -> str:
     """The page of several runs."""
     drawn = overlaid(runs)
-    parts = {"Last values": last_values(runs, drawn), "Settings": differing(runs)}
+    parts = {
+        "Sweep": plots([], more=objective(runs)),
+        "Last values": last_values(runs, drawn),
+        "Settings": differing(runs),
+    }
     # Raw values of many runs would hide each other.
     kind = "plots many" if len(runs) > 3 else "plots"
     parts |= {SECTIONS[section]: plots(group, kind=kind) for section, group in by_section(drawn).items()}
@@ -71,6 +76,9 @@ def _shared_levels(runs: Sequence[Recording], name: str, chart: Chart) -> list[L
 def _ranking(traces: Sequence[Trace], better: Better) -> str:
     """Which run is ahead, and by how much."""
     values = {t.label: settled(t) for t in traces}
+    if len(values) > 1 and better is not Better.neither and not _comparable(traces):
+        shown = [f"{t.label} {number(values[t.label])} at step {t.series.finite.steps[-1]:,.0f}" for t in traces[:4]]
+        return f"Not of the same length, so none is called best: {', '.join(shown)}{' …' if len(traces) > 4 else ''}"
     if len(values) < 2 or better is Better.neither:
         few = ", ".join(f"{name} {number(value)}" for name, value in list(values.items())[:4])
         return few + (" …" if len(values) > 4 else "")
@@ -79,6 +87,11 @@ def _ranking(traces: Sequence[Trace], better: Better) -> str:
     if math.isclose(values[best], values[last], rel_tol=1e-9, abs_tol=1e-12):
         return f"All alike: {number(values[best])}"
     return f"Best: {best} with {number(values[best])}; last: {last} with {number(values[last])}"
+
+
+def _comparable(traces: Sequence[Trace]) -> bool:
+    """Whether the last values are of the same step."""
+    return len({float(trace.series.finite.steps[-1]) for trace in traces}) == 1
 
 
 def _headline(runs: Sequence[Recording], drawn: Sequence[Figure]) -> str:
@@ -105,15 +118,21 @@ def last_values(runs: Sequence[Recording], drawn: Sequence[Figure]) -> Html:
     rows = []
     for figure in (figure for group in by_section(drawn).values() for figure in group):
         values, better = {t.label: settled(t) for t in figure.traces}, figure.chart.better
-        rated = better is not Better.neither and len(set(values.values())) > 1
+        rated = better is not Better.neither and len(set(values.values())) > 1 and _comparable(figure.traces)
         best = max(values, key=lambda name: better.value * values[name]) if rated else None
         cells = {run.name: number(values.get(run.name)) for run in runs}
         if best is not None:
             cells[best] = markup(tag("strong", cells[best]), *mark)
-        rows.append([figure.chart.title, *(cells[run.name] for run in runs)])
+        rows.append([figure.chart.heading, *(cells[run.name] for run in runs)])
     caption = "Last values; training metrics are means of the last steps, ◂ marks the best"
     columns = ["Metric", *(run.name for run in runs)]
     return table(caption, columns, rows, numbers=range(1, len(columns)))
+
+
+def differing(runs: Sequence[Recording]) -> Html:
+    """Settings in which runs differ, one column a run."""
+    cells = [[code(key), *map(plain, values)] for key, values in varied(runs).items()]
+    return table("Settings that differ", ["Setting", *(run.name for run in runs)], cells)
 
 
 def title_of(folders: Sequence[Path]) -> str:

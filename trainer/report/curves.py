@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -11,13 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.report.catalogue import Better, Chart, Level, LevelKind
-from trainer.report.html import Html, markup, tag
+from trainer.report.html import Html, markup, number, tag
 from trainer.report.readings import Reading, Trace
 from trainer.report.recording import Floats, Series
 
-WIDTH, HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 62, WIDTH - 12, 12, HEIGHT - 30
+WIDTH, HEIGHT = 560, 264
+LEFT, RIGHT, TOP, BOTTOM = 62, WIDTH - 12, 12, HEIGHT - 46
 """The box of the curves, in pixels."""
+MARGIN = 0.02
+"""Part of the horizontal axis that is left free at both ends: the dots of the first and the last step are whole."""
+STEEP = 4
+"""How many times a curve's usual range its beginning may take up; a steeper one leaves the picture, which then says so."""
 POINTS = 600
 """Of a curve, before neighbouring steps are drawn as one: their smallest, largest and mean value."""
 STYLES, DASHES = 6, 5
@@ -79,29 +82,27 @@ def axes_of(figure: Figure) -> Axes:
     low, high = min(low, middle - span / 2) - below * span, max(high, middle + span / 2) + above * span
     steps = np.concatenate([series.steps for series in finite])
     first, last = float(steps.min()), float(steps.max())
-    x = (first, last) if last > first else (first - 0.5, last + 0.5)
-    return Axes(x, (10**low, 10**high) if log else (low, high), log)
+    free = MARGIN * (last - first) or 0.5
+    return Axes((first - free, last + free), (10**low, 10**high) if log else (low, high), log)
 
 
 def _typical_range(trace: Trace, figure: Figure) -> tuple[float, float]:
-    """Most of the values of a curve: outliers of a noisy one and the first of an improving one are left out."""
+    """A curve's values; of a noisy one without outliers, and without a beginning that would flatten the rest."""
     values = trace.series.finite.values
-    if trace.points:
-        # The first evaluations of a run may lie as far out as its first steps.
-        values = values[1:] if len(values) > 3 and figure.x_label == "step" else values
-        alone = all(other.points for other in figure.traces)
-        return float(values.min()), float(values.max() if alone else values[-1])
-    if len(values) < 20 or trace.exact:
-        return float(values.min()), float(values.max())
-    top = 0.92 if figure.chart.better is Better.lower else 0.995
-    return float(np.quantile(values, 0.005)), float(np.quantile(values, top))
+    low, high = float(values.min()), float(values.max())
+    if len(values) < 20 or trace.exact or trace.points:
+        return low, high
+    usual = float(np.quantile(values, 0.92 if figure.chart.better is Better.lower else 0.995))
+    bottom = float(np.quantile(values, 0.005))
+    return bottom, high if high - bottom <= STEEP * (usual - bottom) else usual
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers between two values."""
-    raw = (high - low) / count
+def ticks(low: float, high: float, count: int = 5, *, integers: bool = False) -> list[float]:
+    """About ``count`` round numbers between two values; ``integers``: as steps are."""
+    raw = max((high - low) / count, 1.0 if integers else 0.0)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    multiples = (1, 2, 5, 10) if integers else (1, 2, 2.5, 5, 10)
+    step = next(power * m for m in multiples if power * m >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -150,9 +151,11 @@ def draw(figure: Figure, key: str) -> Html:
         figure.reading.line(),
         tag("clipPath", clip, id=f"{key}-c"),
         *_band(axes, figure),
-        *_grid(axes),
-        tag("g", *(_curve(axes, trace) for trace in figure.traces), clip_path=f"url(#{key}-c)"),
+        *rows(axes),
+        *_columns(axes, figure),
+        tag("g", *(_curve(axes, trace, figure) for trace in figure.traces), clip_path=f"url(#{key}-c)"),
         *(_level(axes, level, taken) for level in figure.levels),
+        *_outside(axes, figure),
         tag("g", class_="cursor"),
     )
 
@@ -172,29 +175,52 @@ def _band(axes: Axes, figure: Figure) -> list[Html]:
     return [shade, tag("text", "healthy", class_="mark", x=LEFT + 6, y=max(TOP + 10.0, top + 14))]
 
 
-def _grid(axes: Axes) -> list[Html]:
-    rows = log_ticks(*axes.y) if axes.log else ticks(*axes.y)
-    drawn = []
-    for value in rows:
+def rows(axes: Axes) -> list[Html]:
+    """Lines of the vertical axis with their values."""
+    values, drawn = log_ticks(*axes.y) if axes.log else ticks(*axes.y), []
+    labels = [tick_labels([value])[0] for value in values] if axes.log else tick_labels(values)
+    for value, label in zip(values, labels, strict=True):
         y = float(axes.up(value))
         drawn.append(tag("path", class_="grid", d=f"M{LEFT} {y:.1f}H{RIGHT}"))
-        drawn.append(tag("text", _tick(value, rows), class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
-    columns = ticks(*axes.x)
-    for value in columns:
-        # A number at the right edge would be cut off.
-        x = min(float(axes.across(value)), RIGHT + 0.0)
-        side = "end" if x > RIGHT - 16 else "middle"
-        drawn.append(tag("text", _tick(value, columns), class_="tick", x=x, y=BOTTOM + 20, text_anchor=side))
+        drawn.append(tag("text", label, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end"))
     return drawn
 
 
-def _curve(axes: Axes, trace: Trace) -> Html:
+def axis_name(name: str) -> Html:
+    """The name of the horizontal axis, under its values."""
+    return tag("text", name, class_="tick", x=(LEFT + RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle")
+
+
+def _columns(axes: Axes, figure: Figure) -> list[Html]:
+    places = np.concatenate([trace.series.finite.steps for trace in figure.traces])
+    first, last = float(places.min()), float(places.max())
+    values = ticks(first, last, integers=figure.x_label == "step") if last > first else [first]
+    drawn = []
+    for value, label in zip(values, tick_labels(values), strict=True):
+        # A number at the right edge would be cut off.
+        x = min(float(axes.across(value)), RIGHT + 0.0)
+        side = "end" if x > RIGHT - 16 else "middle"
+        drawn.append(tag("text", label, class_="tick", x=x, y=BOTTOM + 20, text_anchor=side))
+    return [*drawn, axis_name(figure.x_label)]
+
+
+def _outside(axes: Axes, figure: Figure) -> list[Html]:
+    """Says how far curves go that leave the picture at the top."""
+    top = max(float(trace.series.finite.values.max()) for trace in figure.traces)
+    if figure.chart.band is not None or top <= axes.y[1] * (1 + 1e-9):
+        return []
+    return [tag("text", f"↑ up to {number(top)}", class_="mark", x=LEFT + 6, y=TOP + 10)]
+
+
+def _curve(axes: Axes, trace: Trace, figure: Figure) -> Html:
     style = style_of(trace)
     if trace.points:
         series = trace.series.finite
         places = zip(axes.across(series.steps), axes.up(series.values), strict=True)
         dots = [tag("circle", cx=float(x), cy=float(y), r=3.2) for x, y in places] if len(series) <= 120 else []
-        return tag("g", tag("path", d=path(axes, series)), *dots, class_=f"evals {style}")
+        # Over another metric the values go to and fro: a line in the order of time would cross itself.
+        line = [] if figure.chart.against and dots else [tag("path", d=path(axes, series))]
+        return tag("g", *line, *dots, class_=f"evals {style}")
     extremes, means = thinned(trace.series)
     if trace.exact:
         return tag("path", class_=f"exact {style}", d=path(axes, means))
@@ -217,18 +243,17 @@ def _level(axes: Axes, level: Level, taken: list[float]) -> Html:
     return markup(line, tag("text", level.label, class_="mark", x=RIGHT - 4, y=taken[-1], text_anchor="end"))
 
 
-def _tick(value: float, values: Sequence[float]) -> str:
-    size = max(abs(v) for v in values)
-    if size >= 10_000:
-        unit, letter = (1e9, "G") if size >= 1e9 else (1e6, "M") if size >= 1e6 else (1e3, "k")
-        return f"{value / unit:.3g}{letter}" if value else "0"
-    if 0 < size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-") if value else "0"
-    gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=1.0)
-    places = max(0, min(6, -math.floor(math.log10(gap) + 1e-9))) if gap else 2
-    if round(gap * 10**places, 6) % 1:
-        places += 1
-    return f"{value + 0.0:.{places}f}"
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Ticks as short as they can be while they differ."""
+    size = max((abs(v) for v in values), default=0.0)
+    unit, letter = next(((u, c) for u, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= max(u, 1e4)), (1.0, ""))
+    kind = "e" if 0 < size < 1e-3 else "f"
+    texts: list[str] = []
+    for places in range(8):
+        texts = [f"{value / unit:.{places}{kind}}" for value in values]
+        if all(abs(float(text) * unit - value) <= 1e-6 * size for text, value in zip(texts, values, strict=True)):
+            break
+    return [text.replace("e-0", "e-") + letter if float(text) else "0" for text in texts]
 
 
 def data(figure: Figure) -> Html:

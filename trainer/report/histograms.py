@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from trainer.report.curves import BOTTOM, LEFT, RIGHT, TOP, picture, ticks
-from trainer.report.html import Html, number, tag
+from trainer.report.curves import BOTTOM, LEFT, RIGHT, TOP, axis_name, picture, tick_labels, ticks
+from trainer.report.html import Html, tag
 from trainer.report.recording import Recording
 
 
@@ -21,26 +21,21 @@ def histograms(run: Recording, prefix: str = "") -> list[Html]:
     return [_figure(name, rows, f"{prefix}spread-{n}") for n, (name, rows) in enumerate(by_name.items())]
 
 
-def above_zero(row: dict[str, Any]) -> float:
-    """The share of examples above 0, those of the bin around it in proportion."""
-    part = 0.0
-    for (low, high), count in zip(pairwise(row["edges"]), row["counts"], strict=True):
-        part += count * (1.0 if low >= 0 else 0.0 if high <= 0 else high / (high - low))
-    return float(part / sum(row["counts"]))
-
-
-def _above(row: dict[str, Any]) -> str:
-    """The same in words; in a single bin around 0 nobody knows on which side the examples are."""
-    alike = sum(1 for count in row["counts"] if count) == 1 and row["edges"][0] < 0 < row["edges"][-1]
-    return "all alike" if alike else f"{above_zero(row):.0%}"
+def reading_of(first: dict[str, Any], last: dict[str, Any]) -> str:
+    """How many examples are above 0, at the end and at the beginning, where the run counted them."""
+    counted = [
+        f"{row['positive']:,} of {sum(row['counts']):,} above 0 at step {row['step']}"
+        for row in ([last, first] if first["step"] != last["step"] else [last])
+        if isinstance(row.get("positive"), int)
+    ]
+    return "; ".join(counted) or f"{sum(last['counts']):,} examples at step {last['step']}"
 
 
 def _figure(name: str, rows: list[dict[str, Any]], key: str) -> Html:
     first, last = rows[0], rows[-1]
     several = first["step"] != last["step"]
     title = f"Distribution of {name.removeprefix('eval/')}, held out"
-    reading = f"{_above(last)} of {sum(last['counts']):,} units above 0 at step {last['step']}"
-    reading += f"; {_above(first)} at step {first['step']}" if several else ""
+    reading = reading_of(first, last)
     shown = [(first, "hist s1"), (last, "hist s0")] if several else [(last, "hist s0")]
     low, high = min(row["edges"][0] for row, _ in shown), max(row["edges"][-1] for row, _ in shown)
     high = high if high > low else low + 1
@@ -48,10 +43,12 @@ def _figure(name: str, rows: list[dict[str, Any]], key: str) -> Html:
     def across(value: float) -> float:
         return float(LEFT + (value - low) / (high - low) * (RIGHT - LEFT))
 
+    values = ticks(low, high, 6)
     drawn = [
-        tag("text", number(round(v, 9)), class_="tick", x=across(v), y=BOTTOM + 20, text_anchor="middle")
-        for v in ticks(low, high, 6)
+        tag("text", label, class_="tick", x=across(v), y=BOTTOM + 20, text_anchor="middle")
+        for v, label in zip(values, tick_labels(values), strict=True)
     ]
+    drawn.append(axis_name(name.removeprefix("eval/")))
     drawn += [tag("path", class_=style, d="".join(_outline(row, across))) for row, style in shown]
     if low < 0 < high:
         drawn.append(tag("path", class_="level reference", d=f"M{across(0):.1f} {TOP}V{BOTTOM}"))

@@ -58,7 +58,7 @@ def _results(results: Sequence[Row]) -> Html:
     rows = []
     for row in results:
         state, word = STATES[row.get("met")]
-        cells = [_shown(row.get(key)) for key in ("value", "target", "optimum")]
+        cells = [_shown(row.get("value")), _target(row), _shown(row.get("optimum"))]
         rows.append([str(row.get("name", "")), *cells, tag("span", word, class_=f"state {state}")])
     columns = ["What", "Value", "Target", "Known optimum", "Target met"]
     return table("What was reached, against the target and the best possible", columns, rows, numbers=(1, 2, 3))
@@ -88,9 +88,18 @@ def _stage(name: str, run: Recording) -> Html:
 
 def _result_line(row: Row) -> Line:
     text = f"{row.get('name')}: {_shown(row.get('value'))}"
-    for key, words in (("target", "target"), ("optimum", "best possible")):
-        text += f", {words} {_shown(row[key])}" if row.get(key) is not None else ""
+    for key, words, value in (
+        ("target", "target", _target(row)),
+        ("optimum", "best possible", _shown(row.get("optimum"))),
+    ):
+        text += f", {words} {value}" if row.get(key) is not None else ""
     return Line(STATES[row.get("met")][0], text)
+
+
+def _target(row: Row) -> str:
+    """A target with its direction."""
+    words = {"lower": "at most ", "higher": "at least "}.get(str(row.get("better")), "")
+    return f"{words}{_shown(row['target'])}" if row.get("target") is not None else _shown(None)
 
 
 def _headline(results: Sequence[Row], stages: Sequence[Row], runs: Mapping[str, Recording | None]) -> str:

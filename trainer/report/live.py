@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from trainer.report import write
+from trainer.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,16 @@ class LiveReport:
             self._write(None)
 
     def close(self, error: BaseException | None) -> None:
-        """Write the last one; ``error``: what ended the run, if it failed."""
-        self._write(None if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
+        """Write the last one; ``error``: what ended the run early, a failure or a stop request."""
+        if isinstance(error, Stopped):
+            self._write(None, error.reason)
+        else:
+            self._write(None if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
 
-    def _write(self, ended: str | None) -> None:
+    def _write(self, ended: str | None, stopped: str | None = None) -> None:
         started = time.monotonic()
         try:
-            write(self.folder, ended)
+            write(self.folder, ended, stopped)
         except Exception:  # a picture of a run must not end it
             log.exception("report.html could not be written; the run goes on (tracking.report=false leaves it out)")
         taken = time.monotonic() - started

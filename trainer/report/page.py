@@ -68,7 +68,7 @@ def plot(figure: Figure, prefix: str = "") -> Html:
     hint = [tag("p", chart.hint, class_="hint")] if chart.hint else []
     return tag(
         "figure",
-        tag("figcaption", tag("h3", chart.title), tag("p", figure.reading.line(), class_="reading"), *hint),
+        tag("figcaption", tag("h3", chart.heading), tag("p", figure.reading.line(), class_="reading"), *hint),
         legend(figure.traces),
         tag("div", draw(figure, key), class_="plot"),
         tag("output", class_="values"),

@@ -104,7 +104,7 @@ def read_off(traces: Sequence[Trace], chart: Chart, levels: Sequence[Level] = ()
 def settled(trace: Trace) -> float:
     """The value to quote: the last evaluation, or the mean of the last steps, as single ones are noisy."""
     values = trace.series.finite.values
-    if trace.points or len(values) < 10:
+    if trace.points or trace.exact or len(values) < 10:
         return float(values[-1])
     return float(values[-max(5, len(values) // 50) :].mean())
 

@@ -70,6 +70,8 @@ class Recording:
         ancestors: the models that it started from, the nearest first.
         unreadable: lines that are no JSON objects.
         ended: why it failed, where the caller knows.
+        stopped: the signal or the time limit that it stopped and was saved for; None of one that goes on.
+        label: what tells it from other runs of its sweep.
     """
 
     folder: Path
@@ -83,11 +85,13 @@ class Recording:
     ancestors: list[Ancestor] = field(default_factory=list)
     unreadable: int = 0
     ended: str | None = None
+    stopped: str | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The folder's own name: it tells runs apart, as the configured one need not."""
-        return self.folder.resolve().name
+        """The folder's own name, which tells runs apart as the configured one need not; of a point its settings."""
+        return self.label or self.folder.resolve().name
 
     @property
     def last(self) -> int:
@@ -139,8 +143,8 @@ class Recording:
         return seconds
 
 
-def read(folder: Path, ended: str | None = None) -> Recording:
-    """Read a run's folder. ``ended``: why the run came to an end, where it failed and the caller knows."""
+def read(folder: Path, ended: str | None = None, stopped: str | None = None) -> Recording:
+    """Read a run's folder; ``ended``, ``stopped``: how the run came to an end, where the caller knows."""
     record = _object(folder / "config.yaml", yaml.safe_load)
     config = record.get("config") or {}
     lines = Lines(folder)
@@ -156,6 +160,7 @@ def read(folder: Path, ended: str | None = None) -> Recording:
         ancestors=list(_ancestors(folder, config)),
         unreadable=lines.unreadable,
         ended=ended,
+        stopped=stopped or read_json(folder / "stopped.json").get("reason"),
     )
 
 

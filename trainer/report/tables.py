@@ -128,18 +128,6 @@ def settings(run: Recording) -> Html:
     return details(f"All {len(rows)} settings", table("All settings", ["Setting", "Value"], rows)) if rows else Html()
 
 
-def differing(runs: Sequence[Recording]) -> Html:
-    """Settings in which runs differ, one column a run."""
-    configs = [dict(flat(run.config)) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in ("run_dir", "name"))
-    rows = [
-        [code(key), *(plain(config[key]) if key in config else "–" for config in configs)]
-        for key in keys
-        if len({json.dumps(config.get(key), default=str, sort_keys=True) for config in configs}) > 1
-    ]
-    return table("Settings that differ", ["Setting", *(run.name for run in runs)], rows)
-
-
 def ancestry(run: Recording) -> Html:
     """The model's ancestors, the nearest first, and how each was made."""
     shown = {"step": "step", "data": "data", "tokenizer": "tokenizer", "git": "commit", "command": "command"}

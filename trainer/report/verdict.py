@@ -56,7 +56,11 @@ def verdict(run: Recording, drawn: Sequence[Figure]) -> list[Line]:
 
 def _progress(run: Recording) -> Iterator[Line]:
     of = f" of {run.planned:,}" if run.planned else ""
-    if run.ended:
+    if run.stopped:
+        yield Line(
+            State.note, f"Stopped after step {run.last:,}{of} ({run.stopped}) and saved; the same command continues."
+        )
+    elif run.ended:
         yield Line(State.bad, f"Stopped after step {run.last:,}{of}: {run.ended}")
     elif run.finished:
         tokens = run.latest("tokens")
@@ -68,7 +72,7 @@ def _progress(run: Recording) -> Iterator[Line]:
     else:
         yield Line(State.note, "No step was logged yet.")
     if attempts := len(run.facts.get("attempts") or []):
-        yield Line(State.note, f"Continued {plural(attempts, 'time')} after it was interrupted.")
+        yield Line(State.note, f"Continued {plural(attempts, 'time')}: after an interruption, or with more steps.")
     if run.unreadable:
         text = f"{plural(run.unreadable, 'line')} of the logs cannot be read, as after a run was killed."
         yield Line(State.watch, text)

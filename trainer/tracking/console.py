@@ -20,6 +20,12 @@ from rich.progress import (
 SECONDS = 5.0
 """Between plain lines; the first and the last step always have one."""
 
+SCORE = "objective/score"
+TABLES = {"errors": "most wrong"}
+"""What tables are called here, where their file's name would be misunderstood."""
+PROMPT, ANSWER = 60, 200
+"""Characters of a sample's prompt and answer that are shown."""
+
 
 class Console:
     """A sink that shows speed, loss and remaining time; evaluations and samples get lines of their own."""
@@ -43,7 +49,9 @@ class Console:
             if values:  # an evaluation may have none, as of a pipeline without a held-out loss
                 self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
             return
-        figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        score = f"  score {_short(values[SCORE])}" if SCORE in values else ""
+        rate = f"{values['tokens_per_second']:,.0f} tokens/s"
+        figures = f"loss {values['loss']:.4f}{score}  lr {values['lr']:.2e}  {rate}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
@@ -57,7 +65,7 @@ class Console:
         pass  # a line of numbers has no room for them
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.say(f"{name} after step {step}: {_sample(rows[0])[:200]!r}")
+        self.say(f"{TABLES.get(name, name)} after step {step}: {_sample(rows[0])}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -72,8 +80,11 @@ class Console:
 
 
 def _sample(row: Mapping[str, Any]) -> str:
-    """A continued text as one text, an answered prompt and its answer apart."""
-    return f"{row['prompt']}{' -> ' if 'ended' in row else ''}{row['completion']}"
+    """The end of a prompt and the beginning of what follows it: a long prompt must not hide the answer."""
+    prompt, completion = str(row["prompt"]), str(row["completion"])
+    asked = f"...{prompt[-PROMPT:]}" if len(prompt) > PROMPT else prompt
+    answer = f"{completion[:ANSWER]}..." if len(completion) > ANSWER else completion
+    return f"{asked!r} -> {answer!r}" if asked else repr(answer)
 
 
 def _short(value: float) -> str:

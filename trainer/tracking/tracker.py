@@ -66,6 +66,7 @@ class JsonLines:
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         counts, edges = np.histogram(values, bins=BINS)
         line = {"step": step, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
+        line["positive"] = int((np.asarray(values) > 0).sum())  # bins do not tell
         with (self._folder / "histograms.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -115,6 +116,9 @@ class Tracker:
         done: steps that the run has already taken.
         last: its last step.
         facts: the record of the run, for W&B.
+
+    Attributes:
+        next_command: what to do with what the run exports; shown at its end.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class Tracker:
         facts: Mapping[str, Any],
     ) -> None:
         self.config, self.last, self.latest = config, last, dict[str, float]()
+        self.next_command = ""
         self._folder = folder
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
@@ -145,8 +150,10 @@ class Tracker:
             self._sinks.append(WandBSink(config.wandb, mode, folder, facts))
         self._console = Console(folder.name, done, last)
         self._sinks.append(self._console)
-        steps = f"continuing after step {done} of {last}" if done else f"{last} steps"
-        self.say([f"{folder}: {steps} on {facts.get('device', 'an unknown device')}"])
+        steps = f"continuing after step {done:,} of {last:,}" if done else f"{last:,} steps"
+        tensorboard, wandb = ["TensorBoard"] * config.tensorboard, [f"W&B {mode}"] * (mode != "disabled")
+        logged = ", ".join(["metrics.jsonl", *tensorboard, *wandb])
+        self.say([f"{folder}: {steps} on {facts.get('device', 'an unknown device')}; logged to {logged}"])
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +167,8 @@ class Tracker:
         if error is None:
             left = [str(self._folder / name) for name in RESULTS if (self._folder / name).exists()]
             self.say([f"done: {', '.join(left)}"] if left else [])
+            exported = (self._folder / RESULTS[0]).exists()
+            self.say([f"next: {self.next_command}"] if exported and self.next_command else [])
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
         """Log an optimizer step, if it is one of those that are logged."""
@@ -200,7 +209,7 @@ class Tracker:
             self._lines.sync()
 
     def _write(self, number: int, values: Mapping[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in self._sinks if values else ():  # an evaluation without data measures nothing
             sink.scalars(number, values)
 
 

@@ -15,13 +15,13 @@ from tests.browser import CHROMIUM, Browser
 from trainer.report import runs_in, write, write_comparison
 from trainer.report.catalogue import CHARTS, Better, Chart
 from trainer.report.charts import figures
-from trainer.report.curves import WIDTH, Axes, axes_of, log_ticks, path, thinned, ticks
-from trainer.report.histograms import above_zero
+from trainer.report.curves import WIDTH, Axes, axes_of, log_ticks, path, thinned, tick_labels, ticks
 from trainer.report.html import Html, tag
 from trainer.report.live import LiveReport
 from trainer.report.readings import Trace, read_off
 from trainer.report.recording import Series, read
 from trainer.report.verdict import State, headline, verdict
+from trainer.stopping import Stopped
 
 FLOOR = 0.75
 
@@ -277,16 +277,101 @@ def test_ticks_of_decades_are_powers_of_ten():
     assert log_ticks(0.5e-3, 20) == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
 
 
-def test_the_share_above_zero_divides_the_bin_around_it():
-    assert above_zero({"edges": [-2, -1, 1, 2], "counts": [2, 4, 2]}) == pytest.approx((4 / 2 + 2) / 8)
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([2.98e-4, 2.99e-4, 3e-4], ["2.98e-4", "2.99e-4", "3.00e-4"]),
+        ([0, 2.5, 5], ["0", "2.5", "5.0"]),
+        ([10_000, 10_010], ["10.00k", "10.01k"]),
+        ([-2e9, 0, 2e9], ["-2G", "0", "2G"]),
+    ],
+)
+def test_ticks_that_differ_are_written_differently(values, labels):
+    assert tick_labels(values) == labels
 
 
-def test_units_that_are_all_alike_are_on_no_side_of_zero(tmp_path):
-    counts, edges = np.histogram([0.0] * 5, bins=40)
-    lines = [{"step": 0, "name": "eval/margin", "edges": edges.tolist(), "counts": counts.tolist()}]
-    lines += [{"step": 9, "name": "eval/margin", "edges": [0.0, 1.0, 2.0], "counts": [2, 3]}]
+def test_steps_are_counted_in_whole_numbers_and_the_axis_has_a_name(tmp_path):
+    page = text_of(write(run(tmp_path / "r", [{"step": s, "loss": 1.0 / s} for s in (1, 2, 3)])))
+    figure = page[page.index('id="loss"') :]
+    labels = re.findall(r'class="tick"[^>]*y="238"[^>]*>([^<]+)<', figure[: figure.index("</svg>")])
+    assert labels == ["1", "2", "3"]
+    assert ">step</text>" in figure
+
+
+def test_the_first_and_the_last_evaluation_are_inside_of_the_picture(tmp_path):
+    lines = [
+        {"step": s, "eval/bits_per_byte": v} for s, v in ((0, 9.0), (50, 2.0), (100, 1.6), (150, 1.5), (200, 1.49))
+    ]
+    [figure] = figures(read(run(tmp_path / "r", lines)))
+    axes = axes_of(figure)
+    assert axes.x[0] < 0
+    assert axes.x[1] > 200
+    assert axes.y[1] > 9
+
+
+def test_a_beginning_that_leaves_the_picture_is_said(tmp_path):
+    lines = [{"step": s, "loss": 1000.0 if s == 1 else 1.0 + 1 / s} for s in range(1, 101)]
+    assert ">↑ up to 1,000</text>" in text_of(write(run(tmp_path / "r", lines)))
+
+
+def test_a_histogram_is_read_by_the_examples_that_were_counted(tmp_path):
+    lines = [
+        {"step": 0, "name": "eval/margin", "edges": [-1.0, 1.0], "counts": [400], "positive": 0},
+        {"step": 9, "name": "eval/margin", "edges": [-1.0, 1.0, 3.0], "counts": [40, 360], "positive": 397},
+    ]
     page = text_of(write(run(tmp_path / "r", [], histograms=lines)))
-    assert "100% of 5 units above 0 at step 9; all alike at step 0" in page
+    assert "397 of 400 above 0 at step 9; 0 of 400 above 0 at step 0" in page
+    before = text_of(
+        write(run(tmp_path / "old", [], histograms=[{k: v for k, v in lines[1].items() if k != "positive"}]))
+    )
+    assert "400 examples at step 9" in before
+
+
+def test_a_run_that_was_stopped_has_not_failed(tmp_path):
+    live = LiveReport(pretraining(tmp_path / "r", steps=20))
+    live.close(Stopped(20, 1000, "SIGINT"))
+    page = text_of(tmp_path / "r" / "report.html")
+    assert "Stopped after step 20 of 20 (SIGINT) and saved; the same command continues." in page
+    assert "failed" not in page.partition("<main")[0].partition("<header")[2]
+
+
+def test_runs_of_different_length_have_no_best(tmp_path):
+    short, long = pretraining(tmp_path / "short", steps=40), pretraining(tmp_path / "long", steps=200)
+    page = text_of(write_comparison(tmp_path / "c.html", [short, long]))
+    assert "Not of the same length, so none is called best: short 0.8716 at step 40, long 0.78 at step 200" in page
+    assert "Best:" not in page
+    assert "◂</span>" not in page
+
+
+def test_a_target_is_shown_with_its_direction(tmp_path):
+    results = [{"name": "gold", "value": 0.4664, "target": 0.7, "better": "lower", "met": True}]
+    (tmp_path / "lifecycle.json").write_text(json.dumps({"results": results}))
+    page = text_of(write(tmp_path))
+    assert "gold: 0.4664, target at most 0.7" in page
+    assert ">at most 0.7</td>" in page
+
+
+def test_reward_over_kl_is_drawn_as_dots_without_a_line_through_them(tmp_path):
+    lines = [{"step": s, "objective/kl": abs(s - 10), "objective/score": float(s)} for s in range(1, 21)]
+    page = text_of(write(run(tmp_path / "r", lines)))
+    plot = page[page.index('id="reward-against-kl"') :]
+    curve = plot[plot.index('class="evals') - 30 : plot.index("</svg>")]
+    assert curve.count("<circle") == 20
+    assert "<path" not in curve.partition("</g>")[0]
+
+
+def test_points_of_a_sweep_are_named_and_plotted_by_their_settings(tmp_path):
+    (tmp_path / "points").mkdir()
+    for n, rate in enumerate((1e-3, 1e-4)):
+        folder = pretraining(tmp_path / f"digest{n}", shift=n / 10)
+        record = yaml.safe_load((folder / "config.yaml").read_text())
+        record["config"] |= {"optimizer": {"lr": rate}, "run_dir": str(folder), "sweep": {"metric": "eval/loss"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    page = text_of(write_comparison(tmp_path / "report.html", list(runs_in(tmp_path))))
+    assert "Best: lr=0.001 with 0.78; last: lr=0.0001 with 0.88" in page
+    assert "eval/loss over optimizer.lr" in page
+    assert "Best: 0.78 at optimizer.lr=0.001" in page
+    assert "digest0" not in page.partition("<main")[2]
 
 
 def test_evaluations_are_said_to_move_as_the_last_two_do():
