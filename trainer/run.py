@@ -163,8 +163,11 @@ class Run(Node):
     def summary(self, architecture: Architecture) -> str:
         """What is trained, and how, in a line."""
         pipeline, dtype = type(self.pipeline).__name__.lower(), str(self.precision.dtype).removeprefix("torch.")
+        model = self.model.path or f"a new {architecture.family} model"
+        adapters = self.adapter.trained(architecture)
+        trained = f"{adapters:,} beside them trained" if adapters else "all trained"
         how = f"{dtype}, strategy={self.strategy.name}, {distributed.ranks()} rank(s)"
-        return f"{pipeline}: {parameters_of(architecture):,} parameters, {how}"
+        return f"{pipeline} of {model}: {parameters_of(architecture):,} parameters, {trained}; {how}"
 
     def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
         """What the estimate of memory and time needs to know, on ``ranks`` ranks."""
@@ -328,6 +331,7 @@ class Session:
             facts = {**record, **computed, "step": step}
             weights = partial(merged_weights, self.engine, self.load, self.cfg.pipeline.exports)
             self.cfg.export.write(folder / "export", weights, self.load.architecture, tokenizer, facts)
+            self.tracker.next_command = self.cfg.pipeline.next_command.format(export=folder / "export")
         export_adapter(folder / "adapter", self.engine, self.load, tokenizer)
 
     def _validate_first(self, step: Step) -> None:

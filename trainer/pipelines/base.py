@@ -73,6 +73,8 @@ class Pipeline(Node):
     """Whether the trained model scores sequences instead of predicting tokens."""
     batch_type: ClassVar[type[Batch]] = PackedRows
     """The micro-batches that it needs from the data."""
+    next_command: ClassVar[str] = "onecurve chat {export}"
+    """What to do first with the model that it exports."""
 
     @property
     def initial_loss(self) -> float | None:

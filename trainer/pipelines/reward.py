@@ -28,6 +28,7 @@ class RewardModelling(Pipeline):
 
     learning_rate: ClassVar[float] = 1e-5
     scores: ClassVar[bool] = True
+    next_command: ClassVar[str] = "onecurve score {export} ANSWERS.jsonl"
     batch_type: ClassVar[type[Batch]] = PairBatch
 
     margin: bool = setting(True, "ask for the pair's own margin, where the data has one (arXiv:2307.09288)")

@@ -15,7 +15,7 @@ from trainer.diagnostics.first_step import FirstStep
 from trainer.functional import correct, cross_entropy
 from trainer.metrics import Metrics
 from trainer.parallel import distributed
-from trainer.pipelines.base import Models
+from trainer.pipelines.base import Models, Pipeline
 from trainer.pipelines.pretrain import Pretrain
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class SFT(Pretrain):
     """Next-token prediction on the tokens that the data's mask names (docs/algorithms.md#language-modelling)."""
 
     learning_rate: ClassVar[float] = 2e-5
+    next_command: ClassVar[str] = Pipeline.next_command
 
     def first_step_problems(self, first: FirstStep) -> list[str]:
         """Also, an answer's end is among what is learnt: else a warning."""

@@ -160,9 +160,17 @@ def test_an_evaluation_without_values_prints_no_empty_line(tmp_path, capsys):
     ]
 
 
-def test_the_console_begins_with_the_run_and_ends_with_its_results(tmp_path, capsys):
-    with tracker(tmp_path, done=2):
+def test_the_console_begins_with_the_run_and_ends_with_what_to_do_next(tmp_path, capsys):
+    with tracker(tmp_path, done=2) as t:
+        t.table(3, "samples", [{"prompt": "A long story. " * 20 + "Who?", "completion": "Ada. " * 100, "ended": True}])
+        t.log(3, {})
         (tmp_path / "export").mkdir()
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert first == f"{tmp_path}: continuing after step 2 of 9 on a CPU"
-    assert last == f"done: {tmp_path}/export, {tmp_path}/report.html"
+        t.next_command = "onecurve chat EXPORT"
+    first, sample, *_, done, then = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path}: continuing after step 2 of 9 on a CPU; logged to metrics.jsonl"
+    # The last 60 characters of the question and the first 200 of the answer.
+    assert sample.startswith("samples after step 3: '...")
+    assert sample.endswith(f"Who?' -> '{'Ada. ' * 40}...'")
+    assert done == f"done: {tmp_path}/export, {tmp_path}/report.html"
+    assert then == "next: onecurve chat EXPORT"
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
