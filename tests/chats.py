@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tokenizers
 
+from trainer.data.chats import ChatData
+from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer
 
 SPECIALS = [
@@ -41,3 +43,36 @@ def write_jsonl(file: Path, rows) -> Path:
         for row in rows:
             stream.write((row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode()) + b"\n")
     return file
+
+
+TOOL_TEMPLATE = """\
+{%- if tools %}{{ 'T' + tools | tojson + '\\n' }}{% endif %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ (m.reasoning_content or '') + m.content }}
+{%- for c in m.tool_calls or [] %}
+{{- '<tool_call>' + c.function.name + c.function.arguments | tojson + '</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>' }}{% endgeneration %}{% else %}{{- m.content + '<|im_end|>' }}{% endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+TOOL_TOKENIZER = byte_tokenizer("<|im_end|>", template=TOOL_TEMPLATE)
+
+
+def message(role: str, content, **keys) -> dict:
+    return {"role": role, "content": content, **keys}
+
+
+def rendered(kind, file: str, **changed) -> list[str]:
+    """Every conversation of a file, with what is learnt of it in brackets, as a stage encodes it."""
+    data = kind(train=[file], **changed)
+    [source], template = data.sources(data.train), data.open_template(TOOL_TOKENIZER)
+    if kind is ChatData:
+        return [
+            marked(TOOL_TOKENIZER, e.ids, e.trained).removesuffix("\n") for e in data.encoded(source, template, 4096)
+        ]
+    if kind is PromptData:
+        return [TOOL_TOKENIZER.decode(p.ids, specials=True) for p in data._encoded(source, template)]
+    pairs = list(data.encoded(source, template, 4096, dict.fromkeys(["too long", "equal answers", "repeated"], 0)))
+    return [marked(TOOL_TOKENIZER, p.chosen.ids, p.chosen.trained) for p in pairs]

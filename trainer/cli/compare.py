@@ -24,7 +24,9 @@ from typing import Any
 
 from trainer.cli.parsing import add_sampling_arguments, parser_of
 from trainer.config import InputError
-from trainer.data.messages import Chat, as_messages
+from trainer.data.messages import Chat
+from trainer.data.prompts import PROMPT_FORMATS, Question
+from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import ChatModel, RewardModel
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     """Answer, score, write; the folder appears when all of it is there."""
     parser = parser_of("compare", __doc__)
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("prompts", help="JSON lines with a column prompt: a text, or messages")
+    parser.add_argument("prompts", help="a file of prompts, as GRPO reads them")
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exports, or other Hugging Face folders")
     parser.add_argument("--function", help="scores the answers; where it can be imported from")
     parser.add_argument(
@@ -49,10 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     a = parser.parse_args(arguments)
     if a.out.exists():
         raise InputError(f"{a.out} exists already; name another folder")
-    rows = [dict(row) for _, row in islice(DataSource(a.prompts).rows(), a.rows)]
-    if any("prompt" not in row for row in rows):
-        raise InputError(f"{a.prompts} has rows without a column prompt; give rows with a text or messages in it")
-    written = compared(rows, a)
+    questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
+    written = compared([question for _, question in islice(questions, a.rows)], a)
     partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     (partial / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
@@ -64,9 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def compared(rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
+def compared(questions: Sequence[Question], a: argparse.Namespace) -> list[Row]:
     """Every prompt with its answers and their scores, by model."""
-    conversations = [as_messages(row["prompt"], "prompt", "user") for row in rows]
+    conversations = [question.chat.messages for question in questions]
+    rows = [dict(question.row) for question in questions]
     sampling = Sampling(a.tokens, a.temperature)
     score = scorer(a)
     written: list[Row] = [{"prompt": c[-1]["content"], "answers": {}, "scores": {}} for c in conversations]

@@ -4,9 +4,9 @@
     onecurve generate runs/sft/export --prompt "Who paints?" --temperature 0
     onecurve generate runs/pretrain/export --prompt "Once upon a time" --template raw
 
-Rows of a file have a column prompt: a text, or messages. The folder's own chat template renders them; --template raw
-continues the text as it stands, for models that have no template. What is drawn depends on the seed and the prompt's number
-alone.
+Rows of a file are of any form of prompts: prompt, messages, ShareGPT, Alpaca. The folder's own chat template renders them;
+--template raw continues the text as it stands, for models that have no template. What is drawn depends on the seed and the
+prompt's number alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.cli.parsing import add_sampling_arguments, parser_of
-from trainer.config import InputError
 from trainer.data.messages import as_messages
+from trainer.data.prompts import PROMPT_FORMATS
+from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.generation.pretrained import ChatModel
 from trainer.generation.sampling import Sampling
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the completions, as they are done."""
     parser = parser_of("generate", __doc__)
     parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
-    parser.add_argument("prompts", nargs="?", help="JSON lines with a column prompt")
+    parser.add_argument("prompts", nargs="?", help="a file of prompts, as GRPO reads them")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--template", help="a built-in chat template instead of the folder's own")
     parser.add_argument("--batch", type=int, default=64, help="prompts that are completed at once")
@@ -36,14 +37,15 @@ def main(arguments: Sequence[str]) -> int:
     a = parser.parse_args(arguments)
     if (a.prompts is None) == (not a.prompt):
         parser.error("give either a file of prompts, or --prompt TEXT")
-    rows = [{"prompt": text} for text in a.prompt] or [dict(row) for _, row in DataSource(a.prompts).rows()]
-    if any("prompt" not in row for row in rows):
-        raise InputError(f"{a.prompts} has rows without a column prompt; give rows with a text or messages in it")
+    asked = [({"prompt": text}, as_messages(text, "--prompt", "user")) for text in a.prompt]
+    if a.prompts is not None:
+        questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
+        asked = [(dict(question.row), question.chat.messages) for _, question in questions]
     model, sampling = ChatModel.open(a.model, a.template), Sampling(a.tokens, a.temperature)
-    numbered = iter(enumerate(rows))
+    numbered = iter(enumerate(asked))
     while group := list(islice(numbered, a.batch)):
-        conversations = [as_messages(row["prompt"], "prompt", "user") for _, row in group]
-        texts = model.complete(conversations, sampling, [(a.seed, number) for number, _ in group])
-        for (_, row), text in zip(group, texts, strict=True):
+        keys = [(a.seed, number) for number, _ in group]
+        texts = model.complete([messages for _, (_, messages) in group], sampling, keys)
+        for (_, (row, _)), text in zip(group, texts, strict=True):
             print(json.dumps({**row, "completion": text}, ensure_ascii=False), flush=True)
     return 0

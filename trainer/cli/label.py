@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli.parsing import add_sampling_arguments, parser_of
-from trainer.data.messages import Chat, ChatError, as_messages, validate_messages
+from trainer.data.messages import Chat
+from trainer.data.prompts import PROMPT_FORMATS
+from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
@@ -114,19 +116,8 @@ def endpoint_judge(endpoint: Endpoint) -> Judge:
 
 def read(file: Path) -> Iterator[Prompt]:
     """Every row's prompt."""
-    for where, row in DataSource(str(file)).rows():
-        try:
-            if row.get("prompt") is not None:
-                yield as_messages(row["prompt"], "prompt", "user")
-                continue
-            messages = validate_messages(row.get("messages"), "messages")
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            if not messages:
-                raise ChatError("messages holds no question")
-            yield messages
-        except ChatError as error:
-            raise ChatError(f"{where}: {error}") from None
+    for _, question in read_rows(DataSource(str(file)), PROMPT_FORMATS, "prompt", mixed=True):
+        yield question.chat.messages
 
 
 def finished(out: Path) -> int:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli.parsing import parser_of
-from trainer.data.chats import CHAT_FORMATS
-from trainer.data.messages import read_rows
+from trainer.data.row_formats import CHAT_FORMATS, read_rows
 from trainer.data.sources import DataSource
 from trainer.generation.pretrained import RewardModel
 
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
     model = RewardModel.open(a.model)
-    chats = read_rows(DataSource(str(a.answers)), {}, CHAT_FORMATS)
+    chats = read_rows(DataSource(str(a.answers)), CHAT_FORMATS)
     rows = zip(DataSource(str(a.answers)).rows(), chats, strict=True)
     while group := list(islice(rows, BATCH)):
         scores = model.score([chat for _, (_, chat) in group], raw=a.raw)

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from itertools import islice
 
 from trainer.config import ConfigError, schema, setting
 from trainer.data.corpus import Corpus, Files, Prompt, answer_in
-from trainer.data.messages import (
-    Chat,
-    ChatError,
-    Message,
-    Row,
-    RowFormat,
-    as_messages,
-    columns_of,
-    prompt_messages,
-    read_rows,
-    system_messages,
-    text_of,
-    type_in_words,
-    validate_messages,
-)
+from trainer.data.messages import ROLES, Chat, ChatError
+from trainer.data.row_formats import CHAT_FORMATS, columns_of, read_rows
 from trainer.data.rows import Encoded, RowStore, prepare_rows
 from trainer.data.sources import DataSource
 from trainer.data.templates import BUILT_IN, Template, TemplateError, open_template
 from trainer.data.tokenizer import Tokenizer
 
-SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-"""Names of speakers in ShareGPT's format, and the roles that they are."""
+READING = 2
+"""Of the rules by which rows are read: what other rules prepared is prepared again."""
 
 
 class TrainOn(StrEnum):
@@ -68,11 +44,23 @@ class Conversations(Files):
     """Data that a chat template renders."""
 
     template: str | None = setting(None, f"null = the tokenizer's own, or {', '.join(BUILT_IN)}")
+    roles: dict[str, str] = setting(
+        dict, f"what a speaker is whose name is not known: {{customer: user}}; one of {', '.join(ROLES)}"
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.template is not None and self.template not in BUILT_IN:
             yield f"data.template={self.template} is not known; use {', '.join(BUILT_IN)}, or null for the tokenizer's own"
+        for name, role in self.roles.items():
+            if role not in ROLES:
+                yield f"data.roles.{name}={role} is not a role; use {', '.join(ROLES)}"
+
+    def sources(self, paths: Sequence[str], *, heldout: bool = False) -> list[DataSource]:
+        sources = super().sources(paths, heldout=heldout)
+        for source in sources:
+            source.roles = self.roles
+        return sources
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         template = self.open_template(tokenizer)
@@ -95,7 +83,8 @@ class Conversations(Files):
     def cache_key(self, source: DataSource, template: Template) -> list[str]:
         """What prepared data depends on: the files, the rendering, and how rows are read."""
         rendering = hashlib.sha256(template.source.encode()).hexdigest()
-        return [source.fingerprint(), rendering, self.on_bad_row, str(sorted(self.columns.items()))]
+        names = str([sorted(source.columns.items()), sorted(source.roles.items()), READING])
+        return [source.fingerprint(), rendering, self.on_bad_row, names]
 
 
 @schema("data/chat")
@@ -147,10 +136,10 @@ class ChatData(Conversations):
 
     def encoded(self, source: DataSource, template: Template, length: int) -> Iterator[Encoded]:
         """Ids and masks of every conversation that has something to learn, cut to ``length`` positions."""
-        for where, chat in read_rows(source, self.columns, CHAT_FORMATS):
+        for where, chat in read_rows(source, CHAT_FORMATS):
             try:
                 full = self.encode(chat, template)
-            except TemplateError as error:
+            except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
             ids, trained = self._cut(full, length)
@@ -163,13 +152,25 @@ class ChatData(Conversations):
             yield Encoded(ids, trained, len(full.ids) - len(ids))
 
     def encode(self, chat: Chat, template: Template) -> Encoded:
-        """Ids of a conversation, and which of them are learnt."""
+        """Ids of a conversation, and which of them are learnt.
+
+        Raises:
+            ChatError: if nothing is learnt because of the weights of its messages.
+            TemplateError: if the template cannot render it.
+        """
         turns = chat.assistant_turns
         if self.train_on is TrainOn.last_assistant:
             turns = turns[-1:]
         if self.train_on is TrainOn.completion:
             turns = [n for n in turns if n >= chat.completion]
-        encoded = template.encode(chat.messages, chat.tools, turns=turns)
+        trained = [n for n in turns if n in chat.trained_turns]
+        if turns and not trained:
+            raise ChatError(f"all turns that data.train_on={self.train_on} learns have the weight 0")
+        if self.train_on is TrainOn.all and trained != turns:
+            raise ChatError(
+                "a turn has the weight 0, and data.train_on=all learns everything; use data.train_on=assistant"
+            )
+        encoded = template.encode(chat.messages, chat.tools, turns=trained)
         return Encoded(encoded.ids, [True] * len(encoded.ids)) if self.train_on is TrainOn.all else encoded
 
     def _cut(self, encoded: Encoded, length: int) -> tuple[list[int], list[bool]]:
@@ -183,8 +184,8 @@ class ChatData(Conversations):
 
     def _prompts(self, template: Template) -> Iterator[Prompt]:
         """Held-out prompts with their right answers: ``ideal``, else what the pattern finds in the completion."""
-        for source in self.sources(self.eval):
-            for _, chat in read_rows(source, self.columns, CHAT_FORMATS):
+        for source in self.sources(self.eval, heldout=True):
+            for _, chat in read_rows(source, CHAT_FORMATS):
                 before = chat.messages[: chat.assistant_turns[-1]]
                 ideal = list(chat.ideal)
                 if not ideal and self.answer is not None:
@@ -194,86 +195,3 @@ class ChatData(Conversations):
                 except TemplateError:
                     continue
                 yield Prompt(ids, str(before[-1].get("content", "")) if before else "", ideal, self.answer)
-
-
-def _messages(row: Row) -> Chat:
-    messages, ideal = validate_messages(row["messages"], "messages"), ideal_answers(row)
-    if messages[-1]["role"] != "assistant" and ideal:
-        messages.append({"role": "assistant", "content": ideal[0]})
-    return _chat(messages, _after_last_question(messages), row)
-
-
-def _prompt_completion(row: Row) -> Chat:
-    prompt = prompt_messages(row)
-    return _chat([*prompt, *as_messages(row["completion"], "completion", "assistant")], len(prompt), row)
-
-
-def _sharegpt(row: Row) -> Chat:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise ChatError(f"conversations is {type_in_words(turns)}, not a list of turns")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise ChatError(f"turn {number} of conversations has no 'from' and 'value'")
-        if turn["from"] not in SHAREGPT:
-            raise ChatError(f"turn {number} of conversations is from {turn['from']!r}; use {', '.join(SHAREGPT)}")
-        messages.append({"role": SHAREGPT[turn["from"]], "content": turn["value"]})
-    messages = validate_messages(system_messages(row) + messages, "conversations")
-    return _chat(messages, _after_last_question(messages), row)
-
-
-def _alpaca(row: Row) -> Chat:
-    instruction, given, output = (text_of(row, column) for column in ("instruction", "input", "output"))
-    if not instruction:
-        raise ChatError("the instruction is empty")
-    question = f"{instruction}\n\n{given}" if given else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return _chat(messages, 1, row)
-
-
-def _prompt_ideal(row: Row) -> Chat:
-    ideal = ideal_answers(row)
-    if not ideal:
-        raise ChatError("ideal is an empty list")
-    return _prompt_completion({**row, "completion": ideal[0]})
-
-
-CHAT_FORMATS: list[RowFormat[Chat]] = [
-    RowFormat("messages", ("messages",), _messages, ("system", "tools", "ideal")),
-    RowFormat("prompt and completion", ("prompt", "completion"), _prompt_completion),
-    RowFormat("ShareGPT", ("conversations",), _sharegpt),
-    RowFormat("Alpaca", ("instruction", "output"), _alpaca, ("input",)),
-    RowFormat("prompt and ideal", ("prompt", "ideal"), _prompt_ideal),
-]
-"""How rows of conversations are written; the first whose columns a row has reads it. A user's module may add its own."""
-
-
-def ideal_answers(row: Row) -> list[str]:
-    """The right answers of the column ``ideal``: a text, a list of texts, or none.
-
-    Raises:
-        ChatError: if it is something else.
-    """
-    value = row.get("ideal")
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if any(not isinstance(v, str) for v in values):
-        raise ChatError(f"ideal is {type_in_words(value)}, not text or a list of texts")
-    return values
-
-
-def _chat(messages: list[Message], completion: int, row: Row) -> Chat:
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ChatError("no turn is the assistant's, so there is nothing to learn")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ChatError(f"tools is not JSON ({error.msg} at column {error.colno})") from None
-    return Chat(messages, completion, tools or None, ideal_answers(row))
-
-
-def _after_last_question(messages: list[Message]) -> int:
-    """The first message behind the last one that is the user's or the system's."""
-    return 1 + max((n for n, m in enumerate(messages) if m["role"] in ("user", "system")), default=-1)

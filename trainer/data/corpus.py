@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,13 +124,17 @@ class Files(Data):
     train: list[str] = setting(doc="files, folders or hub ids to learn from")
     eval: list[str] = setting(list, "files, folders or hub ids to measure on; each is a source of its own")
     columns: dict[str, str] = setting(dict, "which column holds what, where it is not called so")
+    source_columns: dict[str, dict[str, str]] = setting(
+        dict, "further data.columns of one source, by its name: {gsm8k: {prompt: question}}"
+    )
     weights: dict[str, float] = setting(dict, "passes of a source in an epoch, by its name; 1 where unnamed", above=0)
     on_bad_row: OnBadRow = setting(
         OnBadRow.error, "error: name the first bad row and stop; skip: leave out, count and log"
     )
 
     def problems(self) -> Iterator[str]:
-        for group, sources in (("train", self.sources(self.train)), ("eval", self.sources(self.eval))):
+        groups = {"train": self.sources(self.train), "eval": self.sources(self.eval, heldout=True)}
+        for group, sources in groups.items():
             for source in sources:
                 if problem := source.problem():
                     yield f"data.{group}: {problem}"
@@ -138,23 +143,37 @@ class Files(Data):
                 yield f"data.{group} has two sources called {name}; rename one of the files"
         if not self.train:
             yield "data.train=[] names nothing to learn from; give files, folders or hub ids"
-        names = [s.name for s in self.sources(self.train)]
+        names = [s.name for s in groups["train"]]
         for name in sorted(self.weights.keys() - set(names)):
             yield f"data.weights.{name} is the weight of no source; data.train has {', '.join(names)}"
-        for column in sorted(self.columns.keys() - set(self.columns_read())):
-            accepted = ", ".join(f"data.columns.{name}" for name in self.columns_read())
-            yield f"data.columns.{column} is not used by this data; it reads {accepted}"
+        names += [s.name for s in groups["eval"]]
+        for name in sorted(self.source_columns.keys() - set(names)):
+            yield f"data.source_columns.{name} names no source; there are {', '.join(names)}"
+        mappings = {"columns": self.columns, **{f"source_columns.{n}": c for n, c in self.source_columns.items()}}
+        for setting_name, columns in mappings.items():
+            for column in sorted(columns.keys() - set(self.columns_read())):
+                accepted = ", ".join(f"data.columns.{name}" for name in self.columns_read())
+                yield f"data.{setting_name}.{column} is not used by this data; it reads {accepted}"
 
     def columns_read(self) -> tuple[str, ...]:
         """Names that ``data.columns`` can give to other columns."""
         return ("text",)
 
-    def sources(self, paths: Sequence[str]) -> list[DataSource]:
-        """One source for every path."""
-        return [DataSource(path, self.columns.get("text", "text"), self.on_bad_row) for path in paths]
+    def sources(self, paths: Sequence[str], *, heldout: bool = False) -> list[DataSource]:
+        """One source for every path; where two would be called alike, by more of their files' names."""
+        names = Counter(DataSource(path).name for path in paths)
+        return [self._source(path, names, heldout) for path in paths]
+
+    def _source(self, path: str, names: Mapping[str, int], heldout: bool) -> DataSource:
+        source = DataSource(path, on_bad_row=self.on_bad_row, heldout=heldout)
+        if names[source.name] > 1:
+            source.name = source.stem
+        source.columns = {**self.columns, **self.source_columns.get(source.name, {})}
+        source.column = source.columns.get("text", "text")
+        return source
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
-        heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval)}
+        heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
         parts = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.train)}
         mixture = Mixture(list(parts.values()), [self.weights.get(name, 1.0) for name in parts], seed)
         return Corpus(mixture, heldout, summaries(parts) + summaries(heldout))
@@ -182,7 +201,7 @@ class TextData(Files):
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         if not self.streaming:
             return super().open(tokenizer, length, seed)
-        heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval)}
+        heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
         return Corpus(Stream(self.sources(self.train), tokenizer, length, self.window), heldout, summaries(heldout))
 
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> RowStore:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.config import schema
-from trainer.data.messages import Chat, ChatError, Row, RowFormat, as_messages, columns_of, prompt_messages, read_rows
+from trainer.data.messages import Chat, ChatError, Row
 from trainer.data.pairs import AnswerBatch, Pair, PairStore, answer_start, collate_shared_prefix
-from trainer.data.preferences import JudgedAnswers, answered, encode
+from trainer.data.preferences import JudgedAnswers, encode
+from trainer.data.row_formats import CHAT_FORMATS, RowFormat, columns_of, read_rows
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataSource
-from trainer.data.store import skipped_summary
+from trainer.data.store import Span, source_summary
 from trainer.data.templates import Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
 
@@ -57,13 +59,18 @@ class LabelledStore(PairStore):
         label = "desirable" if self.unit(number).margin == DESIRABLE else "undesirable"
         return {**super().preview(number, tokenizer), "rejected": "", "label": label}
 
+    def spans(self, number: int) -> list[Span]:
+        pair = self.unit(number)
+        label = "desirable" if pair.margin == DESIRABLE else "undesirable"
+        return [Span(label, *pair.chosen[:2]), Span("with the next row's answer", *pair.rejected[:2])]
+
     def summary(self, name: str) -> list[str]:
         f, desirable = self.facts, int((self._margins == DESIRABLE).sum())
         line = (
             f"{name}: {f['pairs']:,} labelled completions ({f['form']}), {desirable:,} of them desirable "
             f"({f['cut']:,} cut{self._dropped()}; longest {f['longest']:,} tokens)"
         )
-        return [line, *skipped_summary(name, f["skipped"])]
+        return [line, *source_summary(name, f)]
 
 
 def _answers(answers: Sequence[Encoded], reference: Sequence[float], numbers: Sequence[int]) -> AnswerBatch:
@@ -99,10 +106,10 @@ class LabelledData(JudgedAnswers):
         self, source: DataSource, template: Template, length: int, dropped: Counter[str]
     ) -> Iterator[tuple[Encoded, float]]:
         seen: set[bytes] = set()
-        for where, row in read_rows(source, self.columns, LABELLED_FORMATS, "preference"):
+        for where, row in read_rows(source, LABELLED_FORMATS, "labelled completion"):
             try:
                 answer = encode(row.chat, template)
-            except TemplateError as error:
+            except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
             # Alone, it is a pair of itself with itself.
@@ -134,16 +141,28 @@ class LabelledChat:
     chat: Chat
     desirable: bool
 
+    @property
+    def chats(self) -> tuple[Chat]:
+        """The conversation."""
+        return (self.chat,)
 
-def _labelled(row: Row) -> LabelledChat:
-    chat = answered(row, prompt_messages(row), as_messages(row["completion"], "completion", "assistant"), "completion")
-    label = row["label"]
+
+def _labelled(read: Callable[[Row], Chat], row: Row) -> LabelledChat:
+    chat, label = read(row), row["label"]
+    if chat.messages[-1]["role"] != "assistant":
+        raise ChatError(f"the last message is the {chat.messages[-1]['role']}'s, not the assistant's")
     if not isinstance(label, bool | int | float) or label not in (0, 1):
         raise ChatError(f"label is {label!r}; use true or false (1 or 0)")
     return LabelledChat(chat, bool(label))
 
 
 LABELLED_FORMATS: list[RowFormat[LabelledChat]] = [
-    RowFormat("prompt, completion and label", ("prompt", "completion", "label"), _labelled)
+    RowFormat(
+        f"{form.name.replace(' and ', ', ')} and label",
+        (*form.columns, "label"),
+        partial(_labelled, form.read),
+        form.optional,
+    )
+    for form in CHAT_FORMATS
 ]
 """How rows of labelled answers are written; the first whose columns a row has reads it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.batch import Branches, TokenBatch
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import TokenWriter, open_prepared, save_array, save_json, skipped_summary
+from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -153,13 +153,28 @@ class PairStore:
             "rejected": tokenizer.decode(pair.rejected.ids[second:]),
         }
 
+    def spans(self, number: int) -> list[Span]:
+        pair = self.unit(number)
+        return [Span(side, *getattr(pair, side)[:2]) for side in ("chosen", "rejected")]
+
+    def counts(self) -> dict[str, int]:
+        f = self.facts
+        return {
+            "units": f["pairs"],
+            "tokens": f["tokens"],
+            "trained": int(self._trained.sum()),
+            "truncated": f["cut"],
+            "dropped": sum(f["dropped"].values()),
+            "skipped": len(f["skipped"]),
+        }
+
     def summary(self, name: str) -> list[str]:
         f = self.facts
         line = (
             f"{name}: {f['pairs']:,} pairs ({f['form']}), {f['tokens']:,} tokens, of them {2 * f['shared']:,} in prompts "
             f"that two answers share ({f['cut']:,} pairs cut{self._dropped()}; longest {f['longest']:,} tokens)"
         )
-        return [line, *skipped_summary(name, f["skipped"])]
+        return [line, *source_summary(name, f)]
 
     def _dropped(self) -> str:
         counts = [f"{count:,} {why}" for why, count in self.facts["dropped"].items()]
@@ -272,8 +287,7 @@ def prepare_pairs(
                 "tokens": int(sizes[:, :2].sum()),
                 "longest": int(sizes[:, :2].max()),
                 "dropped": dict(dropped),
-                "skipped": source.skipped,
-                "form": source.form,
+                **source_facts(source),
             },
         )
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.chats import Conversations, Truncation
-from trainer.data.messages import (
-    Chat,
-    ChatError,
-    Message,
-    Row,
-    RowFormat,
-    as_messages,
-    columns_of,
-    prompt_messages,
-    read_rows,
-    type_in_words,
-    validate_messages,
-)
+from trainer.data.messages import Chat, ChatError, Row, tools_of, type_in_words, validate_messages
 from trainer.data.pairs import Pair, PairBatch, PairStore, prepare_pairs
+from trainer.data.row_formats import QUESTION_FORMATS, REPEATED, RowFormat, answered, columns_of, read_rows
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataSource
 from trainer.data.templates import Template, TemplateError
@@ -107,10 +98,10 @@ class PreferenceData(JudgedAnswers):
     def encoded(self, source: DataSource, template: Template, length: int, dropped: Counter[str]) -> Iterator[Pair]:
         """Ids of every pair; what teaches nothing (equal answers, repeated pairs, too long) is counted in ``dropped``."""
         seen: set[bytes] = set()
-        for where, preference in read_rows(source, self.columns, PREFERENCE_FORMATS, "preference"):
+        for where, preference in read_rows(source, PREFERENCE_FORMATS, "preference"):
             try:
                 chosen, rejected = (encode(chat, template) for chat in (preference.chosen, preference.rejected))
-            except TemplateError as error:
+            except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
             shared = shared_prefix(chosen, rejected)
@@ -128,8 +119,15 @@ class PreferenceData(JudgedAnswers):
 
 
 def encode(chat: Chat, template: Template) -> Encoded:
-    """Ids of a prompt with an answer, without what the template writes behind it; learnt is the assistant's part there."""
-    turns = [n for n in chat.assistant_turns if n >= chat.completion]
+    """Ids of a prompt with an answer, without what the template writes behind it; learnt is the assistant's part there.
+
+    Raises:
+        ChatError: if no turn of the answer is learnt.
+        TemplateError: if the template cannot render it.
+    """
+    turns = [n for n in chat.trained_turns if n >= chat.completion]
+    if not turns:
+        raise ChatError("all turns of an answer have the weight 0")
     ids, trained, _ = template.encode(chat.messages, chat.tools, turns=turns)
     assert trained is not None
     end = len(trained) - list(reversed(trained)).index(True)
@@ -156,57 +154,80 @@ class Preference:
     rejected: Chat
     margin: float
 
+    @property
+    def chats(self) -> tuple[Chat, Chat]:
+        """Both conversations."""
+        return self.chosen, self.rejected
 
-def _with_prompt(row: Row) -> Preference:
-    sides = [as_messages(row[name], name, "assistant") for name in ("chosen", "rejected")]
-    return _preference(row, prompt_messages(row), sides)
+
+SIDES = ("chosen", "rejected")
+SCORES = ("margin", "score_chosen", "score_rejected")
+
+
+def _with_question(read: Callable[[Row], Chat], row: Row) -> Preference:
+    question = read(row)
+    if "prompt" not in row and question.messages[-1]["role"] == "assistant":
+        raise ChatError("what chosen and rejected answer ends with the assistant's turn, not with a question")
+    chosen, rejected = (answered(question, row[side], side) for side in SIDES)
+    if REPEATED in chosen.notes and REPEATED in rejected.notes:
+        return _beginning(row, chosen, rejected)
+    return Preference(chosen, rejected, _margin(row))
 
 
 def _shared_beginning(row: Row) -> Preference:
-    first, second = (validate_messages(row[name], name) for name in ("chosen", "rejected"))
+    tools = tools_of(row)
+    return _beginning(row, *(Chat(validate_messages(row[side], side), 0, tools) for side in SIDES))
+
+
+def _beginning(row: Row, chosen: Chat, rejected: Chat) -> Preference:
+    """Two whole conversations: what they have in common is the prompt."""
+    first, second = chosen.messages, rejected.messages
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
         shared += 1
     if not shared:
         raise ChatError("chosen and rejected begin differently, so they answer no common prompt")
-    return _preference(row, first[:shared], [first[shared:], second[shared:]])
+    for side, messages in zip(SIDES, (first, second), strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise ChatError(f"the last message of {side} is the {messages[-1]['role']}'s, not the assistant's")
+    return Preference(replace(chosen, completion=shared), replace(rejected, completion=shared), _margin(row))
 
 
-def _preference(row: Row, prompt: list[Message], sides: list[list[Message]]) -> Preference:
-    chosen, rejected = (
-        answered(row, prompt, answer, name) for name, answer in zip(("chosen", "rejected"), sides, strict=True)
-    )
+def _openai(row: Row) -> Preference:
+    """A row of OpenAI's files for preference fine-tuning."""
+    asked = row["input"]
+    if not isinstance(asked, Mapping):
+        raise ChatError(f"input is {type_in_words(asked)}, not an object with messages")
+    messages = validate_messages(asked.get("messages"), "the messages of input")
+    question = Chat(messages, len(messages), tools_of(asked))
+    chosen, rejected = (answered(question, row[name], name) for name in ("preferred_output", "non_preferred_output"))
     return Preference(chosen, rejected, _margin(row))
-
-
-def answered(row: Row, prompt: list[Message], answer: list[Message], column: str) -> Chat:
-    """The conversation of a prompt and the answer that a column holds.
-
-    Raises:
-        ChatError: if the answer does not end with the assistant's turn.
-    """
-    if answer[-1]["role"] != "assistant":
-        raise ChatError(f"the last message of {column} is the {answer[-1]['role']}'s, not the assistant's")
-    return Chat([*prompt, *answer], len(prompt), row.get("tools"))
 
 
 def _margin(row: Row) -> float:
     names = ["margin"] if row.get("margin") is not None else ["score_chosen", "score_rejected"]
     values = [row.get(name) for name in names]
-    if any(value is None for value in values):
+    if all(value is None for value in values):
         return 0.0
-    if not all(isinstance(value, int | float) for value in values):
-        raise ChatError(f"{' and '.join(names)} are {type_in_words(values[0])}, not numbers")
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ChatError(f"{name} is {type_in_words(value)}, not a number")
+        if not math.isfinite(value):
+            raise ChatError(f"{name} is {value}, not a finite number")
     return float(values[0] if len(values) == 1 else values[0] - values[1])  # type: ignore[operator, arg-type]
 
 
-SCORES = ("margin", "score_chosen", "score_rejected")
 PREFERENCE_FORMATS: list[RowFormat[Preference]] = [
-    RowFormat(
-        "prompt, chosen and rejected", ("prompt", "chosen", "rejected"), _with_prompt, ("system", "tools", *SCORES)
+    *(
+        RowFormat(
+            f"{form.name}, chosen and rejected",
+            (*form.columns, *SIDES),
+            partial(_with_question, form.read),
+            (*form.optional, *SCORES),
+        )
+        for form in QUESTION_FORMATS
     ),
-    RowFormat(
-        "chosen and rejected with a shared beginning", ("chosen", "rejected"), _shared_beginning, ("tools", *SCORES)
-    ),
+    RowFormat("OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), _openai, SCORES),
+    RowFormat("chosen and rejected with a shared beginning", SIDES, _shared_beginning, ("tools", "functions", *SCORES)),
 ]
 """How rows of preferences are written; the first whose columns a row has reads it. A user's module may add its own."""

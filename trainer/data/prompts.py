@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +18,14 @@ from trainer.batch import Batch
 from trainer.config import schema, setting
 from trainer.data.chats import Conversations
 from trainer.data.corpus import Corpus, Prompt, answer_in
-from trainer.data.messages import ChatError, Message, prompt_messages, rename_columns, validate_messages
+from trainer.data.messages import Chat, ChatError, Row
+from trainer.data.row_formats import QUESTION_FORMATS, RowFormat, columns_of, read_rows
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import TokenWriter, open_prepared, save_array, save_json, skipped_summary
+from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
 from trainer.data.templates import Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -72,11 +74,24 @@ class PromptStore:
     def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
         return {"prompt": self.unit(number).text, "completion": ""}
 
+    def spans(self, number: int) -> list[Span]:
+        prompt = self.unit(number)
+        return [Span("prompt", prompt.ids, [False] * len(prompt.ids))]
+
+    def counts(self) -> dict[str, int]:
+        f = self.facts
+        return {
+            "prompts": f["prompts"],
+            "tokens": f["tokens"],
+            "dropped": f["too_long"],
+            "skipped": len(f["skipped"]),
+        }
+
     def summary(self, name: str) -> list[str]:
         f = self.facts
         long = f", {f['too_long']:,} left out as longer than {f['length']:,} tokens" if f["too_long"] else ""
         line = f"{name}: {f['prompts']:,} prompts, {f['tokens']:,} tokens (longest {f['longest']:,}{long})"
-        return [line, *skipped_summary(name, f["skipped"])]
+        return [line, *source_summary(name, f)]
 
 
 @schema("data/prompts")
@@ -98,7 +113,7 @@ class PromptData(Conversations):
             yield f"data.answer={self.answer} is not a valid regular expression ({error})"
 
     def columns_read(self) -> tuple[str, ...]:
-        return ("prompt", "messages", "system", "tools", "ideal")
+        return columns_of(PROMPT_FORMATS)
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         corpus = super().open(tokenizer, length, seed)
@@ -123,20 +138,17 @@ class PromptData(Conversations):
         return PromptStore(open_prepared(self.cache_folder / "rows", key, tokenizer, length, write))
 
     def _encoded(self, source: DataSource, template: Template) -> Iterator[Prompt]:
-        for where, original in source.rows():
-            row = rename_columns(original, self.columns)
+        for where, asked in read_rows(source, PROMPT_FORMATS, "prompt", mixed=True):
+            chat = asked.chat
             try:
-                messages = question_of(row)
-                ids = template.prompt(messages, row.get("tools"))
-                text = str(messages[-1].get("content", ""))
-                yield Prompt(ids, text, self._ideal(row), self.answer, messages, original)
-            except (ChatError, TemplateError) as error:
+                ids = template.prompt(chat.messages, chat.tools)
+            except TemplateError as error:
                 source.reject(where, str(error))
-
-    def _ideal(self, row: Mapping[str, Any]) -> list[str]:
-        value = row.get("ideal")
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        return [answer_in(str(v), self.answer) or str(v) for v in values]
+                continue
+            ideal = [answer_in(text, self.answer) or text for text in chat.ideal]
+            yield Prompt(
+                ids, str(chat.messages[-1].get("content", "")), ideal, self.answer, chat.messages, dict(asked.row)
+            )
 
 
 def _write(
@@ -166,22 +178,33 @@ def _write(
         "tokens": sum(out.lengths),
         "longest": max(out.lengths),
         "too_long": too_long,
-        "skipped": source.skipped,
+        **source_facts(source),
     }
 
 
-def question_of(row: Mapping[str, Any]) -> list[Message]:
-    """The conversation to answer: ``prompt``, or ``messages`` without the answer that follows the last question.
+@dataclass(frozen=True)
+class Question:
+    """A conversation to answer, with the row that a reward may look at."""
 
-    Raises:
-        ChatError: if the row holds neither, or nothing is asked.
-    """
-    if row.get("prompt") is not None:
-        return prompt_messages(row)
-    if row.get("messages") is None:
-        raise ChatError(f"no prompt and no messages; the row has {', '.join(map(str, row)) or 'nothing'}")
-    messages = validate_messages(row["messages"], "messages")
-    last = max((n for n, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+    chat: Chat
+    row: Row
+
+    @property
+    def chats(self) -> tuple[Chat]:
+        """The conversation."""
+        return (self.chat,)
+
+
+def _question(read: Callable[[Row], Chat], row: Row) -> Question:
+    """What the row asks, without the answer that follows the last question."""
+    chat = read(row)
+    last = max((n for n, m in enumerate(chat.messages) if m["role"] != "assistant"), default=-1)
     if last < 0:
         raise ChatError("no turn asks anything")
-    return messages[: last + 1]
+    return Question(replace(chat, messages=chat.messages[: last + 1]), row)
+
+
+PROMPT_FORMATS: list[RowFormat[Question]] = [
+    RowFormat(form.name, form.columns, partial(_question, form.read), form.optional) for form in QUESTION_FORMATS
+]
+"""How rows of prompts are written; the first whose columns a row has reads it."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trainer.batch import Documents, PackedRows
 from trainer.data.packing import pack, segments_of
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import TokenWriter, open_prepared, save_array, save_json, skipped_summary
+from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 3
@@ -86,6 +86,20 @@ class RowStore:
         ids = [int(n) for segment in self.unit(number) for n in segment.ids]
         return {"prompt": "", "completion": tokenizer.decode(ids)}
 
+    def spans(self, number: int) -> list[Span]:
+        return [Span("", s.ids.tolist(), None if s.trained is None else s.trained.tolist()) for s in self.unit(number)]
+
+    def counts(self) -> dict[str, int]:
+        f = self.facts
+        return {
+            f"{f['unit']}s": f["documents"],
+            "rows": f["rows"],
+            "tokens": f["tokens"],
+            "trained": f["trained"],
+            "truncated": f["cut_documents"],
+            "skipped": len(f["skipped"]),
+        }
+
     def summary(self, name: str) -> list[str]:
         f = self.facts
         learnt = f", {f['trained']:,} of them learnt" if f["masked"] else ""
@@ -95,7 +109,7 @@ class RowStore:
             f"in {f['rows']:,} rows of {f['length']} ({100 * f['padding']:.1f}% padding, "
             f"{f['cut_documents']:,} {f['unit']}s cut; median {f['median']:,}, longest {f['longest']:,} tokens)"
         )
-        return [line, *skipped_summary(name, f["skipped"])]
+        return [line, *source_summary(name, f)]
 
 
 def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: int, pad: int) -> PackedRows:
@@ -163,9 +177,8 @@ def prepare_rows(
                 "tokens": targets,
                 "rows": rows,
                 "padding": 1 - targets / (rows * length),
-                "skipped": skipped,
+                **source_facts(source),
                 "unit": unit,
-                "form": source and source.form,
                 "masked": masked,
                 "trained": learnt if masked else targets,
                 "longest": max(full_lengths) - 1,

@@ -1,24 +1,31 @@
-"""Documents out of files: text, JSON lines (also .gz, .zst), Parquet, folders of them, or a hub id."""
+"""One named part of the data: a file, a folder, or a hub id, and what is done about rows that cannot be used."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-import zstandard
+from trainer.data.files import (
+    COMPRESSED,
+    SUFFIXES,
+    BadRow,
+    DataError,
+    damage,
+    kind_of,
+    readable,
+    rows_of,
+    without_nulls,
+)
+from trainer.data.folders import select
 
-from trainer.config import InputError
+__all__ = ["DataError", "DataSource", "OnBadRow"]
 
-SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
-COMPRESSED = (".gz", ".zst")
+NULLS = "nulls inside a column are read as keys that are not there: in Parquet and Arrow all rows have the keys of any"
 
 
 class OnBadRow(StrEnum):
@@ -28,30 +35,42 @@ class OnBadRow(StrEnum):
     skip = auto()
 
 
-class DataError(InputError):
-    """A row or a file that cannot be used; the message names file and line."""
-
-
 @dataclass
 class DataSource:
     """One named part of the data.
 
     ``path``: a file, a folder, or a hub id.
     ``column``: the column that holds a document's text.
+    ``columns``: the row's name of a column, by ours.
+    ``roles``: the role of a speaker, by the name that the rows give it.
+    ``heldout``: it is measured on, so of a folder the held-out split is read.
+    ``name``: what metrics are called after; the file's name without its endings.
     ``skipped``: one line for every bad row that was left out, in order.
+    ``notes``: what else is to be said of its rows, with their number; 0 where it is about the whole of it.
     ``form``: the name of the format that its rows were recognised as.
     """
 
     path: str
     column: str = "text"
     on_bad_row: OnBadRow = OnBadRow.error
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    heldout: bool = False
+    name: str = ""
     skipped: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
     form: str | None = None
 
+    def __post_init__(self) -> None:
+        self.name = self.name or Path(self.path).name.partition(".")[0] or self.path
+
     @property
-    def name(self) -> str:
-        """The file's name without its endings; what metrics are called after."""
-        return Path(self.path).name.partition(".")[0] or self.path
+    def stem(self) -> str:
+        """The file's name without the endings that say how it is read: tells shards such as part.00001.jsonl apart."""
+        name = Path(self.path).name
+        for suffix in (*COMPRESSED, *SUFFIXES):
+            name = name.removesuffix(suffix)
+        return name or self.path
 
     @property
     def local(self) -> bool:
@@ -60,9 +79,13 @@ class DataSource:
     def problem(self) -> str | None:
         """Why this source cannot be opened, if that can be seen from its name."""
         path = Path(self.path)
-        if path.is_file() and not _readable(path):
+        if path.is_file() and not readable(path):
             return f"{self.path} is of no kind that is read; use {', '.join(SUFFIXES)}, also with {' or '.join(COMPRESSED)}"
-        if path.is_dir() and not self.files():
+        try:
+            empty = path.is_dir() and not self.files()
+        except DataError as error:
+            return str(error)
+        if empty:
             return f"{self.path} holds no file of a kind that is read ({', '.join(SUFFIXES)})"
         looks_local = path.suffix != "" or self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))
         if not path.exists() and looks_local:
@@ -70,10 +93,10 @@ class DataSource:
         return None
 
     def files(self) -> list[Path]:
-        """The files of this source, sorted by name."""
+        """The files of this source in the order in which they are read; of a folder those of one split."""
         path = Path(self.path)
         if path.is_dir():
-            return sorted(p for p in path.rglob("*") if p.is_file() and _readable(p))
+            return select(path, heldout=self.heldout).files
         return [path] if path.is_file() else []
 
     def fingerprint(self) -> str:
@@ -82,7 +105,7 @@ class DataSource:
             return hashlib.sha256(f"hub:{self.path}:{self.column}".encode()).hexdigest()
         digest = hashlib.sha256(self.column.encode())
         for file in self.files():
-            with file.open("rb") as stream:
+            with damage(file), file.open("rb") as stream:
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
@@ -99,13 +122,15 @@ class DataSource:
         return self._texts(self._rows_of(file))
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every row with its place (file and line), in the order of the files.
+        """Every row with its place (file and line), in the order of the files, with columns under our names as well.
 
         Raises:
-            DataError: for the first row that cannot be read, unless such rows are skipped.
+            DataError: for a damaged file, and for the first row that cannot be read, unless such rows are skipped.
         """
         if not self.local:
-            yield from self._hub()
+            yield from self._usable(self._hub(), nulls=True)
+        elif Path(self.path).is_dir():
+            self.notes.update(dict.fromkeys(select(Path(self.path), heldout=self.heldout).notes, 0))
         for file in self.files():
             yield from self._rows_of(file)
 
@@ -121,19 +146,21 @@ class DataSource:
         self.skipped.append(sentence)
 
     def _rows_of(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        kind = _kind(file)
-        if kind == ".parquet":
-            rows = _parquet_rows(file)
-        elif kind in (".jsonl", ".json"):
-            rows = _json_rows(file)
-        else:
-            text = _text(file)
-            rows = iter([(f"{file}", text if isinstance(text, BadRow) else {self.column: text})])
+        yield from self._usable(rows_of(file, self.column), nulls=kind_of(file) in (".parquet", ".arrow"))
+
+    def _usable(
+        self, rows: Iterator[tuple[str, dict[str, Any] | BadRow]], *, nulls: bool
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         for where, row in rows:
             if isinstance(row, BadRow):
                 self.reject(where, row.why)
-            else:
-                yield where, row
+                continue
+            if nulls:
+                present = {column: without_nulls(value) for column, value in row.items()}
+                if present != row:
+                    self.notes[NULLS] += 1
+                row = present
+            yield where, {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
 
     def _texts(self, rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[str]:
         for where, row in rows:
@@ -151,75 +178,10 @@ class DataSource:
     def _hub(self) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
 
-        rows = datasets.load_dataset(self.path, split="train")
+        try:
+            rows = datasets.load_dataset(self.path, split="train")
+        except Exception as error:  # whatever a network and a library of its own raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            remedy = "is the name right, and is there a network? A downloaded folder is read as well"
+            raise DataError(f"{self.path} does not come from the hub ({reason}); {remedy}") from None
         yield from ((f"{self.path}, row {number}", dict(row)) for number, row in enumerate(rows))
-
-
-@dataclass
-class BadRow:
-    """Stands for a row that could not even be parsed."""
-
-    why: str
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1 and line.lstrip()[:1] == b"[" and _kind(file) == ".json":
-                yield from _json_array(file, line + stream.read())
-                return
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield where, BadRow(f"not UTF-8 (byte {error.start} of the line)")
-            except json.JSONDecodeError as error:
-                yield where, BadRow(f"not JSON ({error.msg} at column {error.colno})")
-            else:
-                yield where, row if isinstance(row, dict) else BadRow("not a JSON object")
-
-
-def _json_array(file: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        yield f"{file}", BadRow(f"not UTF-8 (byte {error.start})")
-    except json.JSONDecodeError as error:
-        yield f"{file}, line {error.lineno}", BadRow(f"not JSON ({error.msg} at column {error.colno})")
-    else:
-        for number, row in enumerate(rows):
-            yield f"{file}, row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
-
-
-def _kind(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-
-
-def _readable(file: Path) -> bool:
-    return _kind(file) in SUFFIXES and not file.name.startswith(".")
-
-
-def _open(file: Path) -> io.BufferedIOBase:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    if file.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True))
-    return file.open("rb")
-
-
-def _text(file: Path) -> str | BadRow:
-    try:
-        with _open(file) as stream:
-            return stream.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 (byte {error.start})")
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    for group in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-        for row in group.to_pylist():
-            yield f"{file}, row {number}", row
-            number += 1

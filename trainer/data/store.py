@@ -8,22 +8,35 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from trainer.batch import Batch
+from trainer.data.sources import DataSource
 from trainer.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SIZES = "sizes.json"
 """Bytes of every file of prepared data, by name."""
+
+
+class Span(NamedTuple):
+    """Ids of a unit to look at.
+
+    ``title``: what they are, where that is not plain.
+    ``trained``: whether each id is learnt as a target; None = all of them.
+    """
+
+    title: str
+    ids: Sequence[int]
+    trained: Sequence[bool] | None = None
 
 
 class UnitStore(Protocol):
@@ -50,6 +63,14 @@ class UnitStore(Protocol):
 
     def preview(self, number: int, tokenizer: Tokenizer, /) -> dict[str, str]:
         """A unit as texts: ``prompt``, ``completion`` and what else there is."""
+        ...
+
+    def spans(self, number: int, /) -> list[Span]:
+        """A unit as ids, with what is learnt of them."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """What preparing them counted: units, tokens, trained tokens, and what was cut, dropped or left out."""
         ...
 
 
@@ -148,6 +169,15 @@ def _flush(stream: Any) -> None:
     os.fsync(stream.fileno())
 
 
-def skipped_summary(name: str, skipped: Sequence[str]) -> list[str]:
-    """A line about rows that were left out, if there are any."""
-    return [f"{name}: left out {len(skipped)} of its rows, first: {skipped[0]}"] if skipped else []
+def source_facts(source: DataSource | None) -> dict[str, Any]:
+    """What preparing a source left to say: rows left out, notes with their number of rows, the form of its rows."""
+    if source is None:
+        return {"skipped": [], "notes": {}, "form": None}
+    return {"skipped": source.skipped, "notes": dict(source.notes), "form": source.form}
+
+
+def source_summary(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """Lines about rows that were left out, and about what else is to be said of a source, if there is anything."""
+    skipped, notes = facts["skipped"], facts.get("notes", {})
+    lines = [f"{name}: left out {len(skipped)} of its rows, first: {skipped[0]}"] if skipped else []
+    return lines + [f"{name}: {note}" + (f" ({count:,} rows)" if count else "") for note, count in notes.items()]

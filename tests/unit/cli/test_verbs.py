@@ -96,16 +96,16 @@ PAIR = {"prompt": "Who paints?", "chosen": "Ada does.", "rejected": "Nobody"}
 @pytest.mark.parametrize(
     ("pipeline", "data", "row", "texts"),
     [
-        ("dpo", "preference", PAIR, ["Who paints?", "completion: Ada does.", "rejected: Nobody"]),
-        ("reward", "preference", PAIR, ["Who paints?", "completion: Ada does.", "rejected: Nobody"]),
+        ("dpo", "preference", PAIR, ["chosen: ", "⟦Ada does.<|im_end|>⟧", "rejected: ", "⟦Nobody<|im_end|>⟧"]),
+        ("reward", "preference", PAIR, ["chosen: ", "⟦Ada does.<|im_end|>⟧", "rejected: ", "⟦Nobody<|im_end|>⟧"]),
         (
             "kto", "labelled", {"prompt": "Who paints?", "completion": "Ada does.", "label": True},
-            ["Who paints?", "completion: Ada does.", "label: desirable"],
+            ["\ndesirable: ", "⟦Ada does.<|im_end|>⟧"],
         ),
-        ("ppo", "prompts", {"prompt": "Who paints?"}, ["Who paints?"]),
+        ("ppo", "prompts", {"prompt": "Who paints?"}, ["prompt: <|im_start|>user\nWho paints? 0<|im_end|>"]),
     ],
 )  # fmt: skip
-def test_a_preview_shows_preferences_labels_and_prompts_as_texts(pipeline, data, row, texts, model, tmp_path):
+def test_a_preview_shows_what_any_pipeline_learns_with_counts(pipeline, data, row, texts, model, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{**row, "prompt": f"{row['prompt']} {n}"} for n in range(64)])
     ppo = [
         "pipeline.critic=head",
@@ -118,8 +118,11 @@ def test_a_preview_shows_preferences_labels_and_prompts_as_texts(pipeline, data,
         "data.train=[rows.jsonl]", "data.template=chatml", "batch.length=256", *ppo,
     )  # fmt: skip
     for text in texts:
-        assert text in out
-    assert out.count("─ unit ") == 3
+        assert text.replace(" ", "") in out.replace(" ", "")
+    assert out.count(" train, unit ") == 3
+    table = [line.split() for line in out.splitlines() if line.split()[:1] in (["source"], ["train"])]
+    counts = dict(zip(*table, strict=True))
+    assert counts["prompts" if pipeline == "ppo" else "units"] == "64"
 
 
 def length(prompts, completions, rows):

@@ -13,8 +13,8 @@ TOKENIZER = byte_tokenizer("<|im_end|>")
 ROW_FORMAT = '''
 """Rows of a forum: a question with its best answer."""
 
-from trainer.data.chats import CHAT_FORMATS
-from trainer.data.messages import Chat, Row, RowFormat, text_of
+from trainer.data.messages import Chat, Row, text_of
+from trainer.data.row_formats import CHAT_FORMATS, RowFormat
 
 
 def read(row: Row) -> Chat:

@@ -102,7 +102,7 @@ BAD = {
         "the last message of chosen is the user's",
     ),
     "only equal answers": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has no pair left to learn from"),
-    "margin": ({**FORMS["texts"], "margin": "much"}, "margin are text, not numbers"),
+    "margin": ({**FORMS["texts"], "margin": "much"}, "margin is text, not a number"),
 }
 
 

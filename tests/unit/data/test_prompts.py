@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tests.chats import write_jsonl
-from trainer.data.messages import ChatError
-from trainer.data.prompts import PromptData, question_of
+from trainer.data.prompts import PromptData
 from trainer.data.sources import DataError
 from trainer.tinyworld.data import TinyWorldData
 
@@ -64,10 +63,10 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(tmp_path, tokenizer
 
 
 def test_a_row_that_asks_nothing_is_named(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"prompts.jsonl, line 2: no prompt and no messages; the row has text"):
+    with pytest.raises(DataError, match=r'line 2: no prompt is recognised in \{"text": "x"\}; accepted are prompt'):
         opened(tmp_path, [{"prompt": "Who?"}, {"text": "x"}], tokenizer)
-    with pytest.raises(ChatError, match="no turn asks anything"):
-        question_of({"messages": [{"role": "assistant", "content": "x"}]})
+    with pytest.raises(DataError, match="line 1: no turn asks anything"):
+        opened(tmp_path, [{"messages": [{"role": "assistant", "content": "x"}]}], tokenizer)
     corpus = opened(tmp_path, [{"prompt": "Who?"}, {"text": "x"}], tokenizer, on_bad_row="skip")
     assert len(corpus.train) == 1
 
