@@ -93,3 +93,20 @@ def test_help_explains_every_setting_of_the_choice_made(capsys):
     assert "Nesterov momentum of the matrices" in text
     assert "batch.size=32" in text
     assert "schedule     constant, cosine, linear, wsd" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["strategy=zero3"], "model.compile=true compiles next to nothing under strategy=zero3"),
+        (["adapter=lora", "adapter.dropout=0.1"], "adapter.dropout=0.1 is drawn row by row"),
+        (["precision=bf16", "model.activation_checkpointing=selective"], "only where a GPU has a kernel"),
+    ],
+)
+def test_what_would_not_be_compiled_is_refused_and_left_out_where_nobody_asked(arguments, sentence, tmp_path):
+    run = [f"run_dir={tmp_path / 'run'}", "optimizer=adamw", *arguments]
+    assert sentence in refused(*run, "model.compile=true")
+    assert not (tmp_path / "run").exists()
+    cfg = compose([*run, "model.compile=null"], name="x")
+    load = cfg.loader(cfg.data.default_tokenizer())
+    assert load.config.compile is False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight
 from trainer.diagnostics.first_step import FirstStep, validate_first_step
 from trainer.diagnostics.guard import FirstStepPolicy, Guard, GuardSettings
-from trainer.diagnostics.memory import Layout, memory, parameters_of
+from trainer.diagnostics.memory import Layout, fit, parameters_of, print_estimate
 from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
@@ -116,6 +116,8 @@ class Run(Node):
         yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
+        if self.model.compile:
+            yield from (*self.strategy.validate_compiled(), *self.adapter.validate_compiled())
         if self.steps is not None and self.schedule.warmup > self.steps:
             yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
 
@@ -127,10 +129,13 @@ class Run(Node):
 
     def loader(self, tokenizer: Tokenizer) -> ModelLoader:
         """What builds the models of the run."""
-        return ModelLoader(
+        load = ModelLoader(
             self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, bool(self.tokenizer.add),
             self.precision, self.pipeline.scores,
         )  # fmt: skip
+        layout = self.layout(load.architecture)
+        obstacles = [*self.strategy.validate_compiled(), *self.adapter.validate_compiled()]
+        return replace(load, config=load.fitted(layout.recompute, obstacles, cuda=layout.cuda))
 
     def open_tokenizer_and_shape(self) -> tuple[Tokenizer, Architecture]:
         """The tokenizer named, else the one in ``model.path``, else the data's own; and the model's shape for it.
@@ -169,15 +174,20 @@ class Run(Node):
         how = f"{dtype}, strategy={self.strategy.name}, {distributed.ranks()} rank(s)"
         return f"{pipeline} of {model}: {parameters_of(architecture):,} parameters, {trained}; {how}"
 
-    def layout(self, architecture: Architecture, ranks: int, *, cuda: bool) -> Layout:
-        """What the estimate of memory and time needs to know, on ``ranks`` ranks."""
-        return Layout(
-            stage=self.strategy.stage, ranks=ranks,
+    def layout(
+        self, a: Architecture, ranks: int | None = None, *, cuda: bool | None = None, limit: float | None = None
+    ) -> Layout:
+        """What the estimate of memory and time needs to know, on ``ranks`` ranks of ``limit`` bytes; None = as here."""
+        cuda = torch.cuda.is_available() if cuda is None else cuda
+        layout = Layout(
+            stage=self.strategy.stage, ranks=ranks or distributed.ranks(), cuda=cuda,
             low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
-            recompute=self.model.activation_checkpointing, offload=getattr(self.strategy, "offload", "none"), cuda=cuda,
-            adapters=self.adapter.trained(architecture), auxiliary=tuple(self.pipeline.auxiliary_models(architecture)),
+            offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a),
+            auxiliary=tuple(self.pipeline.auxiliary_models(a)),
         )  # fmt: skip
+        recompute = self.model.activation_checkpointing
+        return replace(layout, recompute=recompute) if recompute else fit(a, layout, limit)
 
     def made_from(self, load: ModelLoader, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
         """Fingerprints that a resumed run must have again, and what the report says about the start."""
@@ -195,8 +205,7 @@ class Run(Node):
         """Compare software, settings and machines of several ranks; gives where each runs, if it was asked for."""
         if not self.preflight or world.devices == 1:
             return {}
-        layout = self.layout(architecture, world.devices, cuda=world.device.type == "cuda")
-        return preflight.quick(folder, plain(self), architecture, layout)
+        return preflight.quick(folder, plain(self), architecture, self.layout(architecture, world.devices))
 
     def length(self, corpus: Corpus) -> int:
         """Optimizer steps of the whole run."""
@@ -216,7 +225,7 @@ def run(cfg: Run) -> dict[str, float]:
     tune_malloc()
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
-        return print_estimate(cfg, architecture)
+        return print_estimate(cfg.summary(architecture), architecture, cfg.layout(architecture))
     load = cfg.loader(tokenizer)
     corpus = cfg.open_corpus(tokenizer)
     made_from, lineage = cfg.made_from(load, tokenizer, corpus), ancestry(plain(cfg))
@@ -247,7 +256,7 @@ def run(cfg: Run) -> dict[str, float]:
                 cfg.profile.recording(folder / "profile", done + 1) as profiler,
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
-                tracker.say([cfg.summary(architecture), *corpus.summary])
+                tracker.say([cfg.summary(architecture), *cfg.model.decided(load.config), *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
@@ -339,12 +348,3 @@ class Session:
         compute, tokenizer = self.cfg.precision.compute, self.models.tokenizer
         first = FirstStep(self.tracker.latest, step.micro_batches, self.load, tokenizer, compute)
         validate_first_step(self.cfg.pipeline.first_step_problems(first), self.cfg.guard.first_step)
-
-
-def print_estimate(cfg: Run, architecture: Architecture) -> dict[str, float]:
-    """Print what a rank of this run would hold; gives the sum as ``memory_gb``."""
-    layout = cfg.layout(architecture, distributed.ranks(), cuda=torch.cuda.is_available())
-    need = memory(architecture, layout)
-    more = "'onecurve estimate' does the same for other devices and ranks, with time and advice"
-    print("\n".join([f"{cfg.summary(architecture)}; memory of a rank:", *need.lines(), more]))
-    return {"memory_gb": need.total / 1e9}

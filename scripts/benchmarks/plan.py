@@ -34,7 +34,7 @@ def main() -> None:
     a = parser.parse_intermixed_args()
     cfg = compose_without_data(a.overrides)
     shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
-    layout = cfg.layout(shape, 1, cuda=True)
+    layout = cfg.layout(shape, 1, cuda=True, limit=a.gb * 1e9)
     cluster = scaling.Cluster(a.per_node, a.within * 1e9, a.between * 1e9, a.storage * 1e9, a.node_storage * 1e9)
     stages = [0] if type(cfg.optimizer).__name__ == "Muon" else [0, 1, 2, 3]
     low = cfg.precision.compute is Compute.bf16 and not getattr(cfg.strategy, "autocast", None)

@@ -24,8 +24,10 @@ from trainer.run import Run
 from trainer.tracking.throughput import PEAKS
 
 DEVICE_GB = {
-    "B200": 180, "GH200": 96, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 80, "A10G": 24, "A10": 24, "L40S": 48,
-    "L4": 24, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16, "MI300X": 192, "MI250X": 64, "cpu": 80,
+    "GB300": 288, "GB200": 192, "B300": 288, "B200": 180, "GH200": 96, "H200": 141, "H200 NVL": 141, "H100": 80,
+    "H100 NVL": 94, "H100 PCIe": 80, "H800": 80, "H20": 96, "A100": 80, "A100 PCIe": 80, "A40": 48, "A30": 24, "A10G": 24,
+    "A10": 24, "L40S": 48, "L40": 48, "L4": 24, "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "V100 PCIe": 32,
+    "T4": 16, "MI300X": 192, "MI250X": 64, "cpu": 80,
 }  # fmt: skip
 """Memory of a device as its vendor sells it (of several sizes the largest); of a CPU any."""
 
@@ -48,11 +50,15 @@ def main(arguments: Sequence[str]) -> int:
                 ["model.path is required: the run starts from a model; or name a shape, such as model=7b"]
             )
         shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
-        layout = cfg.layout(shape, a.ranks, cuda=a.device != "cpu")
-        sharded = [c.layout(shape, a.ranks, cuda=a.device != "cpu") for c in sharding_more(cfg)]
-    peak, gb = memory(shape, layout), a.gb or DEVICE_GB[a.device]
+        gb = a.gb or DEVICE_GB[a.device]
+        layout, *sharded = (
+            c.layout(shape, a.ranks, cuda=a.device != "cpu", limit=gb * 1e9) for c in (cfg, *sharding_more(cfg))
+        )
+    peak = memory(shape, layout)
     print(f"{parameters_of(shape):,} parameters; a rank of {a.ranks} under strategy={cfg.strategy.name}:")
     print("\n".join(peak.lines()))
+    if cfg.model.activation_checkpointing is None:
+        print(f"with model.activation_checkpointing={layout.recompute.value}, the least that fits")
     if host := host_memory(shape, layout):
         where = f"strategy.offload={layout.offload} keeps {host / 1e9:.2f} GB of each rank in CPU memory"
         print(f"{where}, {a.ranks * host / 1e9:.2f} GB of all")

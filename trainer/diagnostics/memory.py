@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET
-from trainer.tracking.throughput import training_flops
+from trainer.tracking.throughput import device_bytes, training_flops
 
 STATE = 12
 """Bytes of a checkpoint for each trained element: the float32 master and two moments."""
+USABLE = 0.8
+"""Part of a device's memory that a run is fitted to: the estimate is a tenth off, allocators leave holes, CUDA takes some."""
 BASE_CPU = 0.39e9
 """Bytes that a process holds without its model: Python, PyTorch, tokenizers (measured on Linux, torch 2.13).
 
@@ -214,6 +216,27 @@ def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float
     flops = training_flops(a, tokens, tokens * (layout.length + 1) / 2)
     again = {Recompute.none: 1.0, Recompute.selective: 1.05, Recompute.full: 4 / 3}[layout.recompute]
     return flops * again / (layout.ranks * peak * utilisation)
+
+
+def fit(a: Architecture, layout: Layout, limit: float | None) -> Layout:
+    """With the least that the backward must compute again for ``limit`` bytes a rank, all of it where nothing fits.
+
+    ``limit``: None = the memory of this machine's device.
+    """
+    usable = USABLE * (device_bytes(layout.ranks) if limit is None else limit)
+    for recompute in Recompute:
+        fitting = dataclasses.replace(layout, recompute=recompute)
+        if memory(a, fitting).total <= usable:
+            break
+    return fitting
+
+
+def print_estimate(summary: str, a: Architecture, layout: Layout) -> dict[str, float]:
+    """Print what a rank of a run would hold; gives the sum as ``memory_gb``."""
+    need = memory(a, layout)
+    more = "'onecurve estimate' does the same for other devices and ranks, with time and advice"
+    print("\n".join([f"{summary}; memory of a rank:", *need.lines(), more]))
+    return {"memory_gb": need.total / 1e9}
 
 
 def advice(a: Architecture, layout: Layout, limit: float, sharded: Sequence[Layout] = ()) -> str:

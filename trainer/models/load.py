@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.models.architecture import Architecture, Shape
+from trainer.models.attention import has_varlen
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
@@ -35,11 +36,14 @@ class ModelOptions(Node):
     """What is chosen for a model of any shape. A base of `Model` so that help names it before the shape."""
 
     path: str | None = setting(None, "a Hugging Face folder or an earlier export; the shape below is then the folder's")
-    activation_checkpointing: Recompute = setting(
+    activation_checkpointing: Recompute | None = setting(
         Recompute.none,
-        "what the backward computes again: none, selective (all but matrix products), full (every block)",
+        "what the backward computes again: none, selective (all but matrix products and attention), full (every block); "
+        "null = the least that fits the device by the estimate",
     )
-    compile: bool = setting(False, "torch.compile every block; worth it on CUDA, not on CPU")
+    compile: bool | None = setting(
+        False, "torch.compile the blocks for training; null = on CUDA where everything else allows it"
+    )
     vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
 
 
@@ -49,9 +53,6 @@ class Model(Shape, ModelOptions):
     """The decoder: from scratch by its shape, or from a folder."""
 
     def problems(self) -> Iterator[str]:
-        if self.compile and self.activation_checkpointing is Recompute.selective:
-            # Compiled blocks write into tensors that selective checkpointing keeps (torch 2.13 raises at the backward).
-            yield "model.compile=true does not work with model.activation_checkpointing=selective; use full or none"
         if self.path is None:
             yield from self._shape(self.vocab_size or 1).problems()
             return
@@ -61,6 +62,22 @@ class Model(Shape, ModelOptions):
             yield f"model.path={self.path}: {error}"
             return
         yield from architecture.problems(f"{self.path}/config.json: ")
+
+    def validate_compiled(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
+        """One sentence for what does not work in compiled blocks of heads of ``head_dim`` that compute in ``dtype``."""
+        if self.activation_checkpointing is Recompute.selective and not has_varlen(device, dtype, head_dim):
+            # Documents go by length, between graphs, and those write into what is kept (torch 2.13 raises at the backward).
+            yield (
+                "model.compile=true works with model.activation_checkpointing=selective only where a GPU has a kernel for "
+                "packed documents (precision bf16 or fp16, Ampere or later, heads up to 256 in steps of 8); use full or none"
+            )
+
+    def decided(self, chosen: Model) -> Iterator[str]:
+        """A line for every setting that is null here and was ``chosen`` for the device."""
+        if self.activation_checkpointing is None and chosen.activation_checkpointing is not None:
+            yield f"model.activation_checkpointing={chosen.activation_checkpointing.value}: the least for the device's memory"
+        if self.compile is None:
+            yield f"model.compile={str(bool(chosen.compile)).lower()}: chosen for the device"
 
     @classmethod
     def override_problems(cls, typed: Sequence[str]) -> Iterator[str]:
@@ -117,6 +134,21 @@ class ModelLoader:
         """The shape of the model."""
         return dataclasses.replace(self.config.architecture(self.vocab_size, grow=self.grow), scores=self.scores)
 
+    def fitted(self, recompute: Recompute, obstacles: Sequence[str], *, cuda: bool) -> Model:
+        """The model's settings, decided where they are null; ``obstacles``: what speaks against compiled blocks.
+
+        Raises:
+            ConfigError: if blocks that shall be compiled cannot be.
+        """
+        model = dataclasses.replace(self.config, activation_checkpointing=recompute)
+        device = torch.device("cuda" if cuda else "cpu")
+        problems = [
+            *obstacles, *model.validate_compiled(device, self.precision.dtype, self.architecture.head_dim)
+        ]  # fmt: skip
+        if model.compile and problems:
+            raise ConfigError(problems)
+        return dataclasses.replace(model, compile=model.compile if model.compile is not None else cuda and not problems)
+
     @cached_property
     def files(self) -> WeightFiles | None:
         """The tensors that the model starts from, if it starts from a folder."""
@@ -126,7 +158,7 @@ class ModelLoader:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self._rows_added > 0
         with long_lived_allocations(), self.strategy.construction():
-            model = self.kind(self.architecture, self.config.activation_checkpointing)
+            model = self.kind(self.architecture, self.config.activation_checkpointing or Recompute.none)
             self.adapter.install(model, grown=grown)
         if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):

@@ -61,6 +61,10 @@ class Adapter(Node):
         """What may be held in the compute format, because no step changes it."""
         yield from ()
 
+    def validate_compiled(self) -> Iterator[str]:
+        """One sentence for why it does not work in compiled blocks."""
+        yield from ()
+
     @property
     def removable(self) -> bool:
         """Whether the model is there without it, too: then it is the reference at no cost."""
@@ -127,6 +131,13 @@ class LoRA(Adapter):
                 yield f"adapter.path={self.path}: {error}"
         if not self.targets:
             yield f"adapter.targets=[] adapts nothing; name layers such as {', '.join(PROJECTIONS[:4])}"
+
+    def validate_compiled(self) -> Iterator[str]:
+        if self.dropout:
+            yield (
+                f"adapter.dropout={self.dropout:g} is drawn row by row, between graphs, so that model.compile=true compiles "
+                "next to nothing; use adapter.dropout=0 or model.compile=false"
+            )
 
     @property
     def scale(self) -> float:

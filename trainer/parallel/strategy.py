@@ -38,6 +38,10 @@ class Strategy(Node):
         """One sentence for everything about an optimizer that does not work under this strategy."""
         yield from ()
 
+    def validate_compiled(self) -> Iterator[str]:
+        """One sentence for why compiled blocks do not work under this strategy."""
+        yield from ()
+
     def construction(self) -> AbstractContextManager[object]:
         """The context in which a model is built: parameters are initialised sharded where the strategy shards them."""
         return nullcontext()

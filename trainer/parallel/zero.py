@@ -73,6 +73,13 @@ class Zero(Strategy):
         if isinstance(optimizer, Muon):
             yield f"optimizer=muon needs whole matrices, and strategy={self.name} flattens them; use strategy=ddp or adamw"
 
+    def validate_compiled(self) -> Iterator[str]:
+        if self.stage == 3:
+            yield (
+                "model.compile=true compiles next to nothing under strategy=zero3, which gathers the weights of every layer "
+                "between graphs; use model.compile=false or strategy=zero2"
+            )
+
     def construction(self) -> AbstractContextManager[object]:
         if self.stage < 3:
             return nullcontext()

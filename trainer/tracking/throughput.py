@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from trainer.models.architecture import Architecture
@@ -170,6 +171,13 @@ def free_memory_gb() -> float:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 / 1e9
     return math.inf
+
+
+def device_bytes(ranks: int) -> float:
+    """Memory that a rank can have, bytes: its device's, or on CPU its part of the machine's."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return float(psutil.virtual_memory().total) / ranks
 
 
 def host_peak_bytes() -> int:

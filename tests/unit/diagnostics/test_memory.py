@@ -6,7 +6,7 @@ import pytest
 
 from tests.command import onecurve
 from trainer.cli.estimate import DEVICE_GB
-from trainer.diagnostics.memory import Layout, advice, host_memory, memory, parameters_of, seconds_per_step, states
+from trainer.diagnostics.memory import Layout, advice, fit, host_memory, memory, parameters_of, seconds_per_step, states
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer
 from trainer.tracking.throughput import PEAKS
@@ -125,3 +125,13 @@ def test_the_verb_and_the_run_say_it_and_start_nothing(tmp_path):
     assert code == 0
     assert "memory of a rank" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_to_the_memory_is_the_cheapest_recomputation_that_fits():
+    seven = layout(ranks=8, stage=2, micro=4, length=4096)
+    needs = {r: memory(SEVEN, dataclasses.replace(seven, recompute=r)).total for r in Recompute}
+    assert needs[Recompute.none] > needs[Recompute.selective] > needs[Recompute.full]
+    for recompute, need in needs.items():
+        # A fifth of the device is left alone.
+        assert fit(SEVEN, seven, need / 0.8 * 1.001).recompute is recompute
+    assert fit(SEVEN, seven, 1.0).recompute is Recompute.full
