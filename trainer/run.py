@@ -74,10 +74,10 @@ class Run(Node):
     name: str = setting("run", "what the run is called")
     run_dir: str = setting("runs/${name}", "the folder of everything that the run leaves behind")
     resume: Resume = setting(
-        Resume.auto,
-        "auto: continue what is in run_dir, else start; new: a fresh run_dir-2, -3, ...; never: refuse",
+        Resume.auto, "auto: continue what is in run_dir, else start; new: a fresh run_dir-2, -3, ...; never: refuse"
     )
     seed: int = setting(0, "of initialisation, the order of data, and sampling", least=0)
+    deterministic: bool = setting(False, "the same bytes again on GPUs, too; attention's backward takes longer there")
     steps: int | None = setting(None, "optimizer steps; or give epochs", least=1)
     epochs: float | None = setting(None, "passes over the data instead of steps", above=0)
     imports: list[str] = setting(list, "modules to import first: they register your own pipelines and data")
@@ -232,7 +232,7 @@ def run(cfg: Run) -> dict[str, float]:
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
     with (
         Watchdog(cfg.watchdog) as watchdog,
-        distributed.session() as world,
+        distributed.session(same_bytes=cfg.deterministic) as world,
         run_folder.begin(folder, plain(cfg), made_from, world.devices) as facts,
     ):
         hosts = cfg.check_ranks(folder, architecture, world)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.parallel.determinism import deterministic
 from trainer.parallel.environment import device_index, place, variables
 
 T = TypeVar("T")
@@ -101,8 +102,11 @@ def ranks() -> int:
 
 
 @contextmanager
-def session(timeout: float = 1800.0) -> Iterator[World]:
-    """Join the other ranks for the length of a run. ``timeout``: seconds until a collective that hangs is an error."""
+def session(timeout: float = 1800.0, *, same_bytes: bool = False) -> Iterator[World]:
+    """Join the other ranks for the length of a run.
+
+    ``timeout``: seconds until a collective that hangs is an error. ``same_bytes``: compute the same bytes again on GPUs, too.
+    """
     global _world, _control
     # torch 2.13 gave some collectives and an option of DDP new names and says so at every call; 2.11 has only the old ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -126,7 +130,8 @@ def session(timeout: float = 1800.0) -> Iterator[World]:
                 device_id=device if cuda else None,
             )  # fmt: skip
             _control = dist.new_group(backend="gloo", timeout=wait) if cuda else dist.group.WORLD
-        yield _world
+        with deterministic(same_bytes):
+            yield _world
     finally:
         if dist.is_initialized():
             _ended.extend([dist.group.WORLD, _control])
