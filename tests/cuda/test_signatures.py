@@ -1,0 +1,50 @@
+"""What the code calls on CUDA alone, which no test here runs, exists in every version of torch and takes what it is given."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests.command import ROOT
+from tests.cuda.signatures import FILE, bind, calls, installed
+
+VERSIONS = json.loads(FILE.read_text())
+CALLS = [(file, *call) for file in sorted((ROOT / "trainer").rglob("*.py")) for call in calls(file)]
+
+
+def test_the_oldest_torch_that_is_allowed_is_among_them():
+    floor = re.search(r'"torch>=([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert floor is not None
+    assert sorted(VERSIONS, key=lambda v: [int(n) for n in v.split(".")])[0].startswith(floor[1])
+
+
+def test_the_installed_torch_is_as_the_file_says():
+    version = torch.__version__.partition("+")[0]
+    if version not in VERSIONS:
+        pytest.skip(f"python -m tests.cuda.signatures would add torch {version}")
+    # Of what is called: a build with CUDA has more names than one without.
+    here = installed()
+    assert {name: here.get(name) for _, name, _, _ in CALLS} == {
+        name: VERSIONS[version].get(name) for _, name, _, _ in CALLS
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_call_for_cuda_exists_and_takes_what_it_is_given(version):
+    assert {"torch.nn.attention.varlen.varlen_attn", "torch.cuda.Event"} <= {name for _, name, _, _ in CALLS}
+    wrong = []
+    for file, name, positional, keywords in CALLS:
+        try:
+            if VERSIONS[version][name] is not None:
+                bind(VERSIONS[version][name], positional, keywords)
+        except (KeyError, TypeError) as error:
+            wrong.append(f"{file.relative_to(ROOT)}: {name}: {error}")
+    assert wrong == []
+
+
+def test_an_argument_that_only_a_newer_torch_has_is_seen():
+    name, (old, *_, new) = "torch.nn.attention.varlen.varlen_attn", sorted(VERSIONS)
+    bind(VERSIONS[new][name], 3, ["cu_seq_q", "cu_seq_k", "max_q", "max_k", "enable_gqa"])
+    with pytest.raises(TypeError, match="enable_gqa"):
+        bind(VERSIONS[old][name], 3, ["cu_seq_q", "cu_seq_k", "max_q", "max_k", "enable_gqa"])
