@@ -30,6 +30,7 @@ READ = frozenset(
     {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call", *MASKS, *REASONING}
 )
 """Keys of a message that are read; a template may read others."""
+PLAIN = {"role", "content"}
 
 Message = dict[str, Any]
 Row = Mapping[str, Any]
@@ -147,6 +148,8 @@ def _from_text(value: Any, where: str) -> Any:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ChatError(f"{where} is {type_in_words(value)}, not an object with role and content")
+    if value.keys() == PLAIN and value["role"] in ROLES and isinstance(value["content"], str) and value["content"].strip():
+        return dict(value)
     # Parquet gives every message all keys that any of them has.
     message = {key: v for key, v in value.items() if v is not None}
     speaker = message.pop("from", None)
