@@ -34,6 +34,7 @@ from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Adapter, Full, LoRA
+from trainer.models.vocabulary import refuse_foreign_tokenizer
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
@@ -146,14 +147,14 @@ class Run(Node):
         path = self.tokenizer.path or self.model.path
         tokenizer = open_tokenizer(path) if path else self.data.default_tokenizer()
         if tokenizer is None:
-            missing = "model.path is required, or tokenizer.path for a new model"
-            raise ConfigError([f"{missing}; 'onecurve tokenize' makes a tokenizer"])
+            remedy = "or tokenizer.path for a new model; 'onecurve tokenize' makes a tokenizer"
+            raise ConfigError([f"model.path is required, {remedy}"])
         tokenizer = tokenizer.extended(self.tokenizer.add)
         architecture = self.loader(tokenizer).architecture
+        refuse_foreign_tokenizer(tokenizer, self.tokenizer.path, self.model.path, architecture.vocab_size)
         if architecture.scores:
             tokenizer = tokenizer.with_own_pad()
-        longest = architecture.max_position_embeddings
-        if self.batch.length > longest:
+        if self.batch.length > (longest := architecture.max_position_embeddings):
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)

@@ -148,7 +148,12 @@ def _from_text(value: Any, where: str) -> Any:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ChatError(f"{where} is {type_in_words(value)}, not an object with role and content")
-    if value.keys() == PLAIN and value["role"] in ROLES and isinstance(value["content"], str) and value["content"].strip():
+    if (
+        value.keys() == PLAIN
+        and value["role"] in ROLES
+        and isinstance(value["content"], str)
+        and value["content"].strip()
+    ):
         return dict(value)
     # Parquet gives every message all keys that any of them has.
     message = {key: v for key, v in value.items() if v is not None}

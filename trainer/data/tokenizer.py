@@ -110,6 +110,11 @@ class Tokenizer:
         return {role.removesuffix("_token"): self._settings.get(role) for role in ROLES}
 
     @property
+    def pieces(self) -> dict[str, int]:
+        """The id of every piece, special tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
     def vocab_size(self) -> int:
         """Ids run from 0 to this, exclusive."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1

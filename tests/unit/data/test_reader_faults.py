@@ -1,4 +1,4 @@
-"""Forty faults of files: each is one sentence that names the file, and none is a shorter or another corpus."""
+"""Forty-four faults of files: each is one sentence that names the file, and none is a shorter or another corpus."""
 
 import codecs
 import gzip
