@@ -60,10 +60,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def label(a: argparse.Namespace) -> None:
     """Append a pair for every prompt where one answer is found better."""
+    asked = list(read(a.prompts))  # all of them before a model is loaded
     model = ChatModel.open(a.model)
     judge = reward_judge(RewardModel.open(a.reward)) if a.reward else endpoint_judge(Endpoint(a.judge, a.judge_model))
     sampling, counts = Sampling(a.tokens, a.temperature), Counter[str]()
-    prompts, done = enumerate(read(a.prompts)), finished(a.out)
+    prompts, done = enumerate(asked), finished(a.out)
     waiting = islice(prompts, done, None)
     with a.out.open("a") as out:
         while group := list(islice(waiting, a.batch)):

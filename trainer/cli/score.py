@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
+    chats = list(read_rows(DataSource(str(a.answers)), CHAT_FORMATS))  # all of them before a model is loaded
     model = RewardModel.open(a.model)
-    chats = read_rows(DataSource(str(a.answers)), CHAT_FORMATS)
     rows = zip(DataSource(str(a.answers)).rows(), chats, strict=True)
     while group := list(islice(rows, BATCH)):
         scores = model.score([chat for _, (_, chat) in group], raw=a.raw)
