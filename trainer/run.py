@@ -147,8 +147,7 @@ class Run(Node):
         path = self.tokenizer.path or self.model.path
         tokenizer = open_tokenizer(path) if path else self.data.default_tokenizer()
         if tokenizer is None:
-            remedy = "or tokenizer.path for a new model; 'onecurve tokenize' makes a tokenizer"
-            raise ConfigError([f"model.path is required, {remedy}"])
+            raise ConfigError(["model.path is required, or tokenizer.path; 'onecurve tokenize' makes a tokenizer"])
         tokenizer = tokenizer.extended(self.tokenizer.add)
         architecture = self.loader(tokenizer).architecture
         refuse_foreign_tokenizer(tokenizer, self.tokenizer.path, self.model.path, architecture.vocab_size)
