@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 from itertools import islice
 
-from trainer.config import ConfigError, schema, setting
-from trainer.data.corpus import Corpus, Files, Prompt, answer_in
-from trainer.data.messages import ROLES, Chat, ChatError
+from trainer.config import schema, setting
+from trainer.data.conversations import Conversations
+from trainer.data.corpus import Corpus, Prompt, answer_in
+from trainer.data.messages import Chat, ChatError
 from trainer.data.row_formats import CHAT_FORMATS, columns_of, read_rows
 from trainer.data.rows import Encoded, RowStore, prepare_rows
 from trainer.data.sources import DataSource
-from trainer.data.templates import BUILT_IN, Template, TemplateError, open_template
+from trainer.data.templates import EncodedChat, Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
-
-READING = 2
-"""Of the rules by which rows are read: what other rules prepared is prepared again."""
 
 
 class TrainOn(StrEnum):
@@ -37,54 +34,6 @@ class Truncation(StrEnum):
     keep_start = auto()
     keep_end = auto()
     drop = auto()
-
-
-@dataclass
-class Conversations(Files):
-    """Data that a chat template renders."""
-
-    template: str | None = setting(None, f"null = the tokenizer's own, or {', '.join(BUILT_IN)}")
-    roles: dict[str, str] = setting(
-        dict, f"what a speaker is whose name is not known: {{customer: user}}; one of {', '.join(ROLES)}"
-    )
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.template is not None and self.template not in BUILT_IN:
-            yield f"data.template={self.template} is not known; use {', '.join(BUILT_IN)}, or null for the tokenizer's own"
-        for name, role in self.roles.items():
-            if role not in ROLES:
-                yield f"data.roles.{name}={role} is not a role; use {', '.join(ROLES)}"
-
-    def sources(self, paths: Sequence[str], *, heldout: bool = False) -> list[DataSource]:
-        sources = super().sources(paths, heldout=heldout)
-        for source in sources:
-            source.roles = self.roles
-        return sources
-
-    def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
-        template = self.open_template(tokenizer)
-        # What the model learns to answer in is what its export must say.
-        tokenizer.chat_template = template.source
-        tokenizer.stops = tuple(dict.fromkeys((template.end, tokenizer.eos)))
-        return super().open(tokenizer, length, seed)
-
-    def open_template(self, tokenizer: Tokenizer) -> Template:
-        """The template that conversations are rendered by.
-
-        Raises:
-            ConfigError: if there is none, or it does not fit the tokenizer.
-        """
-        try:
-            return open_template(self.template, tokenizer)
-        except TemplateError as error:
-            raise ConfigError([str(error)]) from None
-
-    def cache_key(self, source: DataSource, template: Template) -> list[str]:
-        """What prepared data depends on: the files, the rendering, and how rows are read."""
-        rendering = hashlib.sha256(template.source.encode()).hexdigest()
-        names = str([sorted(source.columns.items()), sorted(source.roles.items()), READING])
-        return [source.fingerprint(), rendering, self.on_bad_row, names]
 
 
 @schema("data/chat")
@@ -138,21 +87,24 @@ class ChatData(Conversations):
         """Ids and masks of every conversation that has something to learn, cut to ``length`` positions."""
         for where, chat in read_rows(source, CHAT_FORMATS):
             try:
-                full = self.encode(chat, template)
+                samples = [self.without_loss(sample, source) for sample in self.samples(chat, template)]
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
-            ids, trained = self._cut(full, length)
-            if not any(trained[1:]):
-                # Too long is no mistake of the row: left out and counted, whatever on_bad_row says.
-                source.skipped.append(
-                    f"{where}: nothing to learn is left of its {len(full.ids):,} tokens in a row of {length}"
-                )
-                continue
-            yield Encoded(ids, trained, len(full.ids) - len(ids))
+            for sample in samples:
+                if sample.lost and not any(sample.trained):
+                    continue  # counted as lost
+                ids, trained = self._cut(sample, length)
+                if not any(trained[1:]):
+                    # Too long is no mistake of the row: left out and counted, whatever on_bad_row says.
+                    source.skipped.append(
+                        f"{where}: nothing to learn is left of its {len(sample.ids):,} tokens in a row of {length}"
+                    )
+                    continue
+                yield Encoded(ids, trained, len(sample.ids) - len(ids))
 
-    def encode(self, chat: Chat, template: Template) -> Encoded:
-        """Ids of a conversation, and which of them are learnt.
+    def samples(self, chat: Chat, template: Template) -> list[EncodedChat]:
+        """What is learnt from a conversation: one sample, or several where turns are generated otherwise than remembered.
 
         Raises:
             ChatError: if nothing is learnt because of the weights of its messages.
@@ -170,11 +122,13 @@ class ChatData(Conversations):
             raise ChatError(
                 "a turn has the weight 0, and data.train_on=all learns everything; use data.train_on=assistant"
             )
-        encoded = template.encode(chat.messages, chat.tools, turns=trained)
-        return Encoded(encoded.ids, [True] * len(encoded.ids)) if self.train_on is TrainOn.all else encoded
+        if self.train_on is TrainOn.all:
+            encoded = template.encode(chat.messages, chat.tools)
+            return [replace(encoded, trained=[True] * len(encoded.ids))]
+        return template.samples(chat.messages, chat.tools, turns=trained)
 
-    def _cut(self, encoded: Encoded, length: int) -> tuple[list[int], list[bool]]:
-        ids, trained = list(encoded.ids), list(encoded.trained or [])
+    def _cut(self, encoded: EncodedChat, length: int) -> tuple[list[int], list[bool]]:
+        ids, trained = encoded.ids, encoded.trained
         if len(ids) <= length + 1:
             return ids, trained
         if self.truncation is Truncation.drop:

@@ -16,7 +16,7 @@ from trainer.batch import Batch
 from trainer.config import schema
 from trainer.data.messages import Chat, ChatError, Row
 from trainer.data.pairs import AnswerBatch, Pair, PairStore, answer_start, collate_shared_prefix
-from trainer.data.preferences import JudgedAnswers, encode
+from trainer.data.preferences import JudgedAnswers
 from trainer.data.row_formats import CHAT_FORMATS, RowFormat, columns_of, read_rows
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataSource
@@ -108,7 +108,7 @@ class LabelledData(JudgedAnswers):
         seen: set[bytes] = set()
         for where, row in read_rows(source, LABELLED_FORMATS, "labelled completion"):
             try:
-                answer = encode(row.chat, template)
+                answer = self.encode(row.chat, template, source)
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue

@@ -12,13 +12,14 @@ from typing import ClassVar
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.data.chats import Conversations, Truncation
+from trainer.data.chats import Truncation
+from trainer.data.conversations import Conversations
 from trainer.data.messages import Chat, ChatError, Row, tools_of, type_in_words, validate_messages
 from trainer.data.pairs import Pair, PairBatch, PairStore, prepare_pairs
 from trainer.data.row_formats import QUESTION_FORMATS, REPEATED, RowFormat, answered, columns_of, read_rows
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataSource
-from trainer.data.templates import Template, TemplateError
+from trainer.data.templates import EncodedChat, Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
 
 
@@ -57,6 +58,16 @@ class JudgedAnswers(Conversations):
     def encoded(self, source: DataSource, template: Template, length: int, dropped: Counter[str]) -> Iterator[Pair]:
         """Ids of every unit; what teaches nothing is counted in ``dropped``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement encoded()")
+
+    def encode(self, chat: Chat, template: Template, source: DataSource) -> Encoded:
+        """`encode`, where what the template does not write is an error or counted.
+
+        Raises:
+            ChatError: if no turn of the answer is learnt.
+            TemplateError: if the answer is not written, or something is lost and that is an error.
+        """
+        encoded = self.without_loss(encode(chat, template), source)
+        return Encoded(encoded.ids, encoded.trained)
 
     def truncate(self, pair: Pair, length: int) -> Pair | None:
         """The pair in at most ``length`` ids a side, each answer with at least one id; None where it is to be left out."""
@@ -100,7 +111,9 @@ class PreferenceData(JudgedAnswers):
         seen: set[bytes] = set()
         for where, preference in read_rows(source, PREFERENCE_FORMATS, "preference"):
             try:
-                chosen, rejected = (encode(chat, template) for chat in (preference.chosen, preference.rejected))
+                chosen, rejected = (
+                    self.encode(chat, template, source) for chat in (preference.chosen, preference.rejected)
+                )
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
@@ -118,20 +131,21 @@ class PreferenceData(JudgedAnswers):
             seen.add(digest)
 
 
-def encode(chat: Chat, template: Template) -> Encoded:
+def encode(chat: Chat, template: Template) -> EncodedChat:
     """Ids of a prompt with an answer, without what the template writes behind it; learnt is the assistant's part there.
 
     Raises:
         ChatError: if no turn of the answer is learnt.
-        TemplateError: if the template cannot render it.
+        TemplateError: if the template cannot render it, or does not write the answer.
     """
     turns = [n for n in chat.trained_turns if n >= chat.completion]
     if not turns:
         raise ChatError("all turns of an answer have the weight 0")
-    ids, trained, _ = template.encode(chat.messages, chat.tools, turns=turns)
-    assert trained is not None
-    end = len(trained) - list(reversed(trained)).index(True)
-    return Encoded(list(ids[:end]), list(trained[:end]))
+    encoded = template.encode(chat.messages, chat.tools, turns=turns)
+    if not any(encoded.trained):
+        raise TemplateError(f"the template does not write {', '.join(encoded.lost) or 'the answer'}")
+    end = len(encoded.trained) - encoded.trained[::-1].index(True)
+    return EncodedChat(encoded.ids[:end], encoded.trained[:end], encoded.lost)
 
 
 def shared_prefix(first: Encoded, second: Encoded) -> int:

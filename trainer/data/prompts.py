@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.data.chats import Conversations
+from trainer.data.conversations import Conversations
 from trainer.data.corpus import Corpus, Prompt, answer_in
 from trainer.data.messages import Chat, ChatError, Row
 from trainer.data.row_formats import QUESTION_FORMATS, RowFormat, columns_of, read_rows
@@ -141,7 +141,7 @@ class PromptData(Conversations):
         for where, asked in read_rows(source, PROMPT_FORMATS, "prompt", mixed=True):
             chat = asked.chat
             try:
-                ids = template.prompt(chat.messages, chat.tools)
+                ids = self.without_loss(template.encode_prompt(chat.messages, chat.tools), source).ids
             except TemplateError as error:
                 source.reject(where, str(error))
                 continue

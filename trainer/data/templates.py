@@ -1,99 +1,89 @@
-"""Chat templates: a conversation becomes ids once, and it is known which of them the assistant wrote.
-
-Jinja in a sandbox, with the same settings and functions as `transformers` has, so that a template means the same in both.
-"""
+"""Chat templates: a conversation becomes ids once, and it is known which of them the assistant wrote."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trainer.config import InputError
-from trainer.data.rows import Encoded
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.answer_spans import NONCHARACTERS, Message, Passage, place, places
+from trainer.data.built_in_templates import BUILT_IN, NEEDED
+from trainer.data.control_tokens import ControlTokens
+from trainer.data.jinja_environment import CLOSE, OPEN, clock, compiled, with_defaults
+from trainer.data.lost_texts import holds, lost_texts
+from trainer.data.marks import Span, inside, marked_spans, marks_in
+from trainer.data.message_forms import Forms
+from trainer.data.tokenizer import ROLES, Tokenizer
+from trainer.data.turns import Turns
 
-Message = Mapping[str, Any]
-OPEN, CLOSE, QUOTE, UNQUOTE = "\U000f0000", "\U000f0001", "\U000f0002", "\U000f0003"
-"""Private characters that mark what the assistant wrote, and quoted names of special tokens, while a text is rendered."""
-
-CHATML = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ (message.content or '') + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}
-{{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
-LLAMA3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
-{%- if message.role == 'assistant' %}
-{%- generation %}{{ (message.content or '') | trim + '<|eot_id|>' }}{% endgeneration %}
-{%- else %}{{- message.content | trim + '<|eot_id|>' }}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-PLAIN = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- message.role | capitalize + ':' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ ' ' + (message.content or '') + eos_token }}{% endgeneration %}
-{%- else %}{{- ' ' + message.content }}{%- endif %}
-{{- '\\n\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- 'Assistant:' }}{% endif %}"""
-RAW = """\
-{{- bos_token }}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}{% generation %}{{ (message.content or '') + eos_token }}{% endgeneration %}
-{%- else %}{{- message.content }}{%- endif %}
-{%- endfor %}"""
-BUILT_IN = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN, "raw": RAW}
-"""Templates by name. ``plain`` writes roles as words and needs no special token; ``raw`` is the contents end to end."""
-NEEDED = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-}
-"""Special tokens that a tokenizer must have for a template."""
+SUFFIX = ".jinja"
+TOOL_USE = "tool_use"
+"""The name of a tokenizer's template for conversations with tools."""
+RESERVED = ("messages", "tools", "add_generation_prompt", "strftime_now", *ROLES)
+"""Variables of a template that are not settings."""
+RULES = 2
+"""Version of the rules by which a rendering becomes ids and a mask: what was prepared by others is not used."""
 
 
 class TemplateError(InputError):
     """A conversation that a template cannot render, or whose assistant's part cannot be told from the rest."""
 
 
-class Generation(Extension):
-    """``{% generation %}`` ... ``{% endgeneration %}``: what the assistant writes."""
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation's ids.
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
+    ``trained``: whether each is learnt.
+    ``lost``: what was given and is not written, a phrase each; of the assistant's turns only those that are to be learnt.
+    """
 
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Callable[[], str]) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
+    ids: list[int]
+    trained: list[bool]
+    lost: list[str] = field(default_factory=list)
 
 
 class Template:
-    """A chat template together with the tokenizer whose special tokens it writes."""
+    """A chat template together with the tokenizer whose control tokens it writes.
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        self.source, self.tokenizer = source, tokenizer
-        names = sorted(tokenizer.specials, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    ``source``: Jinja.
+    ``with_tools``: another template for conversations with tools; None = the same.
+    ``settings``: other defaults of the template's own variables, such as ``enable_thinking``.
+    ``now``: what ``strftime_now`` says; None = the moment of rendering.
+    ``train_empty_thinking``: learn the empty ``<think></think>`` that a template writes before an answer without reasoning.
+    ``control_tokens_in_answers``: the names of control tokens in what the assistant wrote are control tokens.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        with_tools: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+        train_empty_thinking: bool = False,
+        control_tokens_in_answers: bool = False,
+    ) -> None:
+        self.source = with_defaults(source, settings or {})
+        self.with_tools = None if with_tools is None else with_defaults(with_tools, settings or {})
+        self.tokenizer = tokenizer
+        self.train_empty_thinking, self.control_tokens_in_answers = train_empty_thinking, control_tokens_in_answers
+        self._controls = ControlTokens(tokenizer, self.source + (self.with_tools or ""))
+        names = {f"{role}_token": name or "" for role, name in tokenizer.role_names.items()}
+        self._same: dict[Any, bool] = {}
+        self._now = now
+        self._globals = {**names, "strftime_now": clock(now)}
         try:
-            self._compiled = _environment().from_string(source)
+            compiled(self.source)
+            compiled(self.with_tools or "")
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template is invalid Jinja ({error})") from None
 
@@ -103,156 +93,220 @@ class Template:
         Raises:
             TemplateError: with the template's own words.
         """
-        return _unmarked(self._render(messages, tools, prompt=prompt))
+        return NONCHARACTERS.sub("", self._render(*self._as_text(messages, tools), prompt=prompt))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """Ids to generate the assistant's next turn from."""
-        return self._ids(self._render([self._quoted(m) for m in messages], tools, prompt=True))[0]
+        return self.encode_prompt(messages, tools).ids
 
-    def encode(self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None) -> Encoded:
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> EncodedChat:
+        """`prompt`, and what is lost in it."""
+        given, given_tools = self._as_text(messages, tools)
+        text = self._unmarked(given, given_tools, prompt=True)
+        ids = self._controls.encode(text + self._turns.missing_prompt)[0]
+        return EncodedChat(ids, [False] * len(ids), lost_texts(given, given_tools, text, {}))
+
+    def encode(
+        self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None
+    ) -> EncodedChat:
         """Ids of a whole conversation, and which of them the assistant wrote in ``turns`` (message numbers; None = all).
 
-        The end-of-turn token belongs to the turn. EOS is added where the last turn ends the text without a special token.
+        The end-of-turn token belongs to the turn. A token belongs to the turn if its first character does, or if it reaches
+        into the turn's beginning. EOS is added where the last turn ends the text without a token that ends turns.
 
         Raises:
-            TemplateError: if the assistant's part cannot be told from the rest.
+            TemplateError: if the template does not write an answer, or its place cannot be told.
         """
-        quoted = [self._quoted(m) for m in messages]
-        written = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-        wanted = written if turns is None else [n for n in written if n in turns]
-        marked = self._render(quoted, tools)
-        text = marked.replace(OPEN, "").replace(CLOSE, "")
-        if marks := _marks(marked):
-            if len(marks) != len(written):
-                raise TemplateError(f"the template marks {len(marks)} of {len(written)} assistant turns")
-            spans = [marks[written.index(n)] for n in wanted]
-        else:
-            spans = [self._by_prefix(text, quoted, n, tools) for n in wanted]
-        spans = [self._with_end(text, *span) for span in spans]
-        ids, offsets = self._ids(text)
-        trained = [_inside(spans, first, last) for first, last in offsets]
-        if wanted and wanted[-1] == written[-1] == len(messages) - 1 and not self._ends(text, spans[-1]):
-            ids, trained = [*ids, self.tokenizer.eos], [*trained, True]
-        return Encoded(ids, trained)
+        wanted = [n for n, m in enumerate(messages) if m["role"] == "assistant" and (turns is None or n in turns)]
+        given, given_tools = self._as_text(messages, tools)
+        return self._encoded(given, given_tools, wanted, *self._located(given, given_tools, wanted))
+
+    def samples(
+        self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None
+    ) -> list[EncodedChat]:
+        """What is learnt from a conversation: each of ``turns`` exactly as it would be generated.
+
+        That is one sample, unless the template writes earlier turns otherwise than it did when they were the last (templates
+        that drop old reasoning do): such a turn is a sample of its own, which ends with it.
+
+        Raises:
+            TemplateError: as `encode` does.
+        """
+        wanted = [n for n, m in enumerate(messages) if m["role"] == "assistant" and (turns is None or n in turns)]
+        given, given_tools = self._as_text(messages, tools)
+        samples, end = list[EncodedChat](), len(messages)
+        while wanted:
+            part = given[:end]
+            text, spans = self._located(part, given_tools, wanted)
+            same = [n for n in wanted if n == end - 1 or self._as_generated(part, given_tools, n, text, spans.get(n))]
+            if same:
+                samples.append(self._encoded(part, given_tools, same, text, spans))
+            wanted = [n for n in wanted if n not in same]
+            end = wanted[-1] + 1 if wanted else 0
+        return samples[::-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides how conversations are rendered and what of them is learnt."""
+        parts = [self.source, self.with_tools, self.train_empty_thinking, self.control_tokens_in_answers]
+        return hashlib.sha256(repr([RULES, self._now, *parts]).encode()).hexdigest()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end an assistant's turn: what generation stops at."""
+        ids = [self._controls.encode(name)[0] for name in self._turns.stops]
+        return tuple(dict.fromkeys([*(i[0] for i in ids if len(i) == 1), self.tokenizer.eos]))
 
     @functools.cached_property
-    def end(self) -> int:
-        """The id that ends an assistant's turn: what generation stops at."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, trained, _ = self.encode(probe)
-        assert trained is not None
-        return next(i for i, t in zip(reversed(ids), reversed(trained), strict=True) if t)
+    def _turns(self) -> Turns:
+        return Turns(self._probe, self._controls, self.tokenizer.role_names["eos"] or "")
+
+    @functools.cached_property
+    def _forms(self) -> Forms:
+        return Forms.taken_by(self._probe_as_given)
+
+    def _probe(self, messages: Sequence[Message], *, tools: Any = None, prompt: bool = False) -> str | None:
+        return self._probe_as_given(self._forms.apply(messages), tools=tools, prompt=prompt)
+
+    def _probe_as_given(self, messages: Sequence[Message], *, tools: Any = None, prompt: bool = False) -> str | None:
+        """A short conversation's text; None if the template refuses it."""
+        try:
+            return self._unmarked(messages, tools, prompt=prompt)
+        except TemplateError:
+            return None
 
     def _render(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
-        names = {f"{role}_token": name or "" for role, name in self.tokenizer.role_names.items()}
+        source = self.with_tools if tools and self.with_tools else self.source
         try:
-            return self._compiled.render(messages=messages, tools=tools, add_generation_prompt=prompt, **names)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise TemplateError(f"the chat template refuses it ({error})") from None
-
-    def _by_prefix(self, text: str, messages: Sequence[Message], turn: int, tools: Any) -> tuple[int, int]:
-        """Where a turn stands in ``text``, from the renderings before and after it."""
-        before = self._render(messages[:turn], tools, prompt=True)
-        after = self._render(messages[: turn + 1], tools)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise TemplateError(
-                f"rendering the messages before number {turn + 1} is no prefix of rendering it too, so what the assistant "
-                "wrote cannot be told; use a template with {% generation %} marks, or train_on=last_assistant"
+            text = compiled(source).render(
+                messages=messages, tools=tools or None, add_generation_prompt=prompt, **self._globals
             )
-        return len(before), len(after)
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise TemplateError(f"the chat template refuses it ({error})") from None
+        return self._controls.settled(text)
 
-    def _with_end(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """The span with its end-of-turn token, and without the template's white space behind that."""
-        inside = text[start:end]
-        bare = inside.rstrip()
-        if bare != inside and any(bare.endswith(name) for name in self.tokenizer.specials):
-            return start, start + len(bare)
-        if not any(inside.endswith(name) for name in self.tokenizer.specials):
-            following = self._special.match(text, end)
-            if following:
-                return start, following.end()
-        return start, end
+    def _unmarked(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
+        return self._render(messages, tools, prompt=prompt).replace(OPEN, "").replace(CLOSE, "")
 
-    def _ends(self, text: str, span: tuple[int, int]) -> bool:
-        return any(text[: span[1]].endswith(name) for name in self.tokenizer.specials) or bool(text[span[1] :].strip())
+    def _as_text(self, messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any]:
+        """Messages and tools in the forms that the template takes, in which names of control tokens are text."""
+        if holds([messages, tools], NONCHARACTERS):
+            raise TemplateError("a text holds one of the noncharacters U+FDD0 to U+FDEF, which are for no text")
+        quoted = [self._quoted(message) for message in self._forms.apply(messages)]
+        return quoted, self._controls.as_text(tools)
 
     def _quoted(self, message: Message) -> Message:
-        """Names of special tokens in a content are text that somebody wrote, not control tokens."""
-        content = message.get("content")
-        if not isinstance(content, str):
-            return message
-        if any(mark in content for mark in (OPEN, CLOSE, QUOTE, UNQUOTE)):
-            raise TemplateError("the content holds a character of private plane 15 that is used to mark turns")
-        return {**message, "content": self._special.sub(lambda m: f"{QUOTE}{m[0]}{UNQUOTE}", content)}
+        own = message["role"] == "assistant"
+        return {
+            key: value
+            if key == "role" or (own and self.control_tokens_in_answers)
+            else self._controls.as_text(value, tags=own and key != "tool_calls")
+            for key, value in message.items()
+        }
 
-    def _ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and each one's first and last character in ``text`` (which may hold quotes)."""
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        at = 0
-        text = text.replace(OPEN, "").replace(CLOSE, "")
-        for number, part in enumerate(re.split(f"{QUOTE}(.*?){UNQUOTE}", text)):
-            at += number % 2
-            part_ids, places = self.tokenizer.encode_with_offsets(part, specials=number % 2 == 0)
-            ids += part_ids
-            offsets += [(at + first, at + last) for first, last in places]
-            at += len(part) + number % 2
-        return ids, offsets
+    def _encoded(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        wanted: Sequence[int],
+        text: str,
+        located: Mapping[int, Sequence[Span]],
+    ) -> EncodedChat:
+        spans = {n: located.get(n, ()) for n in wanted}
+        for n in wanted:
+            if not spans[n] and str(messages[n].get("content") or "").strip():
+                raise TemplateError(f"the template does not write message {n + 1}, which is the assistant's")
+        ids, offsets = self._controls.encode(text)
+        trained = inside([span for n in wanted for span in spans[n]], offsets)
+        end = spans[wanted[-1]][-1][1] if wanted and spans[wanted[-1]] else 0
+        if wanted[-1:] == [len(messages) - 1] and not self._turns.ends_with_token(text, end) and not text[end:].strip():
+            ids, trained = [*ids, self.tokenizer.eos], [*trained, True]
+        return EncodedChat(ids, trained, lost_texts(messages, tools, text, spans, self._turns.unwritten))
+
+    def _located(
+        self, messages: Sequence[Message], tools: Any, wanted: Sequence[int]
+    ) -> tuple[str, dict[int, list[Span]]]:
+        """The rendered text, and where the wanted turns stand in it."""
+        marked = self._render(messages, tools)
+        text = marked.replace(OPEN, "").replace(CLOSE, "")
+        by_message = self._places(text, messages, tools, wanted)
+        spans = {n: [self._span(at, messages[n]) for at in by_message[n]] for n in wanted if n in by_message}
+        if marks := marks_in(marked):
+            spans |= marked_spans(text, marks, by_message, wanted, self._turns)
+        return text, spans
+
+    def _as_generated(
+        self, messages: Sequence[Message], tools: Any, turn: int, text: str, spans: Sequence[Span] | None
+    ) -> bool:
+        """Whether ``text`` is, up to a turn's end, what the template writes when that turn is the last.
+
+        Asked once for each kind of turn among its kinds of neighbours, so the work is linear in the number of turns.
+        """
+        kinds = [_kind(message) for message in messages]
+        key = (bool(tools), *kinds[turn - 1 : turn + 2], frozenset(kinds[:turn]), frozenset(kinds[turn + 1 :]))
+        if spans is None:
+            return False
+        if key not in self._same:
+            try:
+                alone = self._unmarked(messages[: turn + 1], tools).rstrip()
+            except TemplateError:
+                alone = text
+            size = min(spans[-1][1], len(alone))
+            self._same[key] = text[:size] == alone[:size]
+        return self._same[key]
+
+    def _span(self, at: Passage, message: Message) -> Span:
+        calls = bool(message.get("tool_calls"))
+        return self._turns.span(at, calls=calls, empty_thinking=self.train_empty_thinking)
+
+    def _places(
+        self, text: str, messages: Sequence[Message], tools: Any, wanted: Sequence[int]
+    ) -> dict[int, list[Passage]]:
+        def render(others: Sequence[Message]) -> str:
+            return self._unmarked(others, tools)
+
+        by_message: dict[int, list[Passage]] | None = None
+        with contextlib.suppress(TemplateError):
+            by_message = places(text, messages, render)
+        if by_message is None:
+            by_message = {n: p for n in wanted if (p := place(text, messages, n, render))}
+        return by_message
 
 
-def open_template(name: str | None, tokenizer: Tokenizer) -> Template:
-    """The built-in template of that name, or the tokenizer's own.
+def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Template:
+    """The template of a file ``NAME.jinja``, the built-in one of that name, or the tokenizer's own.
+
+    ``options``: of the `Template`.
 
     Raises:
         TemplateError: if there is none, or the tokenizer lacks the special tokens that it writes.
     """
-    if name is None and tokenizer.chat_template is None:
-        raise TemplateError(f"the tokenizer has no chat template; choose data.template={' or '.join(BUILT_IN)}")
     if name is None:
-        return Template(str(tokenizer.chat_template), tokenizer)
+        return _tokenizers_own(tokenizer, options)
+    if name.endswith(SUFFIX):
+        return Template(Path(name).read_text(), tokenizer, **options)
     lacking = [token for token in NEEDED.get(name, ()) if token not in tokenizer.specials]
     if lacking:
         add = ",".join(f"'{token}'" for token in lacking)
         raise TemplateError(
             f'data.template={name} writes {", ".join(lacking)}, which the tokenizer lacks; use "tokenizer.add=[{add}]"'
         )
-    return Template(BUILT_IN[name], tokenizer)
+    return Template(BUILT_IN[name], tokenizer, **options)
 
 
-def _marks(text: str) -> list[tuple[int, int]]:
-    """Spans between marks, counted without the marks."""
-    spans, start = [], 0
-    for removed, match in enumerate(re.finditer(f"{OPEN}|{CLOSE}", text)):
-        place = match.start() - removed
-        if match[0] == OPEN:
-            start = place
-        else:
-            spans.append((start, place))
-    return spans
+def _tokenizers_own(tokenizer: Tokenizer, options: Mapping[str, Any]) -> Template:
+    named = tokenizer.named_templates
+    default = tokenizer.chat_template or named.get(TOOL_USE)
+    if default is None:
+        several = f" named default (it has {', '.join(sorted(named))})" if named else ""
+        raise TemplateError(
+            f"the tokenizer has no chat template{several}; choose data.template={' or '.join(BUILT_IN)}, or FILE{SUFFIX}"
+        )
+    return Template(default, tokenizer, with_tools=named.get(TOOL_USE), **options)
 
 
-def _inside(spans: Sequence[tuple[int, int]], first: int, last: int) -> bool:
-    return any(start <= first and last <= end and first < end for start, end in spans)
-
-
-def _unmarked(text: str) -> str:
-    return re.sub(f"[{OPEN}{CLOSE}{QUOTE}{UNQUOTE}]", "", text)
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _kind(message: Message) -> tuple[Any, ...]:
+    """What a template may look at in a message."""
+    content = message.get("content") or ""
+    reasoning = bool(message.get("reasoning_content")) or "</think>" in content
+    return message["role"], bool(content), reasoning, bool(message.get("tool_calls"))

@@ -53,19 +53,17 @@ class Tokenizer:
     ``bos``, ``eos``, ``pad``: ids; ``pad`` is ``eos`` where the tokenizer has none of its own (masks come from lengths, never
     from ids, so nothing depends on it).
     ``chat_template``: Jinja source or None.
+    ``named_templates``: further ones, such as ``tool_use``.
     ``stops``: ids that end a generation.
     """
 
     def __init__(self, definition: str, settings: dict[str, Any]) -> None:
         self._definition, self._settings = definition, settings
-        self._backend = tokenizers.Tokenizer.from_str(definition)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _backend_of(definition)
         # Text of users and data must not become control tokens: here a special token's name is just text.
-        self._plain = tokenizers.Tokenizer.from_str(definition)
-        self._plain.no_truncation()
-        self._plain.no_padding()
+        self._plain = _backend_of(definition)
         self._plain.encode_special_tokens = True
+        self._without: dict[frozenset[str], tokenizers.Tokenizer] = {}
         self.bos = self._id("bos_token")
         eos = self._id("eos_token")
         if eos is None:
@@ -74,7 +72,8 @@ class Tokenizer:
         pad = self._id("pad_token")
         self.pad: int = self.eos if pad is None else pad
         self.chat_template: str | None = settings.get("chat_template")
-        self.stops: tuple[int, ...] = (self.eos,)
+        self.named_templates: dict[str, str] = settings.get("named_templates", {})
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys((self.eos, *settings.get("stops", ()))))
 
     def extended(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens; those that it has keep their ids."""
@@ -103,6 +102,11 @@ class Tokenizer:
     def specials(self) -> frozenset[str]:
         """Names of the special tokens."""
         return frozenset(t["content"] for t in json.loads(self._definition)["added_tokens"] if t["special"])
+
+    @cached_property
+    def added(self) -> frozenset[str]:
+        """Names of all added tokens, special or not."""
+        return frozenset(t["content"] for t in json.loads(self._definition)["added_tokens"])
 
     @property
     def role_names(self) -> dict[str, str | None]:
@@ -137,6 +141,17 @@ class Tokenizer:
     def encode_with_offsets(self, text: str, *, specials: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode`, and the characters of ``text`` that each id stands for (first, last exclusive)."""
         encoding = (self._backend if specials else self._plain).encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def encode_as_text(self, text: str, names: frozenset[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_with_offsets`, where none of the added tokens ``names`` becomes its id."""
+        if names not in self._without:
+            definition = json.loads(self._definition)
+            for token in definition["added_tokens"]:
+                token["special"] |= token["content"] in names
+            self._without[names] = _backend_of(json.dumps(definition))
+            self._without[names].encode_special_tokens = True
+        encoding = self._without[names].encode(text, add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -189,6 +204,13 @@ class Tokenizer:
         return None if name is None else self._backend.token_to_id(name)
 
 
+def _backend_of(definition: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(definition)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a folder (``tokenizer.json``, else ``tokenizer.model``), or in one such file.
 
@@ -234,7 +256,16 @@ def _settings(folder: Path) -> dict[str, Any]:
             settings |= {k: stored[k] for k in ("chat_template", "model_max_length") if stored.get(k) is not None}
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text()
+    named: dict[str, str] = {}
     if isinstance(settings.get("chat_template"), list):
         named = {t["name"]: t["template"] for t in settings["chat_template"]}
-        settings["chat_template"] = named.get("default")
-    return settings
+        settings["chat_template"] = named.pop("default", None)
+    named |= {f.stem: f.read_text() for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return {**settings, "named_templates": named, "stops": _stops(folder)}
+
+
+def _stops(folder: Path) -> list[int]:
+    """The ids that end a generation, as the model of the same folder has them."""
+    file = folder / "generation_config.json"
+    ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]

@@ -44,9 +44,7 @@ class ChatModel:
         read_shape(folder)  # a folder that is no model is named as such, not by the tokenizer that it lacks
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer)
-        config = folder / "generation_config.json"
-        ends = read_object(config).get("eos_token_id", []) if config.is_file() else []
-        tokenizer.stops = (chat.end, tokenizer.eos, *(ends if isinstance(ends, list) else [ends]))
+        tokenizer.stops = tuple(dict.fromkeys((*chat.stops, *tokenizer.stops)))
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
         return cls(_on_device(model), tokenizer, chat)
 

@@ -101,7 +101,8 @@ def written(folder: Path, name: str, rows: list[dict]) -> str:
     return str(file)
 
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=12).map(
+NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r" + NONCHARACTERS), min_size=1, max_size=12).map(
     lambda text: text + "x"
 )
 CONVERSATIONS = st.builds(

@@ -1,0 +1,81 @@
+"""Jinja in a sandbox, with the same settings and functions as `transformers` has: a template means the same in both."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Noncharacters (Unicode 23.7: in no text) around what ``{% generation %}`` marks, while a text is rendered."""
+
+
+class Generation(Extension):
+    """``{% generation %}`` ... ``{% endgeneration %}``: what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return f"{OPEN}{caller()}{CLOSE}"
+
+
+@functools.cache
+def compiled(source: str) -> jinja2.Template:
+    """A template, ready to render.
+
+    Raises:
+        jinja2.TemplateError: if it is no valid Jinja.
+    """
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    return environment
+
+
+def clock(now: datetime | None) -> Callable[[str], str]:
+    """``strftime_now`` of a template: always ``now``, or the moment of the call."""
+    return lambda form: (now or datetime.now()).strftime(form)
+
+
+def with_defaults(source: str, settings: Mapping[str, Any]) -> str:
+    """A template whose variables have other defaults: the same in every program that renders it, which may still set them."""
+    lines = [
+        f"{{% if {k} is not defined %}}{{% set {k} = {_literal(v)} %}}{{% endif %}}\n" for k, v in settings.items()
+    ]
+    return "".join(lines) + source
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **kwargs)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
