@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.argv = ["onecurve", *map(spelling_tolerant, arguments)]
         if {"--multirun", "-m"} & set(rest):
             return run_sweep(arguments)
-        compose_raw(overrides, config_dirs=config_dirs)  # Hydra's own message would have no remedy
+        settings = [word for word in overrides if "=" in word or word.startswith("~")]  # not the values of flags
+        compose_raw(settings, config_dirs=config_dirs)  # Hydra's own message would have no remedy
         hydra_app()  # --cfg, --info and the like: Hydra shows what it composes and runs nothing
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

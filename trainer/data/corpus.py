@@ -160,17 +160,14 @@ class Files(Data):
         return ("text",)
 
     def sources(self, paths: Sequence[str], *, heldout: bool = False) -> list[DataSource]:
-        """One source for every path; where two would be called alike, by more of their files' names."""
-        names = Counter(DataSource(path).name for path in paths)
-        return [self._source(path, names, heldout) for path in paths]
-
-    def _source(self, path: str, names: Mapping[str, int], heldout: bool) -> DataSource:
-        source = DataSource(path, on_bad_row=self.on_bad_row, heldout=heldout)
-        if names[source.name] > 1:
-            source.name = source.stem
-        source.columns = {**self.columns, **self.source_columns.get(source.name, {})}
-        source.column = source.columns.get("text", "text")
-        return source
+        """One source for every path; where two would be called alike, by more of their paths."""
+        sources = [DataSource(path, on_bad_row=self.on_bad_row, heldout=heldout) for path in paths]
+        taken = Counter(name for source in sources for name in dict.fromkeys(source.names))
+        for source in sources:
+            source.name = next((name for name in source.names if taken[name] == 1), source.name)
+            source.columns = {**self.columns, **self.source_columns.get(source.name, {})}
+            source.column = source.columns.get("text", "text")
+        return sources
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
@@ -196,7 +193,7 @@ class TextData(Files):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.streaming and self.weights:
-            yield "data.weights is not used with data.streaming=true; list a file twice instead"
+            yield "data.weights is not used with data.streaming=true; leave it out, or set data.streaming=false"
 
     def open(self, tokenizer: Tokenizer, length: int, seed: int) -> Corpus:
         if not self.streaming:

@@ -99,7 +99,7 @@ class ZstdFile(io.RawIOBase):
 
     def __init__(self, file: Path) -> None:
         self._file = file.open("rb")
-        self._frame: Any = zstandard.ZstdDecompressor().decompressobj()
+        self._frame: Any = _frame()
         self._rest, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -117,13 +117,17 @@ class ZstdFile(io.RawIOBase):
                     raise EOFError("its last frame has no end")
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = _frame()
             self._ready, self._rest = memoryview(self._frame.decompress(compressed)), b""
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+
+def _frame() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # what zstd --long=31 wrote, too
 
 
 def _open(file: Path) -> io.BufferedIOBase:

@@ -70,7 +70,13 @@ class LabelledStore(PairStore):
             f"{name}: {f['pairs']:,} labelled completions ({f['form']}), {desirable:,} of them desirable "
             f"({f['cut']:,} cut{self._dropped()}; longest {f['longest']:,} tokens)"
         )
-        return [line, *source_summary(name, f)]
+        one_kind = {0: "undesirable", f["pairs"]: "desirable"}.get(desirable)
+        alone = (
+            [f"{name}: all of them are {one_kind}; what is to be learnt from the other kind is not in it"]
+            if one_kind
+            else []
+        )
+        return [line, *alone, *source_summary(name, f)]
 
 
 def _answers(answers: Sequence[Encoded], reference: Sequence[float], numbers: Sequence[int]) -> AnswerBatch:

@@ -110,7 +110,12 @@ def _prompt(row: Row) -> Chat:
 
 
 def _turns(column: str, row: Row) -> Chat:
-    messages = _system(row) + validate_messages(row[column], column)
+    system, messages = _system(row), validate_messages(row[column], column)
+    if system and messages[0]["role"] == "system" and not _same(system[0], messages[0]):
+        raise ChatError(
+            f"the column system and the first message of {column} are two system messages; keep one of them"
+        )
+    messages = [*([] if messages[0]["role"] == "system" else system), *messages]
     after_last_question = 1 + max((n for n, m in enumerate(messages) if m["role"] in ASKING), default=-1)
     return Chat(messages, after_last_question, tools_of(row), ideal_answers(row))
 

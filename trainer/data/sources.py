@@ -65,12 +65,12 @@ class DataSource:
         self.name = self.name or Path(self.path).name.partition(".")[0] or self.path
 
     @property
-    def stem(self) -> str:
-        """The file's name without the endings that say how it is read: tells shards such as part.00001.jsonl apart."""
-        name = Path(self.path).name
+    def names(self) -> tuple[str, str, str]:
+        """What it may be called: `name`, with all but the endings that say how it is read, with its folder before that."""
+        stem = Path(self.path).name
         for suffix in (*COMPRESSED, *SUFFIXES):
-            name = name.removesuffix(suffix)
-        return name or self.path
+            stem = stem.removesuffix(suffix)
+        return self.name, stem or self.path, f"{Path(self.path).parent.name}.{stem}"
 
     @property
     def local(self) -> bool:

@@ -84,6 +84,17 @@ def test_shards_whose_names_differ_behind_a_dot_are_two_sources(tmp_path):
     assert list(data.problems()) == []
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}]
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    files = [str(write_jsonl(tmp_path / folder / "train.jsonl", rows)) for folder in ("old", "new")]
+    data = ChatData(train=[*files, str(write_jsonl(tmp_path / "more.jsonl", rows))], weights={"old.train": 2.0})
+    assert [source.name for source in data.sources(data.train)] == ["old.train", "new.train", "more"]
+    assert list(data.problems()) == []
+    assert "data.train has two sources called train" in "".join(ChatData(train=[files[0]] * 2).problems())
+
+
 def test_openais_preferences_are_read(tmp_path):
     row = {
         "input": {"messages": ASKING[:1], "tools": TOOLS, "parallel_tool_calls": True},
@@ -141,6 +152,10 @@ BAD = {
     ),
     "another question": (
         *pair(chosen=[user("2+2?"), assistant("4")]), "chosen begins with the user's message, which is not in the prompt",
+    ),
+    "two system messages": (
+        ChatData, {"system": "Be brief.", "messages": [message("system", "Be long."), user("a"), assistant("b")]},
+        "the column system and the first message of messages are two system messages",
     ),
     "a history of texts": (ChatData, {"instruction": "a", "output": "b", "history": ["x"]}, "history is not a list of pairs"),
     "an infinite margin": (*pair(margin=1e999), "margin is inf, not a finite number"),
