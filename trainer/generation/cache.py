@@ -42,6 +42,11 @@ class Cache:
         self.used = slots if fixed else 0
         self._clean = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, once the first are written."""
+        return sum(tensor.nbytes for tensor in self._tensors or ())
+
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``(blocks, Hkv, block, D)`` of a layer."""
         assert self._tensors is not None

@@ -2,45 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trainer.functional import logits
 from trainer.generation.cache import BLOCK, Cache, FixedDecode
 from trainer.generation.completion import RunningSequence
 from trainer.generation.sampling import Sampling, choose, uniform
+from trainer.models.actor_critic import of_policy
+from trainer.models.architecture import Architecture
 
 SPAN = 4 * BLOCK
 """A graph looks at a multiple of this many places of every slot: a new one when the longest sequence outgrows it."""
+RETAINED_BYTES = 2**30
+"""A decoder of at most so many bytes is retained for the next generation; a larger one's memory is training's."""
+_retained: WeakKeyDictionary[nn.Module, FixedDecoder] = WeakKeyDictionary()
+
+
+def open_decoder(model: nn.Module, slots: int, longest: int, sampling: Sampling) -> FixedDecoder:
+    """A decoder of ``slots`` sequences of ``longest`` tokens: the model's last one, with its graphs, where that fits."""
+    decoder = _retained.pop(model, None)
+    if decoder is None or not decoder.fits(model, slots, longest, sampling):
+        decoder = FixedDecoder(model, slots, longest, sampling)
+    decoder.load_weights(model)
+    return decoder
 
 
 class FixedDecoder:
-    """Decodes all slots of a cache, idle ones too. What a step needs stays on the device and is advanced there."""
+    """Decodes all slots of a cache, idle ones too. What a step needs stays on the device and is advanced there.
 
-    def __init__(self, model: nn.Module, cache: Cache, sampling: Sampling) -> None:
-        self.model, self.cache, self.sampling = model, cache, sampling
-        zeros = [torch.zeros(cache.slots, dtype=torch.int64, device=cache.device) for _ in range(4)]
+    It does not hold the model, so that it can be retained for as long as the model lives.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, longest: int, sampling: Sampling) -> None:
+        architecture: Architecture = model.architecture  # type: ignore[assignment]
+        device = next(model.parameters()).device
+        self.cache, self.sampling = Cache(architecture, slots, longest, device, fixed=True), sampling
+        zeros = [torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)]
         self._tokens, self._lengths, self._bits, self._drawn = zeros
-        self._out = torch.zeros(2, cache.slots, dtype=torch.float64, device=cache.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._out = torch.zeros(2, slots, dtype=torch.float64, device=device)
+        self._steps: dict[int, Callable[[nn.Module], None]] = {}
+        self._pool: Any = None
+        self._captured_with: tuple[Any, ...] | None = None
+        self._weights: dict[str, Tensor] = {}
         self.stale = True
         """Whether the host knows better which slots hold what: a sequence came or went."""
 
-    def step(self, running: Mapping[int, RunningSequence]) -> Tensor:
+    def fits(self, model: nn.Module, slots: int, longest: int, sampling: Sampling) -> bool:
+        """Whether its graphs decode this, too: they know addresses and filters, not values or lengths."""
+        return (
+            self._captured_with == _addresses(model)
+            and (slots, _filters(sampling)) == (self.cache.slots, _filters(self.sampling))
+            and longest <= self.cache.block
+        )
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Cast once what autocast would cast at every token: a graph cannot remember a cast that it did not make."""
+        kind = self.cache.device.type
+        if not torch.is_autocast_enabled(kind):
+            return
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.no_grad():
+            for name, p in model.named_parameters(remove_duplicate=False):
+                # The embedding is read row by row and not cast, also where it is the projection, too.
+                if p.ndim == 2 and p.dtype != dtype and of_policy(name) and not name.endswith("embed_tokens.weight"):
+                    if name in self._weights:
+                        self._weights[name].copy_(p)
+                    else:
+                        self._weights[name] = p.to(dtype)
+
+    def forward(self, model: nn.Module, *inputs: Any) -> Any:
+        """The model's forward, with the weights that were cast."""
+        if not self._weights:
+            return model(*inputs)
+        return functional_call(model, self._weights, inputs, tie_weights=False)
+
+    def step(self, model: nn.Module, running: Mapping[int, RunningSequence]) -> Tensor:
         """The next ids and their log-probabilities, float64 ``(2, slots)``."""
         if self.stale:
             self._load(running)
         longest = max(sequence.cached for sequence in running.values()) + 1
         span = min(-(-longest // SPAN) * SPAN, self.cache.block)
-        if self.cache.device.type != "cuda":
-            self._compute(span)
-        else:
-            if span not in self._graphs:
-                self._graphs[span] = self._captured(span)
-            self._graphs[span].replay()
+        if span not in self._steps:
+            self._steps[span] = self._captured(model, span)
+        self._steps[span](model)
         return self._out
+
+    def retain(self, model: nn.Module) -> None:
+        """End a generation; what it used is retained for the model's next one, where it is small."""
+        self.cache.release(range(self.cache.slots))
+        self.stale = True
+        if self.cache.nbytes + sum(t.nbytes for t in self._weights.values()) <= RETAINED_BYTES:
+            _retained[model] = self
 
     def _load(self, running: Mapping[int, RunningSequence]) -> None:
         rows = [(0, 0, 0, 0)] * self.cache.slots
@@ -51,31 +111,56 @@ class FixedDecoder:
             tensor.copy_(column)
         self.stale = False
 
-    def _compute(self, span: int) -> None:
-        scores = self.model(self._tokens[:, None], FixedDecode(self.cache, self._lengths, span), logits)[:, 0].float()
+    def _compute(self, model: nn.Module, span: int) -> None:
+        cached = FixedDecode(self.cache, self._lengths, span)
+        scores = self.forward(model, self._tokens[:, None], cached, logits)[:, 0].float()
         ids, logprobs = choose(scores, self.sampling, uniform(self._bits, self._drawn))
         self._out.copy_(torch.stack([ids.double(), logprobs.double()]))
         self._tokens.copy_(ids)
         self._lengths.add_(1)
         self._drawn.add_(1)
 
-    def _captured(self, span: int) -> torch.cuda.CUDAGraph:
-        """The step as a graph; what the runs before capture advance is put back."""
+    def _captured(self, model: nn.Module, span: int) -> Callable[[nn.Module], None]:
+        """The step: on CUDA a graph, elsewhere the function."""
+        self._captured_with = _addresses(model)
+        if self.cache.device.type != "cuda":
+            return partial(self._compute, span=span)
+        graph = self._graph(model, span)
+        return lambda _: graph.replay()
+
+    def _graph(self, model: nn.Module, span: int) -> torch.cuda.CUDAGraph:
+        """The step as a graph; what the runs before capture advance is put back.
+
+        Not by ``torch.cuda.graph``, which gives back all the memory that training has cached.
+        """
         advanced = (self._tokens, self._lengths, self._drawn)
         before = [t.clone() for t in advanced]
-        # Weights that autocast has cast must not be remembered after the graph that casts them.
-        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self._compute(span)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool):
-                self._compute(span)
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._compute(model, span)
+            torch.cuda.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._compute(model, span)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._pool = self._pool or graph.pool()
         for tensor, value in zip(advanced, before, strict=True):
             tensor.copy_(value)
         return graph
+
+
+def _filters(sampling: Sampling) -> Sampling:
+    """What of ``sampling`` a step depends on."""
+    return dataclasses.replace(sampling, tokens=1)
+
+
+def _addresses(model: nn.Module) -> tuple[Any, ...]:
+    """Where a graph finds the model, and what it computes in."""
+    tensors = [*model.parameters(), *model.buffers()]
+    kind = tensors[0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (autocast, *(t.data_ptr() for t in tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from trainer.functional import At, logits
 from trainer.generation.cache import BlockDecode, Cache, ChunkedPrefill, PackedPrefill
 from trainer.generation.completion import RunningSequence
-from trainer.generation.decode_graph import FixedDecoder
+from trainer.generation.decode_graph import open_decoder
 from trainer.generation.sampling import Sampling, choose, key_bits, uniform
 from trainer.models.architecture import Architecture
 
@@ -57,17 +58,29 @@ class Decoding:
         longest = max(map(len, groups), default=0) + sampling.tokens
         architecture: Architecture = model.architecture  # type: ignore[assignment]
         fixed = self.device.type != "cpu" if fixed is None else fixed
-        self.cache = Cache(architecture, slots, longest, self.device, fixed=fixed)
-        self._decoder = FixedDecoder(model, self.cache, sampling) if fixed else None
+        self._decoder = open_decoder(model, slots, longest, sampling) if fixed else None
+        self.cache = (
+            Cache(architecture, slots, longest, self.device, fixed=False)
+            if self._decoder is None
+            else self._decoder.cache
+        )
 
     def __iter__(self) -> Iterator[RunningSequence]:
         # A few free slots are filled at once: one prompt alone reads all the weights for its few tokens.
         enough = max(1, self.cache.slots // 16)
-        while self.waiting or self.running:
-            if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
-                yield from self._append(*self._admit())
-            if self.running:
-                yield from self._append(*self._step())
+        try:
+            while self.waiting or self.running:
+                if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
+                    yield from self._append(*self._admit())
+                if self.running:
+                    yield from self._append(*self._step())
+        finally:
+            if self._decoder is not None:
+                self._decoder.retain(self.model)
+
+    def _forward(self, *inputs: Any) -> Tensor:
+        out: Tensor = self.model(*inputs) if self._decoder is None else self._decoder.forward(self.model, *inputs)
+        return out
 
     @torch.no_grad()
     def _admit(self) -> tuple[list[int], Tensor]:
@@ -117,7 +130,7 @@ class Decoding:
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        scores = self.model(tokens, PackedPrefill(self.cache, slots, lengths), At(last, logits))[0]
+        scores = self._forward(tokens, PackedPrefill(self.cache, slots, lengths), At(last, logits))[0]
         self._first.update(zip(prompts, scores.float(), strict=True))
 
     def _prefill_long(self, slot: int) -> None:
@@ -126,7 +139,7 @@ class Decoding:
             tokens = torch.tensor([prompt[first : first + CHUNK]], device=self.device)
             last = torch.tensor([tokens.shape[1] - 1], device=self.device)
             chunk = ChunkedPrefill(self.cache, slot, first, first + tokens.shape[1])
-            scores = self.model(tokens, chunk, At(last, logits))
+            scores = self._forward(tokens, chunk, At(last, logits))
         self._first[prompt] = scores[0, 0].float()
 
     @torch.no_grad()
@@ -134,7 +147,8 @@ class Decoding:
         """The next token of every running sequence."""
         slots = sorted(self.running)
         if self._decoder is not None:
-            return slots, self._decoder.step(self.running)[:, slots]
+            # Every slot goes to the host: choosing among them on the device would send it a list at every token.
+            return slots, self._decoder.step(self.model, self.running).cpu()[:, slots]
         tokens = torch.tensor([[self.running[slot].ids[-1]] for slot in slots])
         scores = self.model(tokens, BlockDecode(self.cache, slots), logits)[:, 0]
         return slots, self._choose(scores.float(), slots)

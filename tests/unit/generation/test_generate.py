@@ -4,12 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.models.test_transformer import SMALL
 from trainer.batch import Documents
 from trainer.functional import logprobs
-from trainer.generation import decoding
+from trainer.generation import decode_graph, decoding
 from trainer.generation.completion import Completion
+from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
 from trainer.generation.generate import generate, stream
 from trainer.generation.sampling import Sampling
@@ -102,6 +104,77 @@ def test_fixed_shapes_give_what_blocks_give(model, prompts):
     whole = ids(generate(model, prompts, sampling, stops=STOPS))
     steps = Decoding(model, prompts, sampling, stops=STOPS, max_concurrent=3, fixed=True)
     assert {going.number: going.ids for going in steps if going.done} == dict(enumerate(whole))
+
+
+class Casts(TorchDispatchMode):
+    """Counts matrices that are cast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operation is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.count += args[0].ndim == 2
+        return operation(*args, **kwargs)
+
+
+def test_autocast_casts_no_weight_at_a_token(model, prompts):
+    # Autocast's own memory of casts is off, as it must be where a graph is captured.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        steps = iter(Decoding(model, prompts[:2], Sampling(20), stops=(), fixed=True))
+        for _ in range(2 + 2):  # the first tokens of both, and their first decoded ones
+            next(steps)
+        with Casts() as casts:
+            for _ in range(2 * 10):
+                next(steps)
+    assert casts.count == 0
+
+
+def test_what_is_decoded_again_is_captured_once(prompts, monkeypatch):
+    model = ModelLoader(Model(**SMALL), DDP(), 1, 50).load().eval()
+    captured = []
+    capture = FixedDecoder._captured
+    monkeypatch.setattr(FixedDecoder, "_captured", lambda *a: captured.append(a[2]) or capture(*a))
+
+    def decode(sampling: Sampling, *, autocast: bool = False, **options) -> list[list[int]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            steps = Decoding(model, prompts, sampling, stops=STOPS, fixed=True, **options)
+            done = {going.number: going.ids for going in steps if going.done}
+            expected = ids(generate(model, prompts, sampling, stops=STOPS))
+        assert done == dict(enumerate(expected))
+        return expected
+
+    for autocast in (False, True):
+        again = partial(decode, Sampling(20, 0.9), autocast=autocast)
+        first = again()
+        # Fewer tokens fit in the same graph; and it knows where weights are, not what they are.
+        decode(Sampling(10, 0.9), autocast=autocast)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        assert again() != first
+        # An unfinished generation leaves nothing behind.
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            next(iter(Decoding(model, prompts, Sampling(20, 0.9), stops=STOPS, fixed=True)))
+        assert again() != first
+        assert captured == [192]
+        captured.clear()
+    decode(Sampling(20, 0.9))  # another format
+    decode(Sampling(20, 0.9, top_k=3))  # other filters
+    decode(Sampling(20, 0.9, top_k=3), max_concurrent=3)  # fewer slots
+    decode(Sampling(70, 0.9, top_k=3), max_concurrent=3)  # longer sequences
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())  # elsewhere
+    decode(Sampling(70, 0.9, top_k=3), max_concurrent=3)
+    assert len(captured) == 5
+
+
+def test_a_large_decoder_gives_its_memory_back(model, prompts, monkeypatch):
+    monkeypatch.setattr(decode_graph, "RETAINED_BYTES", 0)
+    for _ in Decoding(model, prompts, Sampling(3), stops=(), fixed=True):
+        pass
+    assert model not in decode_graph._retained
 
 
 def test_a_prompt_longer_than_a_chunk_passes_through_in_pieces(model, prompts, monkeypatch):
