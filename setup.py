@@ -64,6 +64,7 @@ setup(
         ],
         "convert": ["gguf>=0.16"],
         "sweep": ["hydra-submitit-launcher>=1.2,<1.3", "hydra-optuna-sweeper>=1.3,<1.4"],
+        "vllm": ["vllm>=0.32"],
     },
     entry_points={"console_scripts": ["onecurve=trainer.cli:main"]},
 )

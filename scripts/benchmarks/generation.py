@@ -1,19 +1,22 @@
-"""How fast Onecurve generates, beside transformers' generate: same model, same real prompts, alternating in one run.
+"""How fast Onecurve generates, beside transformers' generate or vLLM: same model, same real prompts, alternating in one run.
 
     python scripts/benchmarks/generation.py MODEL_DIR CHATS.jsonl [--rounds 3] [--ends scheduled|none] [--dtype fp32|bf16]
+    python scripts/benchmarks/generation.py MODEL_DIR CHATS.jsonl --sides onecurve,vllm --ends none --dtype bf16
 
 Greedy, at most ``--tokens`` a completion, ``--together`` at once on both sides. ``--ends scheduled``: completion n ends by an
 end token at a length that both sides are told, evenly spread from a quarter of ``--tokens`` to all of it, in an order that
 says nothing about the prompt. ``--ends none``: every completion has ``--tokens``.
 
-transformers gets its prompts padded on the left, its end token honoured. ``--clock cpu`` counts the processor's time instead
-of the wall's, for machines that are shared; with one thread (OMP_NUM_THREADS=1) no waiting is in it.
+vLLM runs in the environment of ``make test-vllm``, without schedule. transformers gets its prompts padded on the left,
+its end token honoured. ``--clock cpu`` counts the processor's time instead of the wall's, for machines that are shared; with
+one thread (OMP_NUM_THREADS=1) no waiting is in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from side_by_side import alternate, memory_gb
 
-SIDES = ("onecurve", "transformers", "transformers-static")
+SIDES = ("onecurve", "transformers", "transformers-static", "vllm")
 END = 0
 """The id that ends a scheduled completion: the model's end of text, which it does not write in a chat."""
 
@@ -43,13 +46,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--kept-memory", action="store_true", help="transformers keeps freed memory too, as we do")
+    parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="the environment with vLLM")
     parser.add_argument("--profile", action="store_true", help="print where our time goes; with --side onecurve")
     a = parser.parse_args()
     if not a.side:
-        alternate(__file__, a.sides.split(","), a.rounds, "tokens_per_second", "tokens/s")
+        if "vllm" in a.sides and a.ends != "none":
+            parser.error("vLLM takes no schedule; use --ends none")
+        interpreters = {"vllm": a.vllm_python}
+        alternate(__file__, a.sides.split(","), a.rounds, "tokens_per_second", "tokens/s", interpreters)
         return
+    side = {"onecurve": ours, "vllm": by_vllm}.get(a.side, theirs)
     with torch.no_grad():
-        print(f"RESULT {json.dumps(ours(a) if a.side == 'onecurve' else theirs(a))}", flush=True)
+        print(f"RESULT {json.dumps(side(a))}", flush=True)
 
 
 def ours(a: argparse.Namespace) -> dict[str, Any]:
@@ -130,6 +138,25 @@ def theirs(a: argparse.Namespace) -> dict[str, Any]:
         return written
 
     model.generation_config.eos_token_id = None
+    run(4, 4)
+    return figures(a, lambda: run(len(prompts), a.tokens))
+
+
+def by_vllm(a: argparse.Namespace) -> dict[str, Any]:
+    """Its own continuous batching, in this process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(a.model), dtype=str(dtype(a)).removeprefix("torch."), max_num_seqs=a.together,
+                 max_model_len=512 + a.tokens, enable_prefix_caching=False)  # fmt: skip
+    prompts = [{"prompt_token_ids": ids} for ids in prompts_of(a)]
+
+    def run(count: int, tokens: int) -> int:
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = engine.generate(prompts[:count], sampling, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
     run(4, 4)
     return figures(a, lambda: run(len(prompts), a.tokens))
 

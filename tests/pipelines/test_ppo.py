@@ -277,6 +277,14 @@ def test_passes_end_early_once_the_policy_has_moved_too_far(base, tmp_path):
             ["pipeline.rollout.engine=vllm", "pipeline.rollout.recompute_logprobs=false"],
             "recompute_logprobs=false does not work with engine=vllm",
         ),
+        (
+            ["pipeline.rollout.engine=vllm", "pipeline.rollout.temperature=0.7", "pipeline.rollout.top_k=20"],
+            "pipeline.rollout.temperature=0.7 with top_k, top_p or min_p gives no unfiltered log-probabilities",
+        ),
+        (
+            ["pipeline.rollout.engine=vllm", "pipeline.rollout.min_p=0.1", "pipeline.rollout.top_p=0.9"],
+            "pipeline.rollout.min_p=0.1 with top_p=0.9 filters in another order with engine=vllm",
+        ),
         (["data=preference"], "the pipeline learns from prompts and the data holds preference pairs"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.models.load import ModelLoader
-from trainer.models.lora import is_adapter
+from trainer.models.lora import Adapter, is_adapter
 from trainer.models.peft_format import write_adapter
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
@@ -25,6 +25,17 @@ def merged_weights(
     trained = {name: tensor.clone() for name, tensor in _trained(engine, load)}
     if distributed.world().is_main:
         yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes if exports(name))
+
+
+def merged_policy(engine: Engine, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the model as it is now on every rank, one at a time, adapters merged into what it computes with; collective.
+
+    Unlike `merged_weights`, which reads what is frozen again as it was stored, it takes the engine's own copy.
+    """
+    trained = {n: tensor.clone() for n, tensor in engine.weights(frozen=False) if is_adapter(n)}
+    for name, tensor in engine.weights():
+        if not is_adapter(name):
+            yield name, adapter.merged(name, trained, {name: tensor}.__getitem__) if trained else tensor
 
 
 def export_adapter(folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer) -> None:

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Batch
-from trainer.config import ConfigError, schema
+from trainer.config import schema
 from trainer.data.corpus import Corpus
 from trainer.data.prompts import PromptBatch
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.diagnostics.first_step import FirstStep
+from trainer.export.peft import merged_policy
 from trainer.functional import logprobs_at
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
@@ -59,10 +60,10 @@ REWARDS = (ModelReward, FunctionReward, JudgeReward)
 
 @dataclass
 class PPOModels(Models):
-    """Beside the policy, the rewards that score it, and the folder that it started from."""
+    """Beside the policy, the rewards that score it, and which of its parameters are trained."""
 
     rewards: RewardSum = field(default_factory=lambda: RewardSum({}, {}))
-    folder: str = ""
+    adapter: Adapter = field(default_factory=Full)
 
 
 @schema("pipeline/ppo")
@@ -83,8 +84,6 @@ class PPO(PolicyGradientSettings, Pipeline):
     def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
         if self.reference is ReferencePolicy.adapters_off and not adapter.removable:
             yield "pipeline.reference=adapters_off needs adapter=lora; use model"
-        if self.rollout.engine is RolloutEngine.vllm and adapter.removable:
-            yield "pipeline.rollout.engine=vllm takes whole weights, which adapter=lora has not; use own"
         if dropout := getattr(adapter, "dropout", 0.0):
             yield f"adapter.dropout={dropout} makes old and new probabilities differ by chance; use adapter.dropout=0"
 
@@ -127,7 +126,7 @@ class PPO(PolicyGradientSettings, Pipeline):
             self._attach_critic(policy, load)
         scorers = {name: reward.open(load, tokenizer) for name, reward in self.reward.items()}
         rewards = RewardSum(scorers, {name: reward.weight for name, reward in self.reward.items()})
-        models = PPOModels(policy, tokenizer, load.fingerprint(), rewards=rewards, folder=load.config.path or "")
+        models = PPOModels(policy, tokenizer, load.fingerprint(), rewards=rewards, adapter=load.adapter)
         if self.reference is ReferencePolicy.model and self.uses_reference:
             models.frozen["reference"] = load.frozen()
         return models
@@ -173,22 +172,15 @@ class PPO(PolicyGradientSettings, Pipeline):
     def _vllm(self, models: PPOModels, engine: Engine, plan: Plan) -> Sampler:
         from trainer.generation.vllm import VLLMSampler
 
-        if not models.folder:
-            raise ConfigError(
-                ["pipeline.rollout.engine=vllm opens the policy's shape from model.path; give one, or use own"]
-            )
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            return ((name, tensor) for name, tensor in engine.weights() if of_policy(name))
-
         return VLLMSampler(
-            Path(models.folder),
-            weights,
+            engine.module.architecture,  # type: ignore[arg-type]
+            lambda: ((n, tensor) for n, tensor in merged_policy(engine, models.adapter) if of_policy(n)),
             self.rollout.sampling,
             models.tokenizer.stops,
-            length=plan.length,
+            length=plan.length + 1,  # the last id of a completion is predicted, never read
             memory=self.rollout.gpu_memory_utilization,
-            dtype=str(engine.precision.dtype).removeprefix("torch."),
+            max_concurrent=self.rollout.max_concurrent,
+            dtype=engine.precision.dtype,
         )
 
     def first_step_problems(self, first: FirstStep) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.config import Node, schema, setting
 from trainer.generation.sampling import Sampling
+from trainer.generation.vllm import filter_problems
 from trainer.rl.advantages import AGGREGATES, ESTIMATORS, Estimator
 from trainer.rl.losses import KL_ESTIMATORS
 from trainer.rl.rewards import Reward
@@ -60,7 +61,7 @@ class RolloutSettings(Node):
     max_concurrent: int = setting(64, "completions that a rank decodes at once", least=1)
     max_resample: int = setting(0, "further draws in place of groups of equal scores (DAPO, arXiv:2503.14476)", least=0)
     recompute_logprobs: bool = setting(True, "compute samples' log-probabilities as in training; false = the sampler's")
-    engine: RolloutEngine = setting(RolloutEngine.own, "what samples: own, or vllm where it is installed (NVIDIA GPUs)")
+    engine: RolloutEngine = setting(RolloutEngine.own, "what samples: own, or vllm where it is installed")
     gpu_memory_utilization: float = setting(0.3, "vllm: part of a GPU's memory that it may take", above=0, below=1)
     log_samples: int = setting(4, "completions of an iteration that are written to samples.jsonl", least=0)
 
@@ -71,6 +72,7 @@ class RolloutSettings(Node):
             yield "pipeline.rollout.engine=vllm needs the package vllm, which is not installed; install it, or use own"
         if not self.recompute_logprobs:
             yield "pipeline.rollout.recompute_logprobs=false does not work with engine=vllm, which rounds otherwise; use true"
+        yield from filter_problems(self.sampling)
 
     @property
     def sampling(self) -> Sampling:

@@ -7,7 +7,7 @@ import torch
 
 from trainer.batch import Documents
 from trainer.config import ConfigError
-from trainer.export.peft import export_adapter, merged_weights
+from trainer.export.peft import export_adapter, merged_policy, merged_weights
 from trainer.functional import logits
 from trainer.models.dropout import draw_for, dropout
 from trainer.models.hf_format import write_model
@@ -171,6 +171,26 @@ def test_merged_weights_give_the_same_logits(folder, tmp_path):
     again = loader(path=str(tmp_path / "merged")).load()
     torch.testing.assert_close(scores(again), scores(model), rtol=0, atol=1e-5)
     assert not torch.allclose(scores(again), scores(loader(path=str(folder)).load()), atol=1e-2)
+
+
+@pytest.mark.parametrize("full", [[], ["embed_tokens"]], ids=["adapters", "embedding-too"])
+def test_a_sampler_gets_the_policy_with_its_adapters_merged(folder, full):
+    adapter = LoRA(rank=4, full=full)
+    load = loader(adapter, path=str(folder))
+    engine, model = adapted(load)
+    with torch.no_grad():
+        for parameter in model.model.embed_tokens.parameters():
+            parameter += 0.1 * bool(full)
+    plain = loader(path=str(folder)).load()
+    before = scores(plain)
+    with torch.no_grad():
+        own = dict(plain.named_parameters())
+        policy = dict(merged_policy(engine, adapter))
+        assert policy.keys() == own.keys()
+        for name, tensor in policy.items():
+            own[name].copy_(tensor)
+    torch.testing.assert_close(scores(plain), scores(model), rtol=0, atol=1e-5)
+    assert not torch.allclose(scores(plain), before, atol=1e-2)
 
 
 def test_a_run_starts_from_an_adapter_that_peft_wrote(folder, tmp_path):
