@@ -154,7 +154,7 @@ def verb(name: str, words: list[str], monkeypatch) -> None:
         at = words.index("--")
         words, overrides = words[:at], words[at + 1 :]
         composes(overrides)
-    module = importlib.import_module(f"trainer.cli.{name}")
+    module = importlib.import_module(f"trainer.cli.{name.replace('-', '_')}")
     if re.search("ArgumentParser|parser_of", Path(module.__file__).read_text()):
         accepts(lambda: module.main([word for word in words if word != "..."]), monkeypatch)
     if name in ("preview", "prepare", "estimate", "evaluate"):

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "trainer"
 LAYERS = [
     "__main__",
     "cli",
+    "gpu_check",
     "jobs",
     "compose",
     "run",

@@ -25,7 +25,7 @@ def test_a_wheel_holds_the_configurations_inside_the_package_and_runs_without_th
     assert tops == {"trainer"}
     shipped = {p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
     assert {n.removeprefix("trainer/configs/") for n in names if n.startswith("trainer/configs/")} == shipped
-    assert {f"trainer/cli/{verb}.py" for verb in VERBS} | {"trainer/cli/slurm.sbatch"} <= set(names)
+    assert {f"trainer/cli/{verb.replace('-', '_')}.py" for verb in VERBS} | {"trainer/cli/slurm.sbatch"} <= set(names)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     env = {**environment(), "PYTHONPATH": str(tmp_path / "site")}

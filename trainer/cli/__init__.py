@@ -1,4 +1,4 @@
-"""The command line, ``onecurve VERB``: every verb is a module with ``main(arguments) -> exit code``."""
+"""The command line, ``onecurve VERB``: a verb is a module, hyphens as underscores, with ``main(arguments)``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ VERBS = {
     "recipe": "carry out the stages of a model's life, one after the other",
     "submit": "submit a run to Slurm",
     "preflight": "check the nodes of a job before it",
+    "check-gpu": "check that everything is right and fast on this machine's GPU",
     "verify": "verify the checkpoints of a run",
 }
 """Every verb with what it does, in the order in which they are listed."""
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
         return 2
     if verb == "train":
         stopping.listen()  # before torch is imported, which takes seconds
-    command = importlib.import_module(f"trainer.cli.{verb}")
+    command = importlib.import_module(f"trainer.cli.{verb.replace('-', '_')}")
     from trainer.config import ConfigError, InputError
 
     try:

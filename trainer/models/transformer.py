@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         torch._dynamo.config.optimize_ddp = False
         # Several models share the code: a policy, its critic, layers with a window and without.
         torch._dynamo.config.recompile_limit = 64
-        self._backend = backend
+        self._backend, self._compiled = backend, None
 
     def _in_training(self, x: Tensor) -> Callable[..., Tensor]:
         """What runs a block where gradients are wanted."""
