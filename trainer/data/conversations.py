@@ -13,7 +13,7 @@ from trainer.config import ConfigError, setting
 from trainer.data.built_in_templates import BUILT_IN
 from trainer.data.corpus import Corpus, Files
 from trainer.data.messages import ROLES
-from trainer.data.sources import DataSource
+from trainer.data.sources import LOST, DataSource
 from trainer.data.templates import RESERVED, SUFFIX, TOOL_USE, EncodedChat, Template, TemplateError, open_template
 from trainer.data.tokenizer import Tokenizer
 
@@ -119,5 +119,5 @@ class Conversations(Files):
             what = f"the template does not write {', '.join(encoded.lost)}"
             if self.on_lost_text is OnLostText.error:
                 raise TemplateError(f"{what}; use another data.template, or data.on_lost_text=warn to learn the rest")
-            source.notes["a text is lost that the template does not write"] += 1
+            source.notes[LOST] += 1
         return encoded

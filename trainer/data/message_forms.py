@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.data.messages import REASONING
 from trainer.data.turns import ANSWER, ASK, CALL, CALLED, TOOL, TOOLS, USER
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names by which messages have reasoning; templates read one of the first two."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,16 @@ from torch import Tensor
 from trainer.batch import Branches, TokenBatch
 from trainer.data.rows import Encoded
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
+from trainer.data.store import (
+    Span,
+    TokenWriter,
+    open_prepared,
+    save_array,
+    save_json,
+    source_counts,
+    source_facts,
+    source_summary,
+)
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -165,7 +174,7 @@ class PairStore:
             "trained": int(self._trained.sum()),
             "truncated": f["cut"],
             "dropped": sum(f["dropped"].values()),
-            "skipped": len(f["skipped"]),
+            **source_counts(f),
         }
 
     def summary(self, name: str) -> list[str]:

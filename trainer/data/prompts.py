@@ -21,7 +21,16 @@ from trainer.data.corpus import Corpus, Prompt, answer_in
 from trainer.data.messages import Chat, ChatError, Row
 from trainer.data.row_formats import QUESTION_FORMATS, RowFormat, columns_of, read_rows
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
+from trainer.data.store import (
+    Span,
+    TokenWriter,
+    open_prepared,
+    save_array,
+    save_json,
+    source_counts,
+    source_facts,
+    source_summary,
+)
 from trainer.data.templates import Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
 
@@ -84,7 +93,7 @@ class PromptStore:
             "prompts": f["prompts"],
             "tokens": f["tokens"],
             "dropped": f["too_long"],
-            "skipped": len(f["skipped"]),
+            **source_counts(f),
         }
 
     def summary(self, name: str) -> list[str]:

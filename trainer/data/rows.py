@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from trainer.batch import Documents, PackedRows
 from trainer.data.packing import pack, segments_of
 from trainer.data.sources import DataError, DataSource
-from trainer.data.store import Span, TokenWriter, open_prepared, save_array, save_json, source_facts, source_summary
+from trainer.data.store import (
+    Span,
+    TokenWriter,
+    open_prepared,
+    save_array,
+    save_json,
+    source_counts,
+    source_facts,
+    source_summary,
+)
 from trainer.data.tokenizer import Tokenizer
 
 FORMAT = 3
@@ -97,7 +106,7 @@ class RowStore:
             "tokens": f["tokens"],
             "trained": f["trained"],
             "truncated": f["cut_documents"],
-            "skipped": len(f["skipped"]),
+            **source_counts(f),
         }
 
     def summary(self, name: str) -> list[str]:

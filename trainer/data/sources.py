@@ -23,9 +23,12 @@ from trainer.data.files import (
 )
 from trainer.data.folders import select
 
-__all__ = ["DataError", "DataSource", "OnBadRow"]
+__all__ = ["LOST", "DataError", "DataSource", "OnBadRow"]
+
 
 NULLS = "nulls inside a column are read as keys that are not there: in Parquet and Arrow all rows have the keys of any"
+LOST = "a text is lost that the template does not write"
+"""Notes on rows."""
 
 
 class OnBadRow(StrEnum):

@@ -18,7 +18,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from trainer.batch import Batch
-from trainer.data.sources import DataSource
+from trainer.data.sources import LOST, DataSource
 from trainer.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -174,6 +174,11 @@ def source_facts(source: DataSource | None) -> dict[str, Any]:
     if source is None:
         return {"skipped": [], "notes": {}, "form": None}
     return {"skipped": source.skipped, "notes": dict(source.notes), "form": source.form}
+
+
+def source_counts(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Rows that were left out, and rows of which a template does not write all."""
+    return {"skipped": len(facts["skipped"]), "lost": facts.get("notes", {}).get(LOST, 0)}
 
 
 def source_summary(name: str, facts: Mapping[str, Any]) -> list[str]:
