@@ -2,21 +2,16 @@
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, Command, environment, metrics
+from tests.command import ROOT, Command, metrics
+from trainer.cli import main
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "evaluation.samples=0", "checkpoint.every=0"]
 DATA = Path(os.environ.get("ONECURVE_DATA", ROOT.parent / "shared" / "data")) / "preference"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs real preferences (ONECURVE_DATA)")
-
-
-def script(name: str, *arguments) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / name, *map(str, arguments)], check=True, env=environment())
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +19,7 @@ def quartz(tmp_path_factory):
     """Pairs to learn from and 500 held out, none of which has a near-equal prompt among the others."""
     folder = tmp_path_factory.mktemp("quartz")
     files = [folder / "train.jsonl", folder / "held.jsonl"]
-    script("split_preferences.py", DATA / "quartz_pairs.jsonl", *files, "--held", 500)
+    assert main(["split", *map(str, [DATA / "quartz_pairs.jsonl", *files, "--held", 500])]) == 0
     assert len(files[1].read_text().splitlines()) >= 500
     return [f"data.train=[{files[0]}]", f"data.eval=[{files[1]}]"]
 

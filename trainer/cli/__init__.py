@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a model: pretraining, SFT, reward modelling, DPO, KTO, PPO, GRPO",
     "preview": "inspect the training targets of a run: what its first rows teach",
     "prepare": "tokenise and pack the data of a run before it",
+    "split": "hold out rows that share no near-equal prompt with those to learn from",
     "tokenize": "train a SentencePiece tokenizer",
     "estimate": "predict memory and time of a run on other machines",
     "chat": "talk to a model in the terminal",
