@@ -117,8 +117,8 @@ class Evaluation(Node):
         if checkable := [r for r, _, _ in answers if r.prompt.ideal]:
             values["eval/exact_match"] = statistics.fmean(r.prompt.right(r.text) for r in checkable)
         for name in sorted({name for _, _, scores in answers for name in scores}):
-            known = [value for _, _, scores in answers if (value := scores[name]) is not None]
-            values[f"eval/{name}"] = statistics.fmean(known) if known else 0.0
+            if known := [value for _, _, scores in answers if (value := scores[name]) is not None]:
+                values[f"eval/{name}"] = statistics.fmean(known)
         samples = [
             {"step": step, "prompt": r.prompt.text, "completion": r.text, "ended": ended, **scores}
             | ({"ideal": r.prompt.ideal} if r.prompt.ideal else {})

@@ -131,7 +131,7 @@ class Run(Node):
     def loader(self, tokenizer: Tokenizer) -> ModelLoader:
         """What builds the models of the run."""
         load = ModelLoader(
-            self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, bool(self.tokenizer.add),
+            self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, tokenizer.new_tokens,
             self.precision, self.pipeline.scores,
         )  # fmt: skip
         layout = self.layout(load.architecture)
@@ -157,7 +157,8 @@ class Run(Node):
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)
-        if problems := list(self.pipeline.validate_tokenizer(tokenizer)):
+        problems = [*self.pipeline.validate_tokenizer(tokenizer)]
+        if problems := [*problems, *self.pipeline.validate_adapter(self.adapter, tokenizer.new_tokens)]:
             raise ConfigError(problems)
         return tokenizer, architecture
 
@@ -169,7 +170,7 @@ class Run(Node):
         """What is trained, and how, in a line."""
         pipeline, dtype = type(self.pipeline).__name__.lower(), str(self.precision.dtype).removeprefix("torch.")
         model = self.model.path or f"a new {architecture.family} model"
-        adapters = self.adapter.trained(architecture)
+        adapters = self.adapter.trained(architecture, grown=bool(self.tokenizer.add))
         trained = f"{adapters:,} beside them trained" if adapters else "all trained"
         how = f"{dtype}, strategy={self.strategy.name}, {distributed.ranks()} rank(s)"
         return f"{pipeline} of {model}: {parameters_of(architecture):,} parameters, {trained}; {how}"
@@ -183,7 +184,7 @@ class Run(Node):
             stage=self.strategy.stage, ranks=ranks or distributed.ranks(), cuda=cuda,
             low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
-            offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a),
+            offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
             auxiliary=tuple(self.pipeline.auxiliary_models(a)),
         )  # fmt: skip
         recompute = self.model.activation_checkpointing
@@ -335,13 +336,12 @@ class Session:
         self.log.flush()
         self.checkpoints.close()
         tokenizer = self.models.tokenizer
-        computed = self.cfg.pipeline.finalize(self.models, self.engine, self.corpus)
+        facts = {**record, **self.cfg.pipeline.finalize(self.models, self.engine, self.corpus), "step": step}
         if self.cfg.adapter.exports:
-            facts = {**record, **computed, "step": step}
             weights = partial(merged_weights, self.engine, self.load, self.cfg.pipeline.exports)
-            self.cfg.export.write(folder / "export", weights, self.load.architecture, tokenizer, facts)
+            self.cfg.export.write(folder / "export", weights, self.load, tokenizer, facts)
             self.tracker.next_command = self.cfg.pipeline.next_command.format(export=folder / "export")
-        export_adapter(folder / "adapter", self.engine, self.load, tokenizer)
+        export_adapter(folder / "adapter", self.engine, self.load, tokenizer, facts)
 
     def _validate_first(self, step: Step) -> None:
         self.log.flush()

@@ -58,7 +58,7 @@ def compose_recorded(command: str, run_dir: Path) -> Run:
 
 def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
     """Restore the newest checkpoint that verifies and write its model; gives its step. Collective."""
-    tokenizer, architecture = cfg.open_tokenizer_and_shape()
+    tokenizer, _ = cfg.open_tokenizer_and_shape()
     corpus, load = cfg.open_corpus(tokenizer), cfg.loader(tokenizer)
     with distributed.session() as world, ExitStack() as locks:
         if world.is_main:
@@ -75,5 +75,5 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         computed = cfg.pipeline.finalize(models, engine, corpus)
         record = {**facts, "config": plain(cfg), **ancestry(plain(cfg)), **computed, "step": step}
         weights = partial(merged_weights, engine, load, cfg.pipeline.exports)
-        cfg.export.write(out, weights, architecture, tokenizer, record)
+        cfg.export.write(out, weights, load, tokenizer, record)
     return step

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     a = parser.parse_args(arguments)
     if a.judge and not a.judge_model:
         parser.error("--judge needs --judge-model")
+    if a.judge and (problem := Endpoint(a.judge, a.judge_model).url_problem()):
+        parser.error(problem)
     if a.temperature <= 0:
         parser.error(f"--temperature {a.temperature} would give the same answer twice; use a number above 0")
     try:

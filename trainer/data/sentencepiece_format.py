@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,25 @@ def definition_of(file: Path) -> tuple[str, dict[str, Any]]:
         "pad_token": (trainer.pad_id, trainer.pad_piece),
         "unk_token": (trainer.unk_id, trainer.unk_piece),
     }
-    return backend.to_str(), {role: piece for role, (number, piece) in roles.items() if number >= 0}
+    settings: dict[str, Any] = {role: piece for role, (number, piece) in roles.items() if number >= 0}
+    # SentencePiece puts it there unless a folder says otherwise, and so does transformers.
+    return backend.to_str(), {**settings, "add_bos_token": trainer.bos_id >= 0}
+
+
+def with_added_tokens(definition: str, added: Mapping[int, tuple[str, bool]]) -> str:
+    """A definition with tokens that stand beside its model: by id a name, and whether it is a control token.
+
+    Raises:
+        ValueError: if they do not follow the model's own, without a gap.
+    """
+    backend = tokenizers.Tokenizer.from_str(definition)
+    for number, (name, special) in sorted(added.items()):
+        if backend.token_to_id(name) is None:
+            backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=special)])
+        if backend.token_to_id(name) != number:
+            rule = "tokens added to a tokenizer.model follow its own without a gap"
+            raise ValueError(f"{name} has id {number} beside it and {backend.token_to_id(name)} in it; {rule}")
+    return backend.to_str()
 
 
 def _exact(piece: str) -> tokenizers.AddedToken:

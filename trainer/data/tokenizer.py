@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.data.sentencepiece_format import definition_of
+from trainer.data.sentencepiece_format import definition_of, with_added_tokens
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+INHERITED = (
+    "model_max_length", "padding_side", "truncation_side", "add_bos_token", "add_eos_token", "model_input_names",
+    "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
+"""Settings of a folder's ``tokenizer_config.json`` that its exports have, too, as far as it has them."""
+ENDS = ("add_bos_token", "add_eos_token")
+GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers of which ``transformers`` heeds the definition alone, not `ENDS`."""
 
 
 @schema("tokenizer")
@@ -55,13 +63,14 @@ class Tokenizer:
     ``chat_template``: Jinja source or None.
     ``named_templates``: further ones, such as ``tool_use``.
     ``stops``: ids that end a generation.
+    ``new_tokens``: how many `extended` added; they have the last ids.
     """
 
     def __init__(self, definition: str, settings: dict[str, Any]) -> None:
-        self._definition, self._settings = definition, settings
-        self._backend = _backend_of(definition)
+        self._definition, self._settings = _with_ends(definition, settings), settings
+        self._backend = _backend_of(self._definition)
         # Text of users and data must not become control tokens: here a special token's name is just text.
-        self._plain = _backend_of(definition)
+        self._plain = _backend_of(self._definition)
         self._plain.encode_special_tokens = True
         self._without: dict[frozenset[str], tokenizers.Tokenizer] = {}
         self.bos = self._id("bos_token")
@@ -74,6 +83,7 @@ class Tokenizer:
         self.chat_template: str | None = settings.get("chat_template")
         self.named_templates: dict[str, str] = settings.get("named_templates", {})
         self.stops: tuple[int, ...] = tuple(dict.fromkeys((self.eos, *settings.get("stops", ()))))
+        self.new_tokens = 0
 
     def extended(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with further special tokens; those that it has keep their ids."""
@@ -81,7 +91,9 @@ class Tokenizer:
             return self
         backend = tokenizers.Tokenizer.from_str(self._definition)
         backend.add_special_tokens(list(names))
-        return Tokenizer(backend.to_str(), self._settings)
+        extended = Tokenizer(backend.to_str(), self._settings)
+        extended.new_tokens = extended.vocab_size - self.vocab_size
+        return extended
 
     def with_own_pad(self) -> Tokenizer:
         """This tokenizer with a padding token that no text has: a scorer finds the last real token by it.
@@ -96,7 +108,9 @@ class Tokenizer:
         spare = [n for n in spare if "pad" in n or "endoftext" in n] or spare
         if not spare:
             raise ConfigError(["the tokenizer has no special token left to pad with; use tokenizer.add=['<pad>']"])
-        return Tokenizer(self._definition, {**self._settings, "pad_token": spare[0]})
+        padded = Tokenizer(self._definition, {**self._settings, "pad_token": spare[0]})
+        padded.new_tokens = self.new_tokens
+        return padded
 
     @cached_property
     def specials(self) -> frozenset[str]:
@@ -113,6 +127,11 @@ class Tokenizer:
         """Names of the BOS, EOS, padding and unknown tokens: ``bos``, ``eos``, ``pad``, ``unk``."""
         return {role.removesuffix("_token"): self._settings.get(role) for role in ROLES}
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether it is made to put BOS before a text of its own accord, as it then does in ``transformers``."""
+        return self.bos is not None and self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos]
+
     @property
     def pieces(self) -> dict[str, int]:
         """The id of every piece, special tokens included."""
@@ -127,11 +146,20 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Of everything that decides how text becomes ids."""
         ids = json.dumps([self.bos, self.eos, self.pad])
-        return hashlib.sha256(f"{self._definition}{ids}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self._without_ends}{ids}".encode()).hexdigest()[:16]
 
     def ids_as(self, other: Tokenizer) -> bool:
         """Whether text becomes the same ids as with another tokenizer; which of them pads does not matter."""
-        return self._definition == other._definition
+        return self._without_ends == other._without_ends
+
+    @cached_property
+    def _without_ends(self) -> str:
+        """The definition as it was before its settings had it add BOS or EOS, which we put where we want them."""
+        if not any(self._settings.get(key) for key in ENDS):
+            return self._definition
+        backend = tokenizers.Tokenizer.from_str(self._definition)
+        backend.post_processor = None
+        return str(backend.to_str())
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of ``text``, without added BOS or EOS. ``specials``: names of special tokens become their ids."""
@@ -187,16 +215,17 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
         (folder / "tokenizer.json").write_text(self._definition)
+        inherited = (*ROLES, *INHERITED)
         settings = {
-            **{role: self._settings[role] for role in ROLES if self._settings.get(role) is not None},
+            **{key: self._settings[key] for key in inherited if self._settings.get(key) is not None},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "add_bos_token": False,
-            "add_eos_token": False,
+            "add_bos_token": self.adds_bos,
         }
-        settings.update({k: self._settings[k] for k in ("model_max_length",) if k in self._settings})
         if self.chat_template is not None:
-            settings["chat_template"] = self.chat_template
+            named = {"default": self.chat_template, **self.named_templates}
+            every = [{"name": name, "template": text} for name, text in named.items()]
+            settings["chat_template"] = every if self.named_templates else self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def _id(self, role: str) -> int | None:
@@ -218,20 +247,44 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         ConfigError: if there is none, or it cannot be read.
     """
     file = _locate(Path(path))
-    if file.suffix == ".model":
-        definition, settings = definition_of(file)
-    else:
-        try:
+    stored = _settings(file.parent)
+    added = stored.pop("added_tokens")
+    try:
+        if file.suffix == ".model":
+            definition, settings = definition_of(file)
+            definition = with_added_tokens(definition, added)
+        else:
             definition, settings = file.read_text(), {}
-        except UnicodeDecodeError as error:
-            raise ConfigError([f"{file} is not UTF-8 ({error})"]) from None
-    settings.update(_settings(file.parent))
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{file} is not UTF-8 ({error})"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{file}: {error}"]) from None
+    settings.update(stored)
+    if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:
+        if '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
+            settings.pop("add_bos_token", None)
+        settings.pop("add_eos_token", None)
     try:
         return Tokenizer(definition, settings)
     except ConfigError as error:
         raise ConfigError([f"{file}: {p}" for p in error.problems]) from None
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ConfigError([f"{file} is no tokenizer that can be read ({error})"]) from None
+
+
+def _with_ends(definition: str, settings: Mapping[str, Any]) -> str:
+    """A definition that adds BOS and EOS to a text where the settings say so, and not where they say not."""
+    if all(settings.get(key) is None for key in ENDS):
+        return definition
+    backend = tokenizers.Tokenizer.from_str(definition)
+    names = [settings.get(key.removeprefix("add_")) if settings.get(key) else None for key in ENDS]
+    ends = [(name, backend.token_to_id(name)) for name in names if name and backend.token_to_id(name) is not None]
+    if backend.encode("", add_special_tokens=True).ids == [number for _, number in ends]:
+        return definition
+    bos, eos = (name if (name, backend.token_to_id(name or "")) in ends else None for name in names)
+    single, pair = " ".join(filter(None, (bos, "$A", eos))), " ".join(filter(None, (bos, "$A", eos, bos, "$B:1", eos)))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single, pair, special_tokens=ends)
+    return str(backend.to_str())
 
 
 def _locate(path: Path) -> Path:
@@ -246,14 +299,22 @@ def _locate(path: Path) -> Path:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Names of the special tokens and the chat template, from whichever files a folder has."""
+    """What stands beside a tokenizer, in whichever files a folder has.
+
+    Names of the special tokens, what exports inherit, templates, ids that end a generation; and under
+    ``added_tokens``, by id, the name of each token beside a ``tokenizer.model`` and whether it is special.
+    """
     settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            stored = json.loads((folder / name).read_text())
-            roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
-            settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
-            settings |= {k: stored[k] for k in ("chat_template", "model_max_length") if stored.get(k) is not None}
+    added = {number: (name, True) for name, number in _stored(folder / "added_tokens.json").items()}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        stored = _stored(folder / file)
+        roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
+        settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
+        settings |= {
+            k: stored[k] for k in ("chat_template", "tokenizer_class", *INHERITED) if stored.get(k) is not None
+        }
+        decoder = stored.get("added_tokens_decoder") or {}
+        added |= {int(number): (token["content"], bool(token.get("special"))) for number, token in decoder.items()}
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text()
     named: dict[str, str] = {}
@@ -261,11 +322,22 @@ def _settings(folder: Path) -> dict[str, Any]:
         named = {t["name"]: t["template"] for t in settings["chat_template"]}
         settings["chat_template"] = named.pop("default", None)
     named |= {f.stem: f.read_text() for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    return {**settings, "named_templates": named, "stops": _stops(folder)}
+    return {**settings, "named_templates": named, "stops": _stops(folder), "added_tokens": added}
 
 
 def _stops(folder: Path) -> list[int]:
     """The ids that end a generation, as the model of the same folder has them."""
-    file = folder / "generation_config.json"
-    ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ends = _stored(folder / "generation_config.json").get("eos_token_id")
     return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        stored = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError([f"{file} is not JSON ({error}); was its download cut off?"]) from None
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{file} holds no settings by name; was its download cut off?"])
+    return stored

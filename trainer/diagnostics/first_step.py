@@ -47,10 +47,11 @@ class FirstStep:
         value = self.values.get(metric, math.nan)
         return [] if holds else [f"the first step's {metric} is {value:.6g}, and {rule}: {remedy}"]
 
-    def near(self, metric: str, expected: float, rule: str, remedy: str) -> list[str]:
-        """A sentence unless a metric is ``expected``, up to the rounding of the format."""
+    def near(self, metric: str, expected: float, rule: str, remedy: str, *, value: float | None = None) -> list[str]:
+        """A sentence unless a metric, or the ``value`` that is made of it, is ``expected``, up to the format's rounding."""
         tolerance = TOLERANCE[self.compute] * max(1.0, abs(expected))
-        holds = abs(self.values.get(metric, math.nan) - expected) <= tolerance
+        measured = self.values.get(metric, math.nan) if value is None else value
+        holds = abs(measured - expected) <= tolerance
         return self.unless(holds, metric, rule, remedy)
 
 

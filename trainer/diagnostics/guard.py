@@ -54,6 +54,7 @@ class Guard:
         self._applied = torch.zeros((), dtype=torch.int64, device=device)
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._flat = 0
 
     @property
     def limit(self) -> Tensor | None:
@@ -82,7 +83,7 @@ class Guard:
         return {"skipped": self._skipped, "skipped_in_a_row": self._streak}
 
     def check(self, step: int, values: Mapping[str, float], rows: Sequence[int]) -> None:
-        """Name the rows of a step that was skipped, and stop the run after too many in a row.
+        """Name the rows of a step that was skipped, stop the run after too many in a row; warn of steps without gradient.
 
         ``values``: the step's metrics, as they arrived on the host; ``rows``: what this rank would have learnt from.
 
@@ -90,6 +91,13 @@ class Guard:
             TrainingError: naming the step and what to try.
         """
         streak = int(values["skipped_in_a_row"])
+        self._flat = self._flat + 1 if not streak and values["grad_norm"] == 0 else 0
+        if self._flat > 1 and self._flat.bit_count() == 1:  # 2, 4, 8, ...: a run's first step has a check of its own
+            log.warning(
+                "steps %d to %d taught nothing: their gradients are exactly 0 (in policy gradients: every group's scores are "
+                "equal, or cut to equal ones; see objective/score_std and objective/clipped)",
+                step - self._flat + 1, step,
+            )  # fmt: skip
         if not streak:
             return
         log.warning(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum, auto
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from trainer.config import Node, schema, setting
 from trainer.data.tokenizer import Tokenizer
-from trainer.models.architecture import Architecture
-from trainer.models.hf_format import write_model
+from trainer.export.lineage import make_room
+from trainer.models.hf_format import read_generation, write_model
+from trainer.models.load import ModelLoader
 from trainer.parallel import distributed
 
 
@@ -39,16 +39,17 @@ class Export(Node):
         self,
         folder: Path,
         weights: Callable[[], Iterator[tuple[str, Tensor]]],
-        architecture: Architecture,
+        load: ModelLoader,
         tokenizer: Tokenizer,
         facts: dict[str, Any],
     ) -> Path:
         """Write ``folder`` and give it back; collective. What is there from the same step stays as it is.
 
         ``weights``: gives every tensor of the model on the first rank; the others take part in it.
+        ``load``: knows the model's shape, and the folder that it comes from, whose way to sample it inherits.
         An export of an earlier step is kept beside it as ``<folder>-step-<step>``.
         """
-        there = distributed.run_on_main(lambda: _make_room(folder, facts["step"]))
+        there = distributed.run_on_main(lambda: make_room(folder, facts["step"]))
         if there:
             return folder
         dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
@@ -60,29 +61,17 @@ class Export(Node):
                 return
             write_model(
                 folder,
-                architecture,
+                load.architecture,
                 tensors,
                 dtype=dtype,
                 shard_bytes=int(self.shard_gb * 1e9),
                 tokenizer=tokenizer,
                 facts=facts,
+                generation=read_generation(Path(load.config.path)) if load.config.path else None,
             )
 
         distributed.run_on_all_ranks(write)
         return folder
-
-
-def _make_room(folder: Path, step: int) -> bool:
-    """Whether ``folder`` holds the export of ``step`` already; another step's is moved aside."""
-    if not folder.exists():
-        return False
-    record = folder / "onecurve.json"
-    before = json.loads(record.read_text())["step"] if record.is_file() else None
-    if before == step:
-        return True
-    aside = Path(f"{folder}-step-{before:08d}" if before is not None else f"{folder}-before-{step:08d}")
-    folder.rename(aside)
-    return False
 
 
 def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:

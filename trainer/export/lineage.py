@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from trainer.models.hf_format import WeightFiles
+from trainer.models.peft_format import AdapterFolder, is_adapter_folder
 
 RECORD = "onecurve.json"
 """Of an export: what it was made with."""
@@ -36,7 +37,7 @@ def environment_facts(ranks: int) -> dict[str, Any]:
 
 
 def ancestry(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every export that a configuration names, and those that they were made from.
+    """Every export or adapter that a configuration names, and those that they were made from.
 
     ``parents``: digest of each export by the setting that names it. ``ancestors``: by digest the record of each
     (configuration, fingerprints of data and tokenizer, versions, commit, its own parents), to the first of the line.
@@ -47,10 +48,24 @@ def ancestry(config: Mapping[str, Any]) -> dict[str, Any]:
         if not value or not os.path.isfile(record):  # noqa: PTH113
             continue
         parent = json.loads(Path(record).read_text())
-        digest = WeightFiles(Path(value)).fingerprint()
+        source = AdapterFolder(Path(value)) if is_adapter_folder(Path(value)) else WeightFiles(Path(value))
+        digest = source.fingerprint()
         ancestors |= {**parent.pop("ancestors", {}), digest: {**parent, "folder": value}}
         parents[setting] = digest
     return {"parents": parents, "ancestors": ancestors}
+
+
+def make_room(folder: Path, step: int) -> bool:
+    """Whether ``folder`` holds the result of ``step`` already; that of another is kept aside as ``<folder>-step-<step>``."""
+    if not folder.exists():
+        return False
+    record = folder / RECORD
+    before = json.loads(record.read_text())["step"] if record.is_file() else None
+    if before == step:
+        return True
+    aside = Path(f"{folder}-step-{before:08d}" if before is not None else f"{folder}-before-{step:08d}")
+    folder.rename(aside)
+    return False
 
 
 def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
+from trainer.export.lineage import make_room
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, is_adapter
 from trainer.models.peft_format import write_adapter
@@ -38,9 +40,14 @@ def merged_policy(engine: Engine, adapter: Adapter) -> Iterator[tuple[str, Tenso
             yield name, adapter.merged(name, trained, {name: tensor}.__getitem__) if trained else tensor
 
 
-def export_adapter(folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer) -> None:
-    """Write the trained adapter, if there is one; collective. What is there stays."""
-    if not load.adapter.freezes_model:
+def export_adapter(
+    folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer, facts: Mapping[str, Any]
+) -> None:
+    """Write the trained adapter, if there is one; collective. What is there from the same step stays as it is.
+
+    An adapter of an earlier step is kept beside it as ``<folder>-step-<step>``.
+    """
+    if not load.adapter.freezes_model or distributed.run_on_main(lambda: make_room(folder, facts["step"])):
         return
     trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _trained(engine, load)}
     table, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,7 +55,7 @@ def export_adapter(folder: Path, engine: Engine, load: ModelLoader, tokenizer: T
         # PEFT would train a copy of the one and leave the other as it was.
         trained[head] = trained[table].clone()
     settings = load.adapter.peft_settings(trained)
-    distributed.run_on_main(lambda: write_adapter(folder, settings, trained, load.config.path, tokenizer))
+    distributed.run_on_main(lambda: write_adapter(folder, settings, trained, load.config.path, tokenizer, facts))
 
 
 def _trained(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:

@@ -149,6 +149,7 @@ def tokenizer_of(file: Gguf) -> Tokenizer:
     ids = {role: file.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
     settings = {role: pieces[number] for role, number in ids.items() if number is not None}
     settings["model_max_length"] = file.get("{arch}.context_length")
+    settings["add_bos_token"] = file.get("tokenizer.ggml.add_bos_token")
     if template := file.get("tokenizer.chat_template"):
         settings["chat_template"] = template
     return Tokenizer(backend.to_str(), settings)

@@ -282,10 +282,12 @@ def write_model(
     shard_bytes: int,
     tokenizer: Any,
     facts: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that ``transformers`` opens; it appears whole, or not at all.
 
     ``tokenizer``: saves its own files (``save(folder)``). ``facts``: kept in ``onecurve.json``: where the model comes from.
+    ``generation``: how its parent samples, which it inherits.
 
     Raises:
         FileExistsError: nothing is overwritten.
@@ -297,12 +299,9 @@ def write_model(
     try:
         tokenizer.save(partial)
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-        stops = list(tokenizer.stops) if len(tokenizer.stops) > 1 else tokenizer.eos
         write_weights(partial, weights, dtype, shard_bytes)
         _write_json(partial / "config.json", config_json(architecture, dtype, ids))
-        _write_json(
-            partial / "generation_config.json", {**ids, "eos_token_id": stops, "do_sample": True, "temperature": 1.0}
-        )
+        _write_json(partial / "generation_config.json", _generation_config(generation or {}, ids, tokenizer.stops))
         _write_json(partial / "onecurve.json", dict(facts))
         for file in [*partial.iterdir(), partial]:
             sync(file)
@@ -311,6 +310,34 @@ def write_model(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """How a folder's model is meant to sample (``generation_config.json``); empty if it does not say.
+
+    Raises:
+        FormatError: if the file is damaged.
+    """
+    file = folder / "generation_config.json"
+    stored = read_object(file) if file.is_file() else {}
+    return {key: value for key, value in stored.items() if key not in ("transformers_version", "_from_model_config")}
+
+
+def end_ids(generation: Mapping[str, Any]) -> list[int]:
+    """Ids that end a generation, of which a model may have several."""
+    ends = generation.get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+
+
+def _generation_config(
+    parent: Mapping[str, Any], ids: Mapping[str, int | None], stops: Sequence[int]
+) -> dict[str, Any]:
+    ends = list(dict.fromkeys([*stops, *end_ids(parent)]))
+    sampling = parent or {"do_sample": True, "temperature": 1.0}
+    own = {**ids, "eos_token_id": ends if len(ends) > 1 else ids["eos_token_id"]}
+    if ids["pad_token_id"] == ids["eos_token_id"]:  # the tokenizer has none of its own
+        own["pad_token_id"] = parent.get("pad_token_id", ids["pad_token_id"])
+    return {**sampling, **own}
 
 
 def _write_json(file: Path, value: Any) -> None:

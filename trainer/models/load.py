@@ -115,8 +115,9 @@ class Model(Shape, ModelOptions):
 class ModelLoader:
     """Builds models under a strategy: initialised sharded where it shards, the same numbers on any number of ranks.
 
-    ``grow``: the folder's vocabulary is made as large as the tokenizer's. ``precision``: what they compute in.
-    ``scores``: with a head that scores, a new one where the folder has none. ``kind``: the class to build.
+    ``new_tokens``: the last ones of the vocabulary, which the folder was not trained on; where it has no rows for them, its
+    tables grow. ``precision``: what they compute in. ``scores``: with a head that scores, a
+    new one where the folder has none. ``kind``: the class to build.
     """
 
     config: Model
@@ -124,7 +125,7 @@ class ModelLoader:
     seed: int
     vocab_size: int
     adapter: Adapter = field(default_factory=Full)
-    grow: bool = False
+    new_tokens: int = 0
     precision: Precision = field(default_factory=Precision)
     scores: bool = False
     kind: type[Transformer] = Transformer
@@ -132,7 +133,9 @@ class ModelLoader:
     @cached_property
     def architecture(self) -> Architecture:
         """The shape of the model."""
-        return dataclasses.replace(self.config.architecture(self.vocab_size, grow=self.grow), scores=self.scores)
+        return dataclasses.replace(
+            self.config.architecture(self.vocab_size, grow=self.new_tokens > 0), scores=self.scores
+        )
 
     def fitted(self, recompute: Recompute, obstacles: Sequence[str], *, cuda: bool) -> Model:
         """The model's settings, decided where they are null; ``obstacles``: what speaks against compiled blocks.
@@ -156,7 +159,7 @@ class ModelLoader:
 
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
-        grown = self.files is not None and self._rows_added > 0
+        grown = self.files is not None and self.new_tokens > 0
         with long_lived_allocations(), self.strategy.construction():
             model = self.kind(self.architecture, self.config.activation_checkpointing or Recompute.none)
             self.adapter.install(model, grown=grown)
@@ -174,9 +177,9 @@ class ModelLoader:
         return model
 
     def frozen(self) -> nn.Module:
-        """The configured model before any training and without adapters, for forwards alone."""
-        plain = dataclasses.replace(self, adapter=Full(), kind=Transformer)
-        return self.strategy.freeze(plain.load(), self.precision)
+        """The configured model before any training, the adapter that it starts from included, for forwards alone."""
+        start = dataclasses.replace(self, adapter=self.adapter.at_start, kind=Transformer)
+        return self.strategy.freeze(start.load(), self.precision)
 
     def computing(self) -> AbstractContextManager[object]:
         """The context in which what it builds computes."""
@@ -194,10 +197,13 @@ class ModelLoader:
         if self.files is None or (name == HEAD and name not in self.files.files):
             return initial(name, self.shapes[name], self.seed, a.initializer_range, a.num_hidden_layers)
         values = self.files.tensor(name)
-        if name.endswith(TABLES) and self._rows_added > 0:
-            # New tokens begin as the mean of all: then they neither attract nor repel (Hewitt 2021).
-            mean = values.double().mean(0, keepdim=True).to(values.dtype)
-            values = torch.cat([values, mean.expand(self._rows_added, -1)])
+        if name.endswith(TABLES) and self.new_tokens > 0:
+            # New tokens begin as the mean of all: then they neither attract nor repel (Hewitt 2021). A vocabulary that is
+            # padded to a multiple has rows for them already, in which nothing was ever learnt.
+            known = self.vocab_size - self.new_tokens
+            mean = values[:known].double().mean(0, keepdim=True).to(values.dtype)
+            new = mean.expand(self.new_tokens, -1)
+            values = torch.cat([values[:known], new, values[self.vocab_size :]])
         return values
 
     @cached_property

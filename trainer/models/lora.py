@@ -42,8 +42,8 @@ class Adapter(Node):
             ConfigError: if it does not.
         """
 
-    def trained(self, architecture: Architecture) -> int:
-        """Elements that are trained beside a frozen model; 0 = the model itself is."""
+    def trained(self, architecture: Architecture, grown: bool) -> int:
+        """Elements that are trained beside a frozen model; 0 = the model itself is. ``grown``: as for `install`."""
         return 0
 
     def install(self, model: Transformer, *, grown: bool) -> None:
@@ -65,10 +65,17 @@ class Adapter(Node):
         """One sentence for why it does not work in compiled blocks."""
         yield from ()
 
+    def moves_reference(self, new_tokens: int) -> str | None:
+        """Why the model with this switched off is not the policy before its first step; None where it is.
+
+        ``new_tokens``: tokens that the model's folder lacks.
+        """
+        return "adapter=none trains every weight"
+
     @property
-    def removable(self) -> bool:
-        """Whether the model is there without it, too: then it is the reference at no cost."""
-        return False
+    def at_start(self) -> Adapter:
+        """What of it a model before its first step has: what a frozen copy of that is built with."""
+        return Full()
 
     @property
     def exports(self) -> bool:
@@ -100,7 +107,8 @@ class LoRA(Adapter):
     freezes_model: ClassVar[bool] = True
 
     path: str | None = setting(
-        None, "an adapter in PEFT's layout to start from; rank, alpha, rslora and targets are then the folder's"
+        None,
+        "an adapter in PEFT's layout to start from; rank, alpha, rslora, targets are then the folder's, its full joins yours",
     )
     rank: int = setting(16, "rows of A and columns of B", least=1)
     alpha: float = setting(32.0, "the adapter is scaled by alpha / rank", above=0)
@@ -122,6 +130,7 @@ class LoRA(Adapter):
                 return  # problems() says it
             self.rank, self.alpha, self.rslora = settings.rank, settings.alpha, settings.rslora
             self.targets = list(settings.targets)
+            self.full = list(dict.fromkeys([*self.full, *settings.full]))
 
     def problems(self) -> Iterator[str]:
         if self.path is not None:
@@ -167,10 +176,10 @@ class LoRA(Adapter):
         if problems:
             raise ConfigError(problems)
 
-    def trained(self, architecture: Architecture) -> int:
+    def trained(self, architecture: Architecture, grown: bool) -> int:
         with torch.device("meta"):
             model = Transformer(architecture)
-            self.install(model, grown=False)
+            self.install(model, grown=grown)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def install(self, model: Transformer, *, grown: bool) -> None:
@@ -204,9 +213,16 @@ class LoRA(Adapter):
             if isinstance(module, nn.Linear | LoRALinear):
                 yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
 
+    def moves_reference(self, new_tokens: int) -> str | None:
+        if self.path is not None:
+            return f"adapter.path={self.path} is part of that policy"
+        if self.full:
+            return f"adapter.full=[{','.join(self.full)}] trains these weights, too"
+        return f"tokenizer.add trains the embeddings, too, for {new_tokens} new tokens" if new_tokens else None
+
     @property
-    def removable(self) -> bool:
-        return self.path is None and not self.full
+    def at_start(self) -> Adapter:
+        return Full() if self.path is None else self
 
     @property
     def exports(self) -> bool:

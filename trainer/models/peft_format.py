@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.disk import save_tensors
+from trainer.disk import save_tensors, sync
 from trainer.models.hf_format import FormatError, read_object
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -104,20 +104,29 @@ class AdapterFolder:
         return tensor
 
 
-def write_adapter(
-    folder: Path, settings: Settings, tensors: Mapping[str, Tensor], base: str | None, tokenizer: Any
-) -> None:
-    """Write a folder that PEFT opens, tokenizer included; it appears whole or not at all. What is there stays.
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder is an adapter's, not a model's."""
+    return (folder / CONFIG).is_file()
 
-    ``base``: the folder of the model that it belongs to.
+
+def write_adapter(
+    folder: Path,
+    settings: Settings,
+    tensors: Mapping[str, Tensor],
+    base: str | None,
+    tokenizer: Any,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a folder that PEFT opens, tokenizer included; it appears whole or not at all.
+
+    ``base``: the folder of the model that it belongs to. ``facts``: kept in ``onecurve.json``: where it comes from.
     """
-    if folder.exists():
-        return
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": settings.rank,
-        "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_rslora": settings.rslora,
-        "target_modules": list(settings.targets), "modules_to_save": list(settings.full) or None, "bias": "none",
-        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.rank, "lora_alpha": settings.alpha,
+        "base_model_name_or_path": None if base is None else str(Path(base).resolve()),
+        "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "target_modules": list(settings.targets),
+        "modules_to_save": list(settings.full) or None, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
+        "inference_mode": True,
     }  # fmt: skip
     partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -126,7 +135,11 @@ def write_adapter(
         weights = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "onecurve.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
+        for file in [*partial.iterdir(), partial]:
+            sync(file)
         partial.rename(folder)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

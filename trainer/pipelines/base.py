@@ -81,8 +81,11 @@ class Pipeline(Node):
         """The loss of a model that has learnt nothing yet, where the algorithm knows it."""
         return None
 
-    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
-        """Yield one sentence for everything about ``adapter`` that does not work here."""
+    def validate_adapter(self, adapter: Adapter, new_tokens: int = 0) -> Iterator[str]:
+        """Yield one sentence for everything about ``adapter`` that does not work here.
+
+        ``new_tokens``: tokens that the model's folder lacks, as far as that is known already.
+        """
         yield from ()
 
     def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
@@ -146,7 +149,16 @@ class Pipeline(Node):
                 "the first step learns from nothing, since all its loss weights are 0: onecurve preview with the same "
                 "overrides shows what is learnt of each row; see data.train_on, data.truncation and batch.length"
             )
+        elif first.values["grad_norm"] == 0:
+            problems += self.flat_step_problems(first)
         return problems
+
+    def flat_step_problems(self, first: FirstStep) -> list[str]:
+        """One sentence for what makes a first step whose gradient is exactly 0 an error."""
+        remedy = (
+            "no trained weight has an influence on the loss; look at adapter, pipeline and the rows (onecurve preview)"
+        )
+        return [f"the first step's grad_norm is exactly 0, so nothing is learnt: {remedy}"]
 
     def loss(self, models: Models, batch: Any) -> tuple[Tensor, Metrics]:
         """The sum of the objective over a micro-batch (``batch.weight`` units), connected to the graph; and statistics."""

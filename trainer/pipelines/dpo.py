@@ -16,7 +16,7 @@ from trainer.diagnostics.first_step import FirstStep
 from trainer.metrics import Metrics
 from trainer.pipelines.base import Models
 from trainer.pipelines.preference_losses import LOSSES, PairLogps, PreferenceLoss
-from trainer.pipelines.reference import ReferencePipeline, ReferenceSource, policy_logps
+from trainer.pipelines.reference import OWN_REFERENCE, REFERENCE_REMEDY, ReferencePipeline, policy_logps
 
 
 @schema("pipeline/dpo")
@@ -104,14 +104,9 @@ class DPO(ReferencePipeline):
         return metrics
 
     def first_step_problems(self, first: FirstStep) -> list[str]:
-        """Also, a policy that is its own reference prefers nothing yet."""
+        """Also, the loss is that of a policy which prefers nothing yet."""
         problems = super().first_step_problems(first)
-        adapter = first.load.adapter
-        precomputed = self.reference is ReferenceSource.precomputed
-        starts_elsewhere = getattr(adapter, "path", None) is not None and not precomputed
-        if self.initial_loss is None or starts_elsewhere or getattr(adapter, "dropout", 0.0) > 0:
+        if self.initial_loss is None or getattr(first.load.adapter, "dropout", 0.0) > 0:
             return problems
-        rule = "before the first update the policy is its own reference"
-        remedy = "the reference must come from model.path itself, in the same precision and without dropout"
-        problems += first.near("loss", self.initial_loss, f"{rule}, whose loss is {self.initial_loss:.6f}", remedy)
-        return problems + first.near("rewards/margin", 0.0, f"{rule}, whose margin is 0", remedy)
+        rule = f"{OWN_REFERENCE}, whose loss is {self.initial_loss:.6f}"
+        return problems + first.near("loss", self.initial_loss, rule, REFERENCE_REMEDY)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from trainer.models.lora import Adapter, Full
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline, Plan, Source
+from trainer.pipelines.reference import ADAPTERS_OFF, OWN_REFERENCE, REFERENCE_REMEDY
 from trainer.rl.actor import Actor, Sampler
 from trainer.rl.advantages import ESTIMATORS
 from trainer.rl.experience import RolloutBatch
@@ -81,9 +83,10 @@ class PPO(PolicyGradientSettings, Pipeline):
     def steps(self, units: int, epochs: float, size: int) -> float:
         return units * self.group_size * epochs * self.epochs / size
 
-    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
-        if self.reference is ReferencePolicy.adapters_off and not adapter.removable:
-            yield "pipeline.reference=adapters_off needs adapter=lora; use model"
+    def validate_adapter(self, adapter: Adapter, new_tokens: int = 0) -> Iterator[str]:
+        reason = adapter.moves_reference(new_tokens)
+        if self.reference is ReferencePolicy.adapters_off and reason is not None:
+            yield f"{ADAPTERS_OFF}; {reason}: use pipeline.reference=model"
         if dropout := getattr(adapter, "dropout", 0.0):
             yield f"adapter.dropout={dropout} makes old and new probabilities differ by chance; use adapter.dropout=0"
 
@@ -140,8 +143,8 @@ class PPO(PolicyGradientSettings, Pipeline):
             return
         folder = self.critic_folder or load.config.path
         config = dataclasses.replace(load.config, path=folder)
-        grow = load.grow and folder == load.config.path
-        policy.critic = dataclasses.replace(load, config=config, adapter=Full(), grow=grow, scores=True).load()
+        new = load.new_tokens if folder == load.config.path else 0
+        policy.critic = dataclasses.replace(load, config=config, adapter=Full(), new_tokens=new, scores=True).load()
 
     def exports(self, name: str) -> bool:
         return of_policy(name)
@@ -185,6 +188,11 @@ class PPO(PolicyGradientSettings, Pipeline):
 
     def first_step_problems(self, first: FirstStep) -> list[str]:
         """Also, the policy that is trained on its first mini-batch is still the one that sampled it."""
+        if first.values.get("objective/missing") == 1:
+            return [
+                "no completion of the first iteration has a score (objective/missing is 1): look at what the rewards give; "
+                "exact_match needs right answers (data.columns.ideal, data.answer), a function must not give None for all"
+            ]
         if first.learnt_nothing:
             log.warning(
                 "the first mini-batch teaches nothing, since all its completions are masked: raise pipeline.rollout.tokens, "
@@ -198,7 +206,26 @@ class PPO(PolicyGradientSettings, Pipeline):
         )
         for metric, value in (("policy/ratio_mean", 1.0), ("policy/clip_fraction", 0.0), ("policy/approx_kl", 0.0)):
             problems += first.near(metric, value, rule, remedy)
+        if self.uses_reference:
+            kl = first.values["objective/kl"] / first.values["completion/length_mean"]
+            rule = f"{OWN_REFERENCE}, from which it is 0 nats a token"
+            problems += first.near("objective/kl", 0.0, rule, REFERENCE_REMEDY, value=kl)
         return problems
+
+    def flat_step_problems(self, first: FirstStep) -> list[str]:
+        """All scores cut to one value are an error; equal ones may differ later, so they are only logged."""
+        clipped = first.values.get("objective/clipped", 0.0)
+        if clipped == 1:
+            return [
+                f"all scores of the first iteration lie beyond pipeline.score_clip={self.clip_at:g}, so they are cut to "
+                "equal ones and nothing is learnt: scale pipeline.reward.NAME.weight, or use pipeline.score_clip=0"
+            ]
+        log.warning(
+            "the first step teaches nothing: all advantages are 0, since the scores within every group are equal "
+            "(objective/score_std %.3g over all); other prompts, more samples_per_prompt or rollout.max_resample may differ",
+            first.values.get("objective/score_std", math.nan),
+        )
+        return []
 
     def loss(self, models: Models, batch: RolloutBatch) -> tuple[Tensor, Metrics]:
         read, values = logprobs_at(batch.logit_index, batch.targets, self.rollout.temperature), None

@@ -20,6 +20,7 @@ from trainer.config import setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, PairStore
 from trainer.data.tokenizer import Tokenizer
+from trainer.diagnostics.first_step import FirstStep
 from trainer.disk import save_tensors
 from trainer.functional import logprobs_at
 from trainer.models.architecture import Architecture
@@ -28,6 +29,11 @@ from trainer.models.lora import Adapter, adapters_off
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
+
+ADAPTERS_OFF = "pipeline.reference=adapters_off needs adapter=lora, and a start that is the model without its adapters"
+"""The rule; why an adapter breaks it follows."""
+OWN_REFERENCE = "before the first update the policy is its own reference"
+REFERENCE_REMEDY = "the reference must be what the policy starts from, in the same precision and without dropout"
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,10 @@ class ReferencePipeline(Pipeline):
         """Whether the loss compares with a reference at all."""
         return self.reference is not ReferenceSource.none
 
-    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
-        if self.reference is ReferenceSource.adapters_off and not adapter.removable:
-            yield "pipeline.reference=adapters_off needs adapter=lora; use model or precomputed"
+    def validate_adapter(self, adapter: Adapter, new_tokens: int = 0) -> Iterator[str]:
+        reason = adapter.moves_reference(new_tokens)
+        if self.reference is ReferenceSource.adapters_off and reason is not None:
+            yield f"{ADAPTERS_OFF}; {reason}: use pipeline.reference=model or precomputed"
 
     def auxiliary_models(self, architecture: Architecture) -> Iterator[tuple[Architecture, bool]]:
         if self.uses_reference and self.reference is ReferenceSource.model:
@@ -133,6 +140,13 @@ class ReferencePipeline(Pipeline):
         with torch.no_grad(), disabled:
             sums, _, _ = policy_logps(model, batch)
         return sums
+
+    def first_step_problems(self, first: FirstStep) -> list[str]:
+        """Also, a policy that is its own reference prefers nothing yet."""
+        problems = super().first_step_problems(first)
+        if not self.uses_reference or getattr(first.load.adapter, "dropout", 0.0) > 0:
+            return problems
+        return problems + first.near("rewards/margin", 0.0, f"{OWN_REFERENCE}, whose margin is 0", REFERENCE_REMEDY)
 
 
 def score_all(models: Models, pairs: PairStore, device: torch.device) -> Tensor:

@@ -108,6 +108,9 @@ def _health(run: Recording, drawn: Sequence[Figure]) -> Iterator[Line]:
     if lost:
         names = ", ".join(f"{n} ({c:,})" for n, c in list(lost.items())[:4])
         yield Line(State.bad, f"Values that are not finite: {names}.")
+    if "grad_norm" in run.series and (flat := int((run.series["grad_norm"].finite.values == 0).sum())):
+        state = State.bad if flat > run.last / 2 else State.watch
+        yield Line(state, f"{plural(flat, 'step')} taught nothing: the gradient was exactly 0.")
     if "grad_norm" in run.series and (count := spikes(run.series["grad_norm"].values)):
         yield Line(State.watch, f"{plural(count, 'gradient spike')}, more than eight times the norm around them.")
 

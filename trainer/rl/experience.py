@@ -163,9 +163,7 @@ class AdvantageComputer:
         s, completions = self.settings, rollouts.completions
         lengths = torch.tensor([len(c.ids) for c in completions])
         ended = torch.tensor([c.ended for c in completions])
-        scores = as_tensor(rollouts.scores["score"])
-        if s.score_clip:
-            scores = scores.clamp(-s.score_clip, s.score_clip)
+        scores = as_tensor(rollouts.clipped(s.clip_at))
         bootstraps = s.unfinished is Unfinished.bootstrap
         # nan stays nan: a missing score is never taken for 0.
         scores = torch.where(ended, scores, scores * 0 if bootstraps else scores - s.missing_eos_penalty)

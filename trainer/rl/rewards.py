@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -30,6 +30,9 @@ from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Full
 from trainer.parallel import distributed
 
+FAILURES = (Exception, SystemExit)
+"""What a user's function may end with: a ``sys.exit`` in it must not end the run as if it had finished."""
+
 
 class RewardError(RuntimeError):
     """A reward that could not be computed; the message names the row."""
@@ -44,6 +47,9 @@ class Scorer(Protocol):
 @dataclass
 class Reward(Node):
     """The contract: a part of the weighted sum that a policy is trained on."""
+
+    usual_clip: ClassVar[float] = 0.0
+    """Where ``pipeline.score_clip=null`` clips the sum; 0 = not, since the scale of the scores is their own."""
 
     weight: float = setting(1.0, "factor in the sum; 0 = measured and logged, not trained on")
 
@@ -65,6 +71,8 @@ class Reward(Node):
 class ModelReward(Reward):
     """The score of a reward model at the response's last token."""
 
+    usual_clip: ClassVar[float] = 10.0  # standard deviations
+
     path: str = setting(doc="a folder that pipeline=reward exported, or any with a head of one label")
     normalize: bool = setting(
         True, "in standard deviations from the mean of its training scores, where the folder knows them"
@@ -81,7 +89,7 @@ class ModelReward(Reward):
         own = open_tokenizer(self.path)
         mean, std = score_statistics(Path(self.path)) if self.normalize else (0.0, 1.0)
         loader = replace(
-            load, config=Model(path=self.path), vocab_size=own.vocab_size, adapter=Full(), grow=False, scores=True
+            load, config=Model(path=self.path), vocab_size=own.vocab_size, adapter=Full(), new_tokens=0, scores=True
         )
         same = own.ids_as(tokenizer) and own.chat_template == tokenizer.chat_template
         template = None if same else open_template(None, own)
@@ -124,7 +132,11 @@ class _ModelScorer:
 @schema("reward/function")
 @dataclass
 class FunctionReward(Reward):
-    """A Python function ``f(prompts, completions, rows, **arguments) -> list[float]``; None for one without a score."""
+    """A Python function ``f(prompts, completions, rows, **arguments) -> list[float]``; None for one without a score.
+
+    Parameters called ``ideals`` and ``patterns`` are filled, too: each prompt's right answers, and the pattern by which an
+    answer is found in a text, as ``data.columns`` and ``data.answer`` name them.
+    """
 
     function: str = setting(doc="where it can be imported from, such as my_package.rewards.brevity")
     arguments: dict[str, Any] = setting(dict, "further arguments by name")
@@ -140,7 +152,7 @@ class FunctionReward(Reward):
             yield f"the reward's function={self.function} is not a function; {module} has none called {name}"
             return
         try:
-            inspect.signature(function).bind([], [], [], **self.arguments)
+            inspect.signature(function).bind([], [], [], **self._filled(function, []) | self.arguments)
         except TypeError as error:
             yield f"the reward's function={self.function} does not take (prompts, completions, rows) and arguments ({error})"
 
@@ -159,11 +171,11 @@ class FunctionReward(Reward):
     def _scores(self, function: Callable[..., Any], responses: Sequence[Response]) -> list[float | None]:
         try:
             values = self._call(function, responses)
-        except Exception as error:
+        except FAILURES as error:
             for response in responses:
                 try:
                     self._call(function, [response])
-                except Exception as single:
+                except FAILURES as single:
                     raise RewardError(f"{self.function} failed on {describe(response)}: {_cause(single)}") from single
             raise RewardError(
                 f"{self.function} failed on {len(responses)} answers from {describe(responses[0])} on: {_cause(error)}"
@@ -177,15 +189,32 @@ class FunctionReward(Reward):
 
     def _call(self, function: Callable[..., Any], responses: Sequence[Response]) -> Any:
         prompts, rows = [r.prompt.text for r in responses], [r.prompt.row for r in responses]
-        values = function(prompts, [r.text for r in responses], rows, **self.arguments)
+        arguments = self._filled(function, responses) | self.arguments
+        values = function(prompts, [r.text for r in responses], rows, **arguments)
         return values.tolist() if hasattr(values, "tolist") else values
+
+    def _filled(self, function: Callable[..., Any], responses: Sequence[Response]) -> dict[str, Any]:
+        """What of the data the function asks for by a parameter's name."""
+        offered = {"ideals": [r.prompt.ideal for r in responses], "patterns": [r.prompt.pattern for r in responses]}
+        asked = inspect.signature(function).parameters
+        return {name: values for name, values in offered.items() if name in asked}
 
     def _number(self, value: Any, response: Response) -> float | None:
         if value is None:
             return None
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RewardError(f"{self.function} gave {value!r} for {describe(response)}; give a finite number, or None")
-        return float(value)
+        try:
+            number = value.item() if hasattr(value, "item") else value
+            if isinstance(number, int | float) and math.isfinite(number):
+                return float(number)
+        except (
+            OverflowError,
+            ValueError,
+            RuntimeError,
+        ):  # an integer too large for a float; an array of several numbers
+            pass
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        raise RewardError(f"{self.function} gave {shown} for {describe(response)}; give a finite number, or None")
 
 
 def exact_match(
@@ -194,20 +223,26 @@ def exact_match(
     rows: list[dict[str, Any]],
     *,
     pattern: str | None = None,
-    ideal: str = "ideal",
+    ideal: str | None = None,
+    ideals: Sequence[list[str]] = (),
+    patterns: Sequence[str | None] = (),
 ) -> list[float | None]:
     """1 for a completion that gives one of the right answers of its row, letter for letter; else 0.
 
-    pattern: its last match is the answer, None = the completion's whole text
-    ideal: the column of right answers; a row without any gives no score
+    pattern: its last match is the answer, in a completion and in the column of right answers; None = `patterns`
+    ideal: the column of right answers; None = `ideals`, or else ``ideal``. A row without any gives no score
+    ideals: each row's right answers (``data.columns.ideal``)
+    patterns: each row's pattern (``data.answer``); None = the whole text is the answer
     """
 
-    def value(row: Mapping[str, Any], completion: str) -> float | None:
-        answers = row.get(ideal)
-        right = [str(v).strip() for v in (answers if isinstance(answers, list) else [answers]) if v is not None]
-        return float(answer_in(completion, pattern) in right) if right else None
+    def score_of(number: int, completion: str) -> float | None:
+        finds = pattern if pattern is not None or not patterns else patterns[number]
+        value = ideals[number] if ideal is None and ideals else rows[number].get(ideal or "ideal")
+        answers = [str(v) for v in (value if isinstance(value, list) else [value]) if v is not None]
+        right = [answer_in(answer, finds) or answer.strip() for answer in answers]
+        return float(answer_in(completion, finds) in right) if right else None
 
-    return [value(row, completion) for row, completion in zip(rows, completions, strict=True)]
+    return [score_of(number, completion) for number, completion in enumerate(completions)]
 
 
 def describe(response: Response) -> str:
@@ -216,5 +251,5 @@ def describe(response: Response) -> str:
     return f"row {response.number} ({text if len(text) <= 80 else f'{text[:77]}...'!r})"
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -14,23 +14,30 @@ from trainer.rl.experience import Experience
 from trainer.rl.scoring import ScoredRollouts, as_tensor
 
 
-def rollout_metrics(rollouts: ScoredRollouts, inputs: AdvantageInputs, e: Experience) -> dict[str, float]:
-    """Scores as they were given, rewards with the KL penalty, and what the completions are like."""
+def rollout_metrics(
+    rollouts: ScoredRollouts, inputs: AdvantageInputs, e: Experience, clip: float = 0.0
+) -> dict[str, float]:
+    """Scores as they were given, rewards with the KL penalty, and what the completions are like.
+
+    ``clip``: the size that scores were cut to. A mean of nothing is left out: without scores there is no score.
+    """
     scores, lengths = as_tensor(rollouts.scores["score"]), e.lengths
     missing = torch.isnan(scores)
     present = scores[~missing]
-    parts = {f"objective/{name}": _mean(as_tensor(v)) for name, v in rollouts.scores.items() if name != "score"}
+    means = {f"objective/{name}": as_tensor(v) for name, v in rollouts.scores.items()}
+    means["objective/reward"] = inputs.completion_rewards()[~missing]
+    if clip:
+        means["objective/clipped"] = (present.abs() > clip).float()
+    if len(present):
+        means["objective/score_std"] = present.std(correction=0)[None]
     return {
-        "objective/score": _mean(scores),
-        "objective/reward": _mean(inputs.completion_rewards()[~missing]),
+        **{name: mean for name, values in means.items() if (mean := _mean(values)) is not None},
         "objective/kl": float(completion_kl(e).mean()),
         "objective/entropy": float(rollouts.column("entropy").mean()),
         "objective/missing": float(missing.float().mean()),
         "completion/length_mean": float(lengths.float().mean()),
         "completion/length_max": float(lengths.max()),
         "completion/eos_fraction": float(torch.tensor([c.ended for c in rollouts.completions]).float().mean()),
-        **parts,
-        "objective/score_std": float(present.std(correction=0)) if len(present) else 0.0,
     }
 
 
@@ -67,6 +74,6 @@ def explained_variance(values: Tensor, returns: Tensor, weights: Tensor) -> floa
     return 1 - float((returns[trained] - values[trained]).var(correction=0)) / variance if variance else 0.0
 
 
-def _mean(values: Tensor) -> float:
+def _mean(values: Tensor) -> float | None:
     present = values[~torch.isnan(values)]
-    return float(present.mean()) if len(present) else 0.0
+    return float(present.mean()) if len(present) else None

@@ -8,6 +8,7 @@ any data, and a checkpoint in the middle of an iteration holds it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from trainer.rl.rollout_metrics import explained_variance, rollout_metrics, roll
 from trainer.rl.scoring import PromptGroup, ScoredRollouts, Scores
 from trainer.rl.settings import PolicyGradientSettings
 from trainer.tracking.throughput import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 class Rollouts:
@@ -58,6 +61,7 @@ class Rollouts:
         self.experience: Experience | None = None
         self._metrics: dict[str, float] = {}
         self._samples: list[dict[str, Any]] = []
+        self._warned = False
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         return self
@@ -85,8 +89,9 @@ class Rollouts:
         rollouts, metrics = self._scored_rollouts()
         inputs = self.advantages.inputs(rollouts, self.kl.coef)
         experience = self.advantages.experience(rollouts, inputs)
-        metrics |= rollout_metrics(rollouts, inputs, experience)
+        metrics |= rollout_metrics(rollouts, inputs, experience, self.settings.clip_at)
         metrics["objective/kl_coef"] = self.kl.coef
+        self._warn_of_clipping(metrics.get("objective/clipped", 0.0))
         if self.settings.estimator.critic:
             metrics["value/explained_variance"] = explained_variance(
                 experience.values, experience.returns, experience.weights
@@ -96,6 +101,15 @@ class Rollouts:
         self._samples = rollout_samples(rollouts, experience, self._decode, self.settings.rollout.log_samples)
         return experience
 
+    def _warn_of_clipping(self, share: float) -> None:
+        if share and not self._warned and distributed.world().is_main:
+            self._warned = True
+            log.warning(
+                "%.0f %% of an iteration's scores lie beyond pipeline.score_clip=%g and are cut to it; scale "
+                "pipeline.reward.NAME.weight, or use pipeline.score_clip=0",
+                100 * share, self.settings.clip_at,
+            )  # fmt: skip
+
     def _scored_rollouts(self) -> tuple[ScoredRollouts, dict[str, float]]:
         """An iteration's groups; those whose scores are all equal only where further draws did not replace them."""
         count, draws = self.size // self.group_size, self.settings.rollout.max_resample
@@ -104,7 +118,7 @@ class Rollouts:
         useful = equal = ScoredRollouts([], [], {})
         for draw in range(1 + draws):
             rollouts = self._score(self._sample(draw * count))
-            differing = rollouts.differing()
+            differing = rollouts.differing(self.settings.clip_at)
             useful = useful.joined(rollouts.select(differing))
             equal = equal.joined(rollouts.select([n for n in range(count) if n not in differing]))
             if len(useful.groups) >= count:

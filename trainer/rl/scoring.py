@@ -84,9 +84,14 @@ class ScoredRollouts(NamedTuple):
         scores = {name: self.scores.get(name, []) + values for name, values in other.scores.items()}
         return ScoredRollouts(self.groups + other.groups, self.logprobs + other.logprobs, scores)
 
-    def differing(self) -> list[int]:
-        """Groups whose scores are not all equal: where they are, a group estimator's advantages are 0."""
-        scores = self.scores["score"]
+    def clipped(self, size: float) -> list[float | None]:
+        """What is trained on, cut to ``-size`` .. ``size``; 0 = as it is."""
+        limit = size or math.inf
+        return [None if score is None else max(-limit, min(limit, score)) for score in self.scores["score"]]
+
+    def differing(self, clip: float) -> list[int]:
+        """Groups whose scores, ``clip``ped, are not all equal: where they are, a group estimator's advantages are 0."""
+        scores = self.clipped(clip)
         return [n for n in range(len(self.groups)) if len(set(self.of_group(scores, n))) > 1]
 
     def gathered(self) -> ScoredRollouts:

@@ -95,7 +95,9 @@ class PolicyGradientSettings(Node):
     ppo_epochs: int | None = setting(None, "passes over a rollout; null = 4 for gae, else 1", least=1)
     rollout: RolloutSettings = setting(RolloutSettings)
     reward: dict[str, Reward] = setting(dict, "what scores completions, by name; the sum, each times its weight")
-    score_clip: float = setting(10.0, "scores are clipped to this size; 0 = not", least=0)
+    score_clip: float | None = setting(
+        None, "scores are clipped to this size; 0 = not; null = 10 where all rewards are models, else not", least=0
+    )
     unfinished: Unfinished = setting(
         Unfinished.penalize,
         "completions without an end: penalize (missing_eos_penalty), mask (no loss), bootstrap (value)",
@@ -142,6 +144,8 @@ class PolicyGradientSettings(Node):
         yield from self._critic_problems()
         if not any(reward.weight for reward in self.reward.values()):
             yield "pipeline.reward scores nothing; use +reward@pipeline.reward.NAME=model|function|judge"
+        if self.kl_loss_coef and self.kl_loss_estimator == "k1":
+            yield "pipeline.kl_loss_estimator=k1 has a gradient of 0 in expectation, so it is no loss; use k3 or k2"
         if self.reference is ReferencePolicy.none and self.uses_reference:
             yield "pipeline.reference=none has no KL divergence; set pipeline.kl_coef=0 and pipeline.kl_loss_coef=0"
 
@@ -183,6 +187,12 @@ class PolicyGradientSettings(Node):
     def initial_kl_coef(self) -> float:
         """The KL coefficient of the first iteration: ``kl_coef``, or the estimator's."""
         return self.estimator.kl_coef if self.kl_coef is None else self.kl_coef
+
+    @property
+    def clip_at(self) -> float:
+        """The size that scores are clipped to: ``score_clip``, or what is usual for every reward; 0 = they are not."""
+        usual = min((reward.usual_clip for reward in self.reward.values() if reward.weight), default=0.0)
+        return usual if self.score_clip is None else self.score_clip
 
     @property
     def uses_reference(self) -> bool:

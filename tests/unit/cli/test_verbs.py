@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from tests.chats import write_jsonl
-from tests.command import ROOT, TINY, Command, environment, metrics, onecurve
+from tests.command import TINY, Command, environment, metrics, onecurve
 from tests.endpoint import serving
 from trainer.cli import VERBS
 from trainer.cli.convert import gguf_file
@@ -253,7 +253,8 @@ def test_a_reward_model_labels_preferences_and_a_second_start_goes_on(model, rew
 
 def test_a_judge_labels_preferences(model):
     def reply(question, before):
-        first, second = question.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+        fenced = question.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+        first, second = ("\n".join(answer.split("\n")[1:-1]) for answer in fenced)
         return 200, "[[A]]" if (len(first), first) > (len(second), second) else "[[B]]"
 
     write_jsonl(model / "prompts.jsonl", PROMPTS)
@@ -268,13 +269,6 @@ def test_a_judge_labels_preferences(model):
         assert row["judge"] == "long"
 
 
-def split(folder, *arguments: str) -> str:
-    command = [sys.executable, ROOT / "scripts" / "split_preferences.py", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_split_keeps_prompts_that_are_nearly_equal_on_one_side(tmp_path):
     # Six twins that share five of nine words or more, one prompt apart, and a chain whose ends share two of six.
     twins = [
@@ -285,7 +279,7 @@ def test_a_split_keeps_prompts_that_are_nearly_equal_on_one_side(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     for seed in range(4):
         files = [f"train-{seed}.jsonl", f"held-{seed}.jsonl"]
-        said = split(tmp_path, "pairs.jsonl", *files, "--held", "2", "--seed", str(seed))
+        said = succeed(tmp_path, "split", "pairs.jsonl", *files, "--held", "2", "--seed", str(seed))
         train, held = ([json.loads(line) for line in (tmp_path / f).read_text().splitlines()] for f in files)
         assert said == f"{len(train)} rows to learn from, {len(held)} held out\n"
         assert len(held) >= 2
@@ -293,9 +287,29 @@ def test_a_split_keeps_prompts_that_are_nearly_equal_on_one_side(tmp_path):
         assert len(train) + len(held) == 10
         for alike in (twins, chain):
             assert len({row in held for row in rows if row["prompt"] in alike}) == 1
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "split_preferences.py", "pairs.jsonl", *files],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "would be overwritten" in done.stderr
+    code, _, errors = onecurve(tmp_path, "split", "pairs.jsonl", *files)
+    assert (code, "would be overwritten" in errors) == (2, True)
+    alike = [row for row in rows if row["prompt"] in twins]
+    write_jsonl(tmp_path / "twins.jsonl", alike)
+    code, _, errors = onecurve(tmp_path, "split", "twins.jsonl", "t.jsonl", "h.jsonl", "--held", "1")
+    assert (code, "1 of 6 rows cannot be held out" in errors) == (2, True)
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda q: {"messages": [{"role": "system", "content": "be short"}, {"role": "user", "content": q}]},
+        lambda q: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": "yes"}]},
+        lambda q: {"instruction": q, "input": "", "output": "yes"},
+        lambda q: {"question": q, "answer": "yes"},
+        lambda q: {"chosen": [{"role": "user", "content": q}], "rejected": [{"role": "user", "content": q}]},
+        lambda q: {"text": q},
+    ],
+    ids=["messages", "sharegpt", "alpaca", "question", "pairs", "text"],
+)
+def test_rows_of_every_form_are_split_by_what_they_ask(form, tmp_path):
+    asked = ["red blue green gold", "green gold pink grey", "blue green gold pink", "Name a colour"]
+    write_jsonl(tmp_path / "rows.jsonl", [form(question) for question in asked])
+    succeed(tmp_path, "split", "rows.jsonl", "train.jsonl", "held.jsonl", "--held", "1")
+    assert [json.loads(line) for line in (tmp_path / "held.jsonl").open()] == [form("Name a colour")]

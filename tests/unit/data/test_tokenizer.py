@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.chats import byte_tokenizer
 from tests.command import ROOT
 from trainer.config import ConfigError
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
@@ -95,7 +97,7 @@ def test_transformers_opens_the_export_with_the_same_ids(folder, tmp_path):
     def check(text):
         assert tokenizer.encode(text, specials=True) == theirs(text, add_special_tokens=False).input_ids
         if not has_special(text):
-            assert tokenizer.encode(text) == theirs(text).input_ids
+            assert [1, *tokenizer.encode(text)] == theirs(text).input_ids
             assert theirs.decode(tokenizer.encode(text)) == text
 
     check()
@@ -149,6 +151,86 @@ def test_a_foreign_sentencepiece_model_keeps_its_ids_in_transformers_too(mistral
             assert tokenizer.decode(theirs.encode(text)) == text
 
     check()
+
+
+def write_folder(folder, definition: str, **settings):
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(definition)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>", **settings}))
+    return folder
+
+
+def exported(folder, tmp_path):
+    """The tokenizers that transformers makes of a folder and of what is exported from it."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "export").mkdir()
+    open_tokenizer(folder).save(tmp_path / "export")
+    return [transformers.AutoTokenizer.from_pretrained(where) for where in (folder, tmp_path / "export")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
+@pytest.mark.parametrize("processor", ["bos", None])
+def test_an_export_adds_to_a_text_what_its_parent_adds(processor, settings, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer()._definition)
+    if processor is not None:
+        backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    folder = write_folder(tmp_path / "parent", backend.to_str(), tokenizer_class="PreTrainedTokenizerFast", **settings)
+    parent, export = exported(folder, tmp_path)
+    assert export("ab").input_ids == parent("ab").input_ids
+    assert open_tokenizer(folder).adds_bos == (parent("ab").input_ids[0] == 256)
+
+
+def test_an_export_inherits_templates_padding_and_names(tmp_path):
+    named = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+    folder = write_folder(
+        tmp_path / "parent", byte_tokenizer()._definition, chat_template=named, padding_side="left",
+        additional_special_tokens=["<|im_start|>"], model_max_length=77,
+    )  # fmt: skip
+    parent, export = exported(folder, tmp_path)
+    for name in ("chat_template", "padding_side", "model_max_length", "all_special_tokens"):
+        assert getattr(export, name) == getattr(parent, name)
+    assert open_tokenizer(tmp_path / "export").chat_template == "{{ 1 }}"
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_beside_a_sentencepiece_model_are_its_tokens(file, eos, folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    names = {"<|im_end|>": 330, "<|im_start|>": 331}
+    decoder = {str(n): {"content": name, "special": True} for name, n in names.items()}
+    settings = {"eos_token": eos, **({} if file == "added_tokens.json" else {"added_tokens_decoder": decoder})}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if file == "added_tokens.json":
+        (tmp_path / file).write_text(json.dumps(names))
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.encode("<|im_start|>a<|im_end|>", specials=True)[::2] == [331, 330]
+    assert tokenizer.eos == (330 if eos == "<|im_end|>" else 2)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|far|>": 400}))
+    with pytest.raises(ConfigError, match=r"has id \d+ beside it and \d+ in it"):
+        open_tokenizer(tmp_path)
+
+
+def test_an_export_of_a_sentencepiece_model_adds_bos_and_is_the_same_tokenizer(folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    for declared, first in (({}, [1]), ({"add_bos_token": False}, [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **declared}))
+        out = tmp_path / f"export-{len(first)}"
+        out.mkdir()
+        parent = open_tokenizer(tmp_path)
+        parent.save(out)
+        export = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(out)
+        assert export("ab").input_ids == first + parent.encode("ab")
+        assert open_tokenizer(out).fingerprint == parent.fingerprint
+        assert open_tokenizer(out).ids_as(parent)
+        assert open_tokenizer(out).adds_bos == parent.adds_bos == bool(first)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_a_file_that_a_download_cut_off_is_named(name, folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    (tmp_path / name).write_text('{"eos_token": "</')
+    with pytest.raises(ConfigError, match=rf"{name} is not JSON .*; was its download cut off"):
+        open_tokenizer(tmp_path)
 
 
 def test_a_byte_level_tokenizer_counts_bytes_too(smollm2):

@@ -14,6 +14,7 @@ from trainer.diagnostics.guard import FirstStepPolicy, TrainingError
 from trainer.parallel.precision import Compute
 from trainer.pipelines.base import Pipeline
 from trainer.pipelines.dpo import DPO
+from trainer.pipelines.kto import KTO
 from trainer.pipelines.ppo import PPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.reference import ReferenceSource
@@ -58,7 +59,7 @@ def problems(
 def test_dpo_starts_at_the_loss_of_no_preference(settings, loss):
     assert problems(DPO(**settings), {"loss": loss, "rewards/margin": 0.0}) == []
     both = problems(DPO(**settings), {"loss": loss + 0.01, "rewards/margin": 0.01})
-    assert [text.split(" is ")[0] for text in both] == ["the first step's loss", "the first step's rewards/margin"]
+    assert [text.split(" is ")[0] for text in both] == ["the first step's rewards/margin", "the first step's loss"]
     assert "the policy is its own reference" in both[0]
 
 
@@ -73,22 +74,28 @@ def test_the_tolerance_knows_the_precision():
     [
         {"pipeline": DPO(loss_type="simpo")},
         {"pipeline": DPO(reference=ReferenceSource.none)},
-        {"pipeline": DPO(rpo_alpha=1.0)},
-        {"pipeline": DPO(), "path": "adapter"},
         {"pipeline": DPO(), "dropout": 0.1},
+        {"pipeline": KTO(), "dropout": 0.1},
     ],
 )
-def test_dpo_expects_nothing_where_the_policy_need_not_be_its_reference(case):
+def test_nothing_is_expected_where_the_policy_need_not_be_its_reference(case):
     assert problems(values={"loss": 5.0, "rewards/margin": 5.0}, **case) == []
 
 
-def test_a_precomputed_reference_includes_the_adapter_that_training_starts_from():
-    pipeline = DPO(reference=ReferenceSource.precomputed)
-    assert len(problems(pipeline, {"loss": 5.0, "rewards/margin": 5.0}, path="adapter")) == 2
+@pytest.mark.parametrize("reference", [ReferenceSource.model, ReferenceSource.precomputed])
+@pytest.mark.parametrize("path", [None, "adapter"])
+def test_every_reference_includes_the_adapter_that_training_starts_from(reference, path):
+    wrong = {"loss": 5.0, "rewards/margin": 5.0}
+    assert len(problems(DPO(reference=reference), wrong, path=path)) == 2
+    assert len(problems(DPO(reference=reference, rpo_alpha=1.0), wrong, path=path)) == 1
+    assert len(problems(KTO(reference=reference), wrong, path=path)) == 1
 
 
 def test_a_policy_that_has_not_changed_has_ratio_1():
-    fine = {"policy/ratio_mean": 1.00002, "policy/clip_fraction": 0.0, "policy/approx_kl": 1e-9}
+    fine = {
+        "policy/ratio_mean": 1.00002, "policy/clip_fraction": 0.0, "policy/approx_kl": 1e-9, "objective/kl": 1e-5,
+        "completion/length_mean": 10.0,
+    }  # fmt: skip
     assert problems(PPO(), fine) == []
     for name, value in (("policy/ratio_mean", 1.01), ("policy/clip_fraction", 0.02), ("policy/approx_kl", 0.001)):
         [text] = problems(PPO(), {**fine, name: value})
@@ -96,6 +103,33 @@ def test_a_policy_that_has_not_changed_has_ratio_1():
             f"the first step's {name} is {value:.6g}, and the policy has not changed since it sampled"
         )
     assert problems(PPO(), {**fine, "policy/ratio_mean": 1.01}, compute=Compute.bf16) == []
+    # 0.05 nats a completion of 10 tokens are 0.005 a token.
+    [text] = problems(PPO(), {**fine, "objective/kl": 0.05})
+    assert text.startswith("the first step's objective/kl is 0.05, and before the first update the policy is its own")
+    assert problems(PPO(kl_coef=0.0), {**fine, "objective/kl": 0.05}) == []
+
+
+def test_a_gradient_of_exactly_0_is_an_error():
+    [text] = problems(Pretrain(), {"loss": 1.0, "grad_norm": 0.0})
+    assert text.startswith("the first step's grad_norm is exactly 0, so nothing is learnt")
+
+
+def test_scores_that_are_missing_throughout_are_an_error_that_says_so():
+    skipped = {"loss": 0.0, "grad_norm": 0.0, "skipped_in_a_row": 1.0}
+    [text] = problems(PPO(), {**skipped, "objective/missing": 1.0})
+    assert "no completion of the first iteration has a score" in text
+    assert problems(PPO(), {**skipped, "objective/missing": 0.5}) == []
+
+
+def test_scores_that_are_all_cut_are_an_error_and_equal_ones_a_warning(caplog):
+    flat = {
+        "policy/ratio_mean": 1.0, "policy/clip_fraction": 0.0, "policy/approx_kl": 0.0, "objective/kl": 0.0,
+        "completion/length_mean": 1.0, "grad_norm": 0.0, "objective/score_std": 0.0,
+    }  # fmt: skip
+    [text] = problems(PPO(score_clip=5.0), {**flat, "objective/clipped": 1.0})
+    assert "lie beyond pipeline.score_clip=5" in text
+    assert problems(PPO(), flat) == []
+    assert "all advantages are 0, since the scores within every group are equal" in caplog.text
 
 
 def test_a_new_model_s_loss_is_near_chance_and_anything_else_is_a_warning(caplog):

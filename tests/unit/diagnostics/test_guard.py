@@ -62,6 +62,15 @@ def test_the_rows_of_a_skipped_step_are_named(caplog):
     assert "step 2 was skipped: loss 1.0, gradient norm nan, rows 11, 4" in caplog.text
 
 
+def test_steps_without_gradient_are_said_as_long_as_they_last(caplog):
+    guard = Guard(GuardSettings(), CPU)
+    for step, norm in enumerate([1.0, *[0.0] * 5, 1.0, 0.0], start=1):
+        observed(guard, [norm])
+        guard.check(step, arrived(guard) | {"grad_norm": norm}, [1])
+    spans = [message.partition(" taught")[0] for message in caplog.messages]
+    assert spans == ["steps 2 to 3", "steps 2 to 5"]
+
+
 def kept_limit(norms: list[float]) -> float:
     values = torch.tensor(norms, dtype=torch.float64)
     return (values.mean() + 2 * values.std(correction=0)).item()

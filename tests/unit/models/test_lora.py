@@ -43,7 +43,7 @@ def loader(adapter=None, **changes) -> ModelLoader:
         3,
         VOCABULARY + 2 * grow,
         **settings,
-        grow=grow,  # type: ignore[arg-type]
+        new_tokens=2 * grow,
     )
 
 
@@ -150,7 +150,7 @@ def test_peft_opens_the_adapter_and_gives_the_same_logits(folder, tmp_path, adap
     if adapter.full:
         with torch.no_grad():
             model.model.embed_tokens.weight[3] += 1
-    export_adapter(tmp_path / "adapter", engine, load, NoTokenizer())
+    export_adapter(tmp_path / "adapter", engine, load, NoTokenizer(), {"step": 1})
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_run_starts_from_an_adapter_that_peft_wrote(folder, tmp_path):
 def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, tmp_path):
     other = loader(LoRA(rank=2, targets=["q_proj"]), **{**SHAPE, "hidden_size": 24})
     engine, _ = adapted(other)
-    export_adapter(tmp_path / "other", engine, other, NoTokenizer())
+    export_adapter(tmp_path / "other", engine, other, NoTokenizer(), {"step": 1})
     with pytest.raises(ConfigError, match=r"q_proj.lora_A.weight is \(2, 24\) and should be \(2, 32\)"):
         LoRA(path=str(tmp_path / "other")).validate_architecture(loader(path=str(folder)).architecture)
     [absent] = LoRA(path=str(tmp_path / "nothing")).problems()
@@ -230,17 +230,34 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(folder, tmp_path):
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path, change, said):
-    write_adapter(tmp_path / "a", Settings(2, 4.0, False, ("q_proj",)), {}, None, NoTokenizer())
+    write_adapter(tmp_path / "a", Settings(2, 4.0, False, ("q_proj",)), {}, None, NoTokenizer(), {})
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **change}))
     [problem] = LoRA(path=str(tmp_path / "a")).problems()
     assert said in problem
 
 
-def test_an_adapter_that_is_there_is_not_overwritten(tmp_path):
-    for rank in (2, 5):
-        write_adapter(tmp_path / "a", Settings(rank, 4.0, False, ("q_proj",)), {}, None, NoTokenizer())
-    assert AdapterFolder(tmp_path / "a").settings.rank == 2
+def test_the_adapter_is_the_last_step_s_and_that_of_an_earlier_one_is_kept_aside(folder, tmp_path):
+    load = loader(LoRA(rank=2), path=str(folder))
+    engine, model = adapted(load)
+    name = "model.layers.0.self_attn.q_proj.lora_B.weight"
+    for step, value in ((2, 1.0), (2, 5.0), (4, 3.0)):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.lora_B.weight.fill_(value)
+        export_adapter(tmp_path / "adapter", engine, load, NoTokenizer(), {"step": step})
+    values = {f.name: AdapterFolder(f).tensor(name).unique().tolist() for f in tmp_path.iterdir()}
+    assert values == {"adapter": [3.0], "adapter-step-00000002": [1.0]}
+
+
+def test_modules_that_an_adapter_trained_whole_stay_part_of_what_comes_of_it(folder, tmp_path):
+    first = loader(LoRA(rank=2, full=["model.norm"]), path=str(folder))
+    engine, model = adapted(first)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(2.0)
+    export_adapter(tmp_path / "adapter", engine, first, NoTokenizer(), {"step": 1})
+    load = loader(LoRA(path=str(tmp_path / "adapter")), path=str(folder))
+    engine = DDP().wrap(load.load(), AdamW(lr=0.1), Precision(Compute.fp32))
+    assert torch.equal(dict(merged_weights(engine, load))["model.norm.weight"], torch.full((32,), 2.0))
 
 
 def test_frozen_matrices_are_held_in_the_compute_format_and_merged_from_the_folder(folder):
@@ -254,6 +271,17 @@ def test_frozen_matrices_are_held_in_the_compute_format_and_merged_from_the_fold
     delta = model.model.layers[0].mlp.up_proj
     expected = load.start("model.layers.0.mlp.up_proj.weight") + 2 * delta.lora_B.weight @ delta.lora_A.weight
     assert torch.equal(merged["model.layers.0.mlp.up_proj.weight"], expected)
+
+
+def test_new_tokens_of_a_padded_vocabulary_begin_as_the_mean_of_the_known_ones(folder):
+    # The folder has rows for 50 tokens, of which the tokenizer knew 40; 3 are added.
+    load = ModelLoader(Model(path=str(folder)), DDP(), 3, 43, LoRA(), new_tokens=3)
+    model, before = load.load(), loader(path=str(folder)).start("model.embed_tokens.weight")
+    table = model.model.embed_tokens.weight
+    assert table.requires_grad
+    torch.testing.assert_close(table[40:43].detach(), before[:40].mean(0).expand(3, -1))
+    assert torch.equal(table[:40], before[:40])
+    assert torch.equal(table[43:], before[43:])
 
 
 def test_new_tokens_get_rows_that_are_the_mean_and_are_trained(folder):

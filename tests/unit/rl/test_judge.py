@@ -1,5 +1,11 @@
 """Questions to an endpoint: patience, refusals, keys, and verdicts that hold in both orders."""
 
+import gzip
+import socket
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 
 from tests.endpoint import serving
@@ -30,6 +36,99 @@ def test_a_busy_endpoint_is_asked_again_and_what_stays_unanswered_is_missing():
 def test_an_answer_without_text_is_missing():
     with serving(lambda question, before: (200, "x" if question == "a" else {"choices": []})) as (url, _):
         assert ask(url, "a", "b") == ["x", None]
+
+
+def test_a_malformed_answer_is_asked_for_again():
+    with serving(lambda question, before: (200, "x" if before else {"choices": 3})) as (url, seen):
+        assert ask(url, "a") == ["x"]
+    assert len(seen) == 2
+
+
+@pytest.fixture
+def raw():
+    """A server that answers by a function of the connection, after the question was read; gives its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def answer_with(respond):
+        def serve():
+            with suppress(OSError):
+                while not ended.is_set():
+                    connection, _ = listener.accept()
+                    with suppress(OSError), connection:
+                        connection.recv(65536)
+                        respond(connection, ended)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    yield answer_with
+    ended.set()
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def dribble(connection, ended):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    while not ended.wait(0.02):
+        connection.sendall(b" ")
+
+
+def dribble_headers(connection, ended):
+    while not ended.wait(0.02):
+        connection.sendall(b"H")
+
+
+def flood(connection, ended):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while not ended.is_set():
+        connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+
+
+def compressed(connection, ended):
+    body = gzip.compress(b" " * 10_000_000)
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+
+
+def nested(connection, ended):
+    body = b"[" * 100_000
+    connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+@pytest.mark.parametrize(
+    ("respond", "reason"),
+    [
+        (dribble, "TimeoutError"),
+        (dribble_headers, "TimeoutError"),
+        (flood, "an answer of more than 1,048,576 bytes"),
+        (compressed, "a compressed answer, which was not asked for"),
+        (nested, "an answer without text"),
+    ],
+)
+def test_what_no_endpoint_should_do_ends_in_time_and_is_named(respond, reason, raw):
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match=f"answered none of 1 questions .{reason}"):
+        ask(raw(respond), "a", timeout=0.3, max_attempts=2)
+    assert time.monotonic() - started < 5
+
+
+def test_a_redirect_is_named(raw):
+    def respond(connection, ended):
+        connection.sendall(b"HTTP/1.1 307 Moved\r\nLocation: http://elsewhere/v1\r\nContent-Length: 0\r\n\r\n")
+
+    with pytest.raises(JudgeError, match="redirects to http://elsewhere/v1; give that address as the url"):
+        ask(raw(respond), "a")
+
+
+@pytest.mark.parametrize("url", ["http://[::bad/v1", "localhost:8000/v1", "http:///v1"])
+def test_an_address_that_cannot_be_asked_is_refused(url):
+    assert "the judge's url" in (Endpoint(url, "judge").url_problem() or "")
+
+
+def test_a_password_in_the_address_is_in_no_message():
+    with pytest.raises(JudgeError, match=r"^http://127.0.0.1:1/v1 answered none"):
+        ask("http://user:hunter2@127.0.0.1:1/v1", "a", max_attempts=1)
 
 
 def test_a_refusal_and_silence_are_errors():

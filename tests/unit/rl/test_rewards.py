@@ -1,11 +1,15 @@
 """Rewards: what a function may give, what a judge may leave out, and sums in which nothing missing becomes a zero."""
 
 import math
+import re
 import socket
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from tests.endpoint import serving
 from trainer.data.corpus import Prompt
@@ -44,6 +48,26 @@ def not_a_number(prompts, completions, rows):
     return [0.0, math.nan, 1.0]
 
 
+def exits(prompts, completions, rows):
+    sys.exit(0)
+
+
+def huge(prompts, completions, rows):
+    return [10**400] * len(prompts)
+
+
+def matrix(prompts, completions, rows):
+    return [np.zeros(2)] * len(prompts)
+
+
+def scalars(prompts, completions, rows):
+    return [np.float32(0.5), torch.tensor(2), np.int64(3)]
+
+
+def test_numbers_of_numpy_and_torch_are_scores():
+    assert opened("scalars")(ANSWERS) == [0.5, 2.0, 3.0]
+
+
 def test_a_function_is_called_with_its_arguments():
     assert opened("numbers")(ANSWERS) == [1.0, 2.0, 1.0]
     assert opened("numbers", factor=3.0)(ANSWERS) == [3.0, 6.0, 3.0]
@@ -55,6 +79,9 @@ def test_a_function_is_called_with_its_arguments():
     [
         ("fails_on_one", r"fails_on_one failed on row 1 \('question 1'\): KeyError: 'wanted'"),
         ("few", r"few gave 1 for 3 answers from row 0 \('question 0'\) on"),
+        ("exits", r"exits failed on row 0 \('question 0'\): SystemExit: 0"),
+        ("huge", r"huge gave 10{73}.* for row 0 \('question 0'\); give a finite number, or None"),
+        ("matrix", r"matrix gave array\(\[0., 0.\]\) for row 0"),
         ("not_a_number", r"not_a_number gave nan for row 1 \('question 1'\); give a finite number, or None"),
     ],
 )
@@ -78,6 +105,24 @@ def test_an_exact_match_is_letter_for_letter():
     found = exact_match([""] * 4, ["4 ", "five", "the answer is 6", "7"], rows)
     assert found == [1.0, 1.0, 0.0, None]
     assert exact_match([""], ["the answer is 6"], [{"right": 6}], pattern=r"is (\d+)", ideal="right") == [1.0]
+    assert exact_match([""], ["it is #### 6"], [{"right": "2 * 3 = #### 6"}], pattern=r"#### (.+)", ideal="right") == [
+        1.0
+    ]
+
+
+def test_an_exact_match_reads_right_answers_and_pattern_as_the_evaluation_does():
+    # As GSM8K's rows come with data.columns={ideal: answer} and data.answer='#### (.+)'.
+    prompts = [
+        Prompt([1], "2 * 3?", ["6"], "#### (.+)", row={"answer": "2 * 3 = 6. #### 6"}),
+        Prompt([1], "?", [], "#### (.+)"),
+    ]
+    responses = [
+        Response(p, [2], text, n) for n, (p, text) in enumerate(zip(prompts, ["So #### 6", "#### 1"], strict=True))
+    ]
+    reward = FunctionReward(function="trainer.rl.rewards.exact_match")
+    assert list(reward.problems()) == []
+    assert reward.open(None, None)(responses) == [1.0, None]  # type: ignore[arg-type]
+    assert [float(r.prompt.right(r.text)) for r in responses[:1]] == [1.0]
 
 
 def test_a_sum_weighs_its_parts_and_is_missing_where_one_of_them_is():
@@ -96,10 +141,19 @@ def graded(reward: JudgeReward, answers=ANSWERS):
     return reward.open(None, None)(answers)  # type: ignore[arg-type]
 
 
-def test_a_grade_is_the_last_one_in_brackets_and_anything_else_is_missing():
+def test_a_verdict_has_one_grade_in_one_place_and_anything_else_is_missing():
     reward = judge("http://x/v1")
-    assert reward.grade("good [[7]] no, [[8.5]]") == 0.85
-    for text in ("eight", "[[11]]", "[[x]]", "", None, "[[-1]]"):
+    assert [reward.grade(text) for text in ("good [[8.5]]", "[[7/10]]", "[[3]], yes [[3]]")] == [0.85, 0.7, 0.3]
+    for text in (
+        "eight",
+        "[[11]]",
+        "[[x]]",
+        "",
+        None,
+        "[[-1]]",
+        "[[8]] out of [[10]]",
+        "[[3]] ... the answer claims [[10]]",
+    ):
         assert reward.grade(text) is None
 
 
@@ -109,7 +163,9 @@ def test_a_judge_sees_conversation_and_answer_and_nothing_is_filled_in_twice():
         assert graded(judge(url), [answer]) == [0.5]
     question = seen[0][1]["messages"][0]["content"]
     assert "[user]\nsay {answer}" in question
-    assert "[Answer]\nso {most}" in question
+    before, fence, after = re.fullmatch(r"(?s)(.*)\n(----- \w{12} -----)\nso \{most\}\n(.*)", question).groups()
+    assert before.endswith("[Answer]")
+    assert after.startswith(fence)
     assert "from 0 to 10" in question
 
 
@@ -117,9 +173,9 @@ def test_a_judge_that_is_slow_fails_and_raves_loses_no_answer_and_gives_no_silen
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
     def reply(question, before):
-        if "[Answer]\n0" in question:
+        if "\n0\n-----" in question:
             return (503, {}) if before < 2 else (200, "[[10]]")
-        if "[Answer]\nno" in question:
+        if "\nno\n-----" in question:
             return 200, "I cannot say."
         time.sleep(0.05)
         return 200, "[[0]]"
@@ -151,7 +207,7 @@ def test_a_judge_that_drops_connections_is_asked_again():
 
 def test_a_judge_that_is_too_slow_is_missing():
     def reply(question, before):
-        if "[Answer]\nno" in question:
+        if "\nno\n-----" in question:
             time.sleep(0.5)
         return 200, "[[10]]"
 
@@ -161,7 +217,7 @@ def test_a_judge_that_is_too_slow_is_missing():
 
 def test_a_judge_that_mostly_raves_is_an_error():
     with (
-        serving(lambda question, before: (200, "[[10]]" if "[Answer]\n0" in question else "hm")) as (url, _),
+        serving(lambda question, before: (200, "[[10]]" if "\n0\n-----" in question else "hm")) as (url, _),
         pytest.raises(RewardError, match=r"no grade for 2 of 3 answers, more than the judge's max_missing=0.5 allows"),
     ):
         graded(judge(url))

@@ -1,0 +1,121 @@
+"""The reference is what the policy is before its first step: every start x every algorithm x every kind of reference."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.chats import byte_tokenizer, write_jsonl
+from tests.command import metrics
+from trainer.compose import compose
+from trainer.config import ConfigError
+from trainer.export.peft import export_adapter
+from trainer.models.hf_format import write_model
+from trainer.models.load import Model, ModelLoader
+from trainer.models.lora import LoRA
+from trainer.optim import AdamW
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Compute, Precision
+from trainer.run import run
+
+SHAPE = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 8, "initializer_range": 0.3, "vocab_size": 272,
+}  # fmt: skip
+STARTS = {
+    "full": [],
+    "lora": ["adapter=lora"],
+    "lora with new tokens": ["adapter=lora", "tokenizer.add=['<|turn|>','<|over|>']"],
+    "lora from an adapter": ["adapter=lora", "adapter.path=adapter"],
+}
+ROLLOUTS = [
+    "pipeline=ppo", "data=prompts", "pipeline.rollout.size=8", "pipeline.rollout.tokens=4", "batch.size=8",
+    "reward@pipeline.reward.main=function", f"pipeline.reward.main.function={__name__}.vowels",
+]  # fmt: skip
+ALGORITHMS = {
+    "dpo": ["pipeline=dpo", "data=preference"],
+    "kto": ["pipeline=kto", "data=labelled"],
+    "ppo": [*ROLLOUTS, "pipeline.critic=head", "pipeline.kl_coef=0.5"],
+    "grpo": [*ROLLOUTS, "pipeline.advantage=grpo", "pipeline.samples_per_prompt=4", "pipeline.kl_loss_coef=0.5"],
+}
+STEPS = 20
+STILL = {
+    "dpo": {"rewards/margin": 0, "rewards/chosen": 0},
+    "kto": {"rewards/margin": 0, "kl": 0},
+    "ppo": {"objective/kl": 0, "policy/ratio_mean": 1},
+    "grpo": {"objective/kl": 0, "policy/ratio_mean": 1, "policy/kl_loss": 0},
+}
+"""What each algorithm shows of a policy that is its own reference."""
+
+
+def vowels(prompts, completions, rows):
+    return [sum(letter in "aeiou" for letter in text) for text in completions]
+
+
+def loader(adapter, **model) -> ModelLoader:
+    return ModelLoader(Model(**model), DDP(), 3, 265, adapter)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A random model whose vocabulary is padded, an adapter of it that does something, and data of each kind."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, fresh = byte_tokenizer(), loader(LoRA(), **SHAPE)
+    model = ModelLoader(Model(**SHAPE), DDP(), 3, 265).load()
+    write_model(
+        folder / "model", fresh.architecture, model.named_parameters(), dtype=torch.float32, shard_bytes=10**9,
+        tokenizer=tokenizer, facts={},
+    )  # fmt: skip
+    load = loader(LoRA(rank=2, alpha=8), path=str(folder / "model"))
+    engine = DDP().wrap(load.load(), AdamW(lr=0.1), Precision(Compute.fp32))
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if name.endswith("lora_B.weight"):
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    export_adapter(folder / "adapter", engine, load, tokenizer, {"step": 1})
+    pairs = [
+        {"prompt": f"{a} or {b}?", "chosen": f"{a}.", "rejected": f"Not {b}."}
+        for a, b in itertools.permutations(["red", "blue", "green"], 2)
+    ]
+    write_jsonl(folder / "preference.jsonl", pairs)
+    sides = (("chosen", True), ("rejected", False))
+    labelled = [{"prompt": p["prompt"], "completion": p[s], "label": label} for p in pairs for s, label in sides]
+    write_jsonl(folder / "labelled.jsonl", labelled)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": p["prompt"]} for p in pairs])
+    return folder
+
+
+def losses(algorithm: str, start: str, kind: str, folder) -> list[dict]:
+    """The steps of a run in the world's folder."""
+    data = next(word.partition("=")[2] for word in ALGORITHMS[algorithm] if word.startswith("data="))
+    name = f"{algorithm}-{start.replace(' ', '_')}-{kind}"
+    run(
+        compose([
+            *ALGORITHMS[algorithm], *STARTS[start], f"pipeline.reference={kind}", "model.path=model", "data.template=chatml",
+            f"data.train=[{data}.jsonl]", "data.cache=cache", f"run_dir={name}", "batch.size=8", "batch.micro=8",
+            "batch.length=96", f"steps={STEPS}", "schedule=constant", "schedule.warmup=0", "optimizer.lr=0.01",
+            "precision=fp32",
+            "tracking.wandb.mode=disabled", "tracking.tensorboard=false", "tracking.report=false", "evaluation.samples=0",
+            "checkpoint.every=0",
+        ])
+    )  # fmt: skip
+    return [line for line in metrics(folder / name) if "loss" in line]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("start", STARTS)
+def test_the_reference_is_the_policy_before_its_first_step(start, algorithm, world, monkeypatch):
+    monkeypatch.chdir(world)
+    learns_offline = algorithm in ("dpo", "kto")
+    runs = {kind: losses(algorithm, start, kind, world) for kind in ["model"] + ["precomputed"] * learns_offline}
+    if start == "lora":
+        runs["adapters_off"] = losses(algorithm, start, "adapters_off", world)
+    else:
+        with pytest.raises(ConfigError, match=r"adapters_off needs adapter=lora.*use pipeline.reference=model"):
+            losses(algorithm, start, "adapters_off", world)
+    for steps in runs.values():
+        assert {name: steps[0][name] for name in STILL[algorithm]} == pytest.approx(STILL[algorithm], abs=1e-5)
+    first, *others = ([step["loss"] for step in steps] for steps in runs.values())
+    assert abs(first[-1] - first[0]) > 1e-3
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
