@@ -117,8 +117,6 @@ class Run(Node):
         yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
-        if self.model.compile:
-            yield from (*self.strategy.validate_compiled(), *self.adapter.validate_compiled())
         if self.steps is not None and self.schedule.warmup > self.steps:
             yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
 
@@ -134,9 +132,7 @@ class Run(Node):
             self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, tokenizer.new_tokens,
             self.precision, self.pipeline.scores,
         )  # fmt: skip
-        layout = self.layout(load.architecture)
-        obstacles = [*self.strategy.validate_compiled(), *self.adapter.validate_compiled()]
-        return replace(load, config=load.fitted(layout.recompute, obstacles, cuda=layout.cuda))
+        return load.fitted(self.model.activation_checkpointing or self.layout(load.architecture).recompute)
 
     def open_tokenizer_and_shape(self) -> tuple[Tokenizer, Architecture]:
         """The tokenizer named, else the one in ``model.path``, else the data's own; and the model's shape for it.
@@ -227,7 +223,7 @@ def run(cfg: Run) -> dict[str, float]:
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
         return print_estimate(cfg.summary(architecture), architecture, cfg.layout(architecture))
-    load = cfg.loader(tokenizer)
+    load = cfg.loader(tokenizer).validated()
     corpus = cfg.open_corpus(tokenizer)
     made_from, lineage = cfg.made_from(load, tokenizer, corpus), ancestry(plain(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)

@@ -137,20 +137,31 @@ class ModelLoader:
             self.config.architecture(self.vocab_size, grow=self.new_tokens > 0), scores=self.scores
         )
 
-    def fitted(self, recompute: Recompute, obstacles: Sequence[str], *, cuda: bool) -> Model:
-        """The model's settings, decided where they are null; ``obstacles``: what speaks against compiled blocks.
+    def fitted(self, recompute: Recompute) -> ModelLoader:
+        """With the settings decided that are null: those of this device, and ``recompute``."""
+        compiled = self.config.compile
+        config = dataclasses.replace(self.config, activation_checkpointing=recompute)
+        decided = dataclasses.replace(self, config=config)
+        if compiled is None:
+            compiled = torch.cuda.is_available() and not list(decided.obstacles())
+        return dataclasses.replace(self, config=dataclasses.replace(config, compile=compiled))
+
+    def validated(self) -> ModelLoader:
+        """This loader, if the models that it builds can be trained.
 
         Raises:
             ConfigError: if blocks that shall be compiled cannot be.
         """
-        model = dataclasses.replace(self.config, activation_checkpointing=recompute)
-        device = torch.device("cuda" if cuda else "cpu")
-        problems = [
-            *obstacles, *model.validate_compiled(device, self.precision.dtype, self.architecture.head_dim)
-        ]  # fmt: skip
-        if model.compile and problems:
-            raise ConfigError(problems)
-        return dataclasses.replace(model, compile=model.compile if model.compile is not None else cuda and not problems)
+        if self.config.compile and (obstacles := list(self.obstacles())):
+            raise ConfigError(obstacles)
+        return self
+
+    def obstacles(self) -> Iterator[str]:
+        """What speaks against compiled blocks on this device, a sentence each."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        yield from self.strategy.validate_compiled()
+        yield from self.adapter.validate_compiled()
+        yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture.head_dim)
 
     @cached_property
     def files(self) -> WeightFiles | None:
