@@ -3,12 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+ALIGNMENT = 16
+"""Bytes that a tensor's place in a shared copy is a multiple of: those of the widest element, and of vector loads."""
+
+
+def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors`` on ``device``. To CUDA those of the host go together, in one copy that nobody waits for.
+
+    A copy from memory that is not pinned may wait until all that was launched before it has run.
+    """
+    hosts = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+    if device.type != "cuda" or not hosts:
+        return [tensor.to(device) for tensor in tensors]
+    arrived = iter(unpacked(packed(hosts, pin=True).to(device, non_blocking=True), hosts))
+    return [next(arrived) if tensor.device.type == "cpu" else tensor for tensor in tensors]
+
+
+def packed(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
+    """The bytes of all ``tensors`` in one tensor of the host, which ``pin`` keeps from being swapped out."""
+    starts, size = _starts(tensors)
+    memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for start, tensor in zip(starts, tensors, strict=True):
+        _view(memory, start, tensor).copy_(tensor)
+    return memory
+
+
+def unpacked(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `packed` laid into ``memory``: views with the shapes and formats of ``like``."""
+    return [_view(memory, start, tensor) for start, tensor in zip(_starts(like)[0], like, strict=True)]
+
+
+def _starts(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins, and how many bytes there are."""
+    ends = list(accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors))
+    return [0, *ends[:-1]][: len(ends)], ends[-1] if ends else 0
+
+
+def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def on_device(value: T, device: torch.device) -> T:
+    """A dataclass with every tensor in it, and in the dataclasses in it, on ``device``, but for its ``of_host`` fields."""
+    return _rebuilt(value, device, iter(copy_to(device, list(_tensors(value)))))  # type: ignore[no-any-return]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for name in _moving(value):
+            yield from _tensors(getattr(value, name))
+
+
+def _rebuilt(value: Any, device: torch.device, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value.to(device) if hasattr(value, "to") else value
+    fields = {name: _rebuilt(getattr(value, name), device, tensors) for name in _moving(value)}
+    return dataclasses.replace(value, **fields)
+
+
+def _moving(value: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(value) if f.name not in getattr(value, "of_host", ())]
 
 
 @dataclass(frozen=True)
@@ -40,8 +107,7 @@ class Documents:
         return cls(counted, max(counted, default=0), offsets.to(torch.int32), positions.view(rows, -1))
 
     def to(self, device: torch.device) -> Documents:
-        offsets, positions = (t.to(device, non_blocking=True) for t in (self.offsets, self.positions))
-        return replace(self, offsets=offsets, positions=positions)
+        return on_device(self, device)
 
 
 @dataclass(frozen=True)
@@ -78,8 +144,7 @@ class Branches:
         return self.sequences.lengths
 
     def to(self, device: torch.device) -> Branches:
-        moved = (t.to(device, non_blocking=True) for t in (self.index, self.back, self.positions))
-        return Branches(self.sequences.to(device), *moved)
+        return on_device(self, device)
 
 
 @dataclass
@@ -93,19 +158,14 @@ class Batch:
     unit: ClassVar[str] = "units"
     """What ``rows`` numbers, in words."""
 
+    of_host: ClassVar[tuple[str, ...]] = ("rows",)
+    """Fields that stay on the host."""
+
     rows: Tensor
 
     def to(self, device: torch.device) -> Self:
         """Move every tensor, and everything that holds tensors, to a device; only ``rows`` is the host's."""
-        moved = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name != "rows":
-                value = value.to(device, non_blocking=True)
-            elif not isinstance(value, Tensor) and hasattr(value, "to"):
-                value = value.to(device)
-            moved[field.name] = value
-        return type(self)(**moved)
+        return on_device(self, device)
 
     @property
     def weight(self) -> Tensor:
@@ -156,6 +216,7 @@ class PackedRows(TokenBatch):
 
     ``targets`` ``(B, T)``: int64, the token that follows each.
     ``mask`` ``(B, T)``: float32, 1 where the target counts, 0 for context and padding.
+    ``places`` ``(n,)``: int64, the flattened positions with a mask, where somebody counted them; None where nobody did.
     """
 
     unit: ClassVar[str] = "packed rows"
@@ -163,6 +224,7 @@ class PackedRows(TokenBatch):
     documents: Documents
     targets: Tensor
     mask: Tensor
+    places: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:

@@ -34,16 +34,18 @@ class Metrics:
 
     def mean(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Report ``total / count``, both summed over micro-batches and ranks; 0 where nothing was counted."""
-        self._add(name, Kind.mean, total, total.new_zeros(()), torch.as_tensor(count, device=total.device))
+        count = count if isinstance(count, Tensor) else total.new_full((), count, dtype=torch.float64)
+        self._add(name, Kind.mean, total, total.new_zeros(()), count)
 
     def total(self, name: str, value: Tensor) -> None:
         """Report the sum over micro-batches and ranks."""
         self._add(name, Kind.total, value, value.new_zeros(()), value.new_zeros(()))
 
-    def std(self, name: str, values: Tensor) -> None:
-        """Report the standard deviation of all ``values`` (any shape), population form."""
+    def std(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Report the standard deviation of all ``values`` (any shape), population form; of those with a ``mask`` of 1."""
         values = values.detach().double()
-        self._add(name, Kind.std, values.sum(), values.square().sum(), values.new_tensor(values.numel()))
+        mask = torch.ones_like(values) if mask is None else mask.double()
+        self._add(name, Kind.std, (values * mask).sum(), (values.square() * mask).sum(), mask.sum())
 
     def minimum(self, name: str, value: Tensor) -> None:
         self._add(name, Kind.minimum, value, value.new_zeros(()), value.new_zeros(()))

@@ -36,3 +36,9 @@ def test_metrics_hold_no_graph():
     metrics = Metrics()
     metrics.mean("x", torch.ones((), requires_grad=True) * 2, 1.0)
     assert not metrics.packed().requires_grad
+
+
+def test_a_deviation_leaves_out_what_is_masked():
+    metrics = Metrics()
+    metrics.std("std", torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 0.0]))
+    assert metrics.reduced(lambda mine: mine[None])["std"].item() == 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from trainer.batch import Documents
+from trainer.batch import Documents, copy_to
 from trainer.data.pairs import FORWARD
 from trainer.models.actor_critic import values_at
 from trainer.parallel import distributed
@@ -32,15 +32,18 @@ def in_forwards(lengths: Sequence[int]) -> list[list[int]]:
 
 def score(model: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device) -> list[float]:
     """A scoring model's score of every sequence, off its last token; collective."""
-    by_sequence = [0.0] * len(sequences)
+    order: list[int] = []
+    computed = []
     for numbers in in_forwards([len(ids) for ids in sequences]):
+        order += numbers
         # An empty group still takes part: a token of no meaning.
         chosen = [sequences[n] for n in numbers] or [[0]]
         lengths = [len(ids) for ids in chosen]
-        tokens = torch.tensor([token for ids in chosen for token in ids], device=device)[None]
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        row = [torch.tensor([token for ids in chosen for token in ids])[None], torch.tensor(lengths).cumsum(0) - 1]
+        tokens, last = copy_to(device, row)
         with torch.no_grad():
-            scores = model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last))
-        for n, value in zip(numbers, scores.tolist(), strict=False):
-            by_sequence[n] = value
-    return by_sequence
+            computed.append(model(tokens, Documents.from_lengths(lengths, 1).to(device), values_at(last)))
+    # One copy back for all forwards; empty groups are the last ones.
+    scores = torch.cat(computed).tolist() if computed else []
+    by_sequence = dict(zip(order, scores, strict=False))
+    return [by_sequence[n] for n in range(len(sequences))]

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from trainer.batch import copy_to
 from trainer.parallel.determinism import deterministic
 from trainer.parallel.environment import device_index, place, variables
 
@@ -157,7 +158,7 @@ def world() -> World:
 
 def sum_over_data(value: Tensor) -> Tensor:
     """The sum of ``value`` over the data ranks, on this rank's device."""
-    value = value.detach().clone().to(_world.device)
+    [value] = copy_to(_world.device, [value.detach().clone()])
     sum_in_place(value)
     return value
 
@@ -170,7 +171,7 @@ def sum_in_place(value: Tensor) -> None:
 
 def stack_over_data(value: Tensor) -> Tensor:
     """``value`` ``(...)`` of every data rank, ``(W, ...)``, on this rank's device; of one shape everywhere."""
-    value = value.detach().to(_world.device)
+    [value] = copy_to(_world.device, [value.detach()])
     if _world.size == 1 or not value.numel():
         return value[None].expand(_world.size, *value.shape)
     every = value.new_empty(_world.size, *value.shape)

@@ -43,11 +43,11 @@ class KTO(ReferencePipeline):
 
     def prepare_step(self, models: Models, engine: Engine, micro_batches: Iterable[Any]) -> list[KTOBatch]:
         """Estimate the KL divergence from the reference by mismatched completions, over all batches of all ranks."""
-        batches = list(micro_batches)
+        batches = [batch.to(engine.device) for batch in micro_batches]
         total = torch.zeros(2, dtype=torch.float64, device=engine.device)
         with engine.evaluating():
             for batch in batches:
-                mismatched = batch.mismatched.to(engine.device)
+                mismatched = batch.mismatched
                 sums, _, _ = policy_logps(models.trained, mismatched)
                 ratio = (sums - self.reference_logps(models, mismatched)).double() * mismatched.unit_mask
                 total = total + torch.stack([ratio.sum(), mismatched.weight])

@@ -256,7 +256,7 @@ class PPO(PolicyGradientSettings, Pipeline):
             metrics.mean("value/mean", (w * values.detach()).sum(), w.sum())
         self._measure(metrics, batch, policy, ratio, entropy)
         for name, number in batch.rollout_metrics.items():
-            metrics.mean(name, loss.new_tensor(number, dtype=torch.float64), 1.0)
+            metrics.mean(name, loss.new_full((), number, dtype=torch.float64), 1.0)
         return loss, metrics
 
     def _measure(self, metrics: Metrics, batch: RolloutBatch, policy: Clipped, ratio: Tensor, entropy: Tensor) -> None:

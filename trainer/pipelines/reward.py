@@ -55,10 +55,9 @@ class RewardModelling(Pipeline):
             for pairs in getattr(corpus.train, "parts", []):
                 for numbers in pairs.forwards(data.rank, data.size):
                     batch = pairs.collate(numbers).to(engine.device)
-                    real = batch.unit_mask.repeat_interleave(2).bool()
-                    values = read_scores(models.trained, batch)[real]
-                    metrics.mean("mean", values.double().sum(), float(len(values)))
-                    metrics.std("std", values)
+                    values, real = read_scores(models.trained, batch), _of_answers(batch.unit_mask)
+                    metrics.mean("mean", (values.double() * real).sum(), real.sum())
+                    metrics.std("std", values, real)
         return {"reward": {name: float(value) for name, value in metrics.reduced(distributed.stack_over_data).items()}}
 
 
@@ -75,9 +74,15 @@ def report(scores: Tensor, batch: PairBatch) -> Metrics:
     metrics.mean("accuracy", ((chosen > rejected).float() * mask).sum(), batch.weight)
     metrics.mean("margin", ((chosen - rejected) * mask).sum(), batch.weight)
     metrics.per_example("margin", chosen - rejected, batch.rows)
-    real = scores[mask.repeat_interleave(2).bool()].double()
-    metrics.mean("score/mean", real.sum(), float(len(real)))
-    metrics.std("score/std", real)
-    metrics.minimum("score/min", real.min() if len(real) else scores.new_tensor(torch.inf).double())
-    metrics.maximum("score/max", real.max() if len(real) else scores.new_tensor(-torch.inf).double())
+    # Multiplied and replaced rather than selected: how many there are is not known to the host.
+    real, wide = _of_answers(mask), scores.double()
+    metrics.mean("score/mean", (wide * real).sum(), real.sum())
+    metrics.std("score/std", wide, real)
+    metrics.minimum("score/min", torch.where(real > 0, wide, torch.inf).min())
+    metrics.maximum("score/max", torch.where(real > 0, wide, -torch.inf).max())
     return metrics
+
+
+def _of_answers(mask: Tensor) -> Tensor:
+    """The mask of pairs ``(B,)`` for their answers ``(2 B,)``, float64."""
+    return mask.double()[:, None].expand(-1, 2).reshape(-1)

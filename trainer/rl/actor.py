@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.batch import Branches, Documents, on_device
 from trainer.data.corpus import Prompt
 from trainer.data.pairs import collate_shared_prefix
 from trainer.data.rows import Encoded
@@ -72,44 +73,95 @@ class Actor:
 
     def logprobs(self, groups: Sequence[PromptGroup]) -> list[RolloutLogprobs]:
         """Log-probabilities and values of every completion, computed as in training; collective."""
-        by_number: dict[int, RolloutLogprobs] = {}
         sizes = [len(g.prompt.ids) + sum(len(c.ids) for c in g.completions) for g in groups]
+        order: list[int] = []
+        chunks: list[list[PromptGroup]] = []
+        computed = []
         with self.engine.evaluating():
             for numbers in in_forwards(sizes):
-                chunk = [groups[n] for n in numbers]
-                by_number.update(zip(numbers, self._forward(chunk or [PADDING]), strict=False))
+                order += numbers
+                chunks.append([groups[n] for n in numbers] or [PADDING])
+                computed.append(self._forward(chunks[-1]))
+        # One copy back for all forwards: each would wait for the device.
+        values = torch.cat(computed).cpu() if computed else torch.empty(0)
+        rows = [
+            row for chunk, part in zip(chunks, _split(values, chunks), strict=True) for row in _of_groups(chunk, part)
+        ]
+        by_number = dict(zip(order, rows, strict=False))
         return [by_number[n] for n in range(len(groups))]
 
-    def _forward(self, groups: Sequence[PromptGroup]) -> list[RolloutLogprobs]:
-        collated = collate_shared_prefix(
-            [(len(g.prompt.ids), [_sequence(g.prompt.ids, c.ids) for c in g.completions]) for g in groups], [0]
-        )
-        device = self.engine.device
-        tokens, documents = collated["tokens"].to(device), unshared(collated["documents"]).to(device)
-        logit_index, final_index = collated["logit_index"].to(device), collated["final_index"].to(device)
-        read_policy = logprobs_at(logit_index, collated["targets"].to(device), self.settings.temperature)
+    def _forward(self, groups: Sequence[PromptGroup]) -> Tensor:
+        """Of N sampled ids in C completions: ``(4 N + C,)``, on the device, as `_of_groups` takes it apart."""
+        row = on_device(ScoredRow.of(groups), self.engine.device)
+        read_policy = logprobs_at(row.logit_index, row.targets, self.settings.temperature)
         model, read = self.engine.model, read_policy if self.settings.recompute_logprobs else None
-        policy, values = None, tokens.new_zeros(len(logit_index) + len(final_index))
+        policy = (row.sampled, -row.sampled)
+        values = row.sampled.new_zeros(len(row.logit_index) + len(row.final_index))
         if self.critic:
-            policy, values = model(tokens, documents, read, values_at(torch.cat([logit_index, final_index])))
-        elif read is not None:
-            policy = model(tokens, documents, read)
-        if policy is None:
-            sampled = torch.tensor(
-                [value for g in groups for c in g.completions for value in c.logprobs], device=device
-            )
-            policy = sampled, -sampled
-        logprobs, entropy = policy
+            places = torch.cat([row.logit_index, row.final_index])
+            computed, values = model(row.tokens, row.documents, read, values_at(places))
+        else:
+            computed = None if read is None else model(row.tokens, row.documents, read)
+        logprobs, entropy = policy if computed is None else computed
         reference = logprobs
         if self.reference is not None or self.base_is_reference:
             frozen = model if self.reference is None else self.reference
             with adapters_off(model) if self.reference is None else nullcontext():
-                reference = frozen(tokens, documents, read_policy)[0]
-        columns = logprobs, entropy, reference, values[: len(logit_index)]
-        lengths = [sum(len(c.ids) for c in g.completions) for g in groups]
-        per_group = [column.float().cpu().split(lengths) for column in columns]
-        bootstrap = values[len(logit_index) :].float().cpu().split([len(g.completions) for g in groups])
-        return [RolloutLogprobs(*parts) for parts in zip(*per_group, bootstrap, strict=True)]
+                reference = frozen(row.tokens, row.documents, read_policy)[0]
+        return torch.cat([logprobs.float(), entropy.float(), reference.float(), values.float()])
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """Groups in one ragged row ``(1, T)``, in which C completions of N sampled ids share their prompts.
+
+    tokens, documents: of the row
+    logit_index: from which token of the row each sampled id is predicted (N,)
+    targets: the sampled ids (N,)
+    final_index: the token that ends each completion (C,)
+    sampled: the sampler's log-probabilities, nats (N,)
+    """
+
+    tokens: Tensor
+    documents: Branches | Documents
+    logit_index: Tensor
+    targets: Tensor
+    final_index: Tensor
+    sampled: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[PromptGroup]) -> ScoredRow:
+        """Lay groups end to end."""
+        fields = collate_shared_prefix(
+            [(len(g.prompt.ids), [_sequence(g.prompt.ids, c.ids) for c in g.completions]) for g in groups], [0]
+        )
+        return cls(
+            tokens=fields["tokens"],
+            documents=unshared(fields["documents"]),
+            logit_index=fields["logit_index"],
+            targets=fields["targets"],
+            final_index=fields["final_index"],
+            sampled=torch.tensor([value for g in groups for c in g.completions for value in c.logprobs]),
+        )
+
+
+def _counts(groups: Sequence[PromptGroup]) -> tuple[list[int], list[int]]:
+    """Sampled ids, and completions, of every group."""
+    return [sum(len(c.ids) for c in g.completions) for g in groups], [len(g.completions) for g in groups]
+
+
+def _split(values: Tensor, chunks: Sequence[Sequence[PromptGroup]]) -> Sequence[Tensor]:
+    """What each forward gave."""
+    counts = [_counts(chunk) for chunk in chunks]
+    return torch.split(values, [4 * sum(ids) + sum(completions) for ids, completions in counts])
+
+
+def _of_groups(groups: Sequence[PromptGroup], values: Tensor) -> list[RolloutLogprobs]:
+    """A forward's values by group."""
+    ids, completions = _counts(groups)
+    *columns, bootstrap = torch.split(values, [sum(ids)] * 4 + [sum(completions)])
+    per_group = [torch.split(column, ids) for column in columns]
+    return [RolloutLogprobs(*parts) for parts in zip(*per_group, torch.split(bootstrap, completions), strict=True)]
 
 
 def _sequence(prompt: Sequence[int], completion: Sequence[int]) -> Encoded:
