@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from trainer import functional
-from trainer.functional import cross_entropy, logits, logprobs
+from trainer.functional import cross_entropy, logits, logprobs, objective
 
 
 @pytest.fixture(params=[(1, 1), (500, 1500), (1 << 20, 1 << 26)], ids=["one token a block", "some", "all at once"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(functional, "BLOCK_BYTES", {"cpu": request.param[0]})
-    monkeypatch.setattr(functional, "GROUP_BYTES", request.param[1])
+    monkeypatch.setattr(functional.chunks, "BLOCK_BYTES", {"cpu": request.param[0]})
+    monkeypatch.setattr(functional.chunks, "GROUP_BYTES", {"cpu": request.param[1]})
 
 
 def inputs(dtype=torch.float32, tokens: int = 2 * 11, vocabulary: int = 37, width: int = 8):
@@ -50,6 +50,39 @@ def test_chunked_cross_entropy_is_the_plain_one(chunks, z_loss, smoothing):
     torch.testing.assert_close(nll, (rows * mask).detach(), rtol=1e-5, atol=1e-6)
     lse = logits(hidden, weight).logsumexp(-1)
     torch.testing.assert_close(z, (lse.square() * mask).sum().detach(), rtol=1e-5, atol=0)
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def in_place(request, chunks, monkeypatch):
+    """What runs on CUDA, on CPU."""
+    block = objective.GradientBlock()
+    if request.param == "compiled":
+        block.compile(backend="eager")
+    monkeypatch.setattr(objective, "IN_PLACE", {"cpu"})
+    monkeypatch.setattr(objective, "_gradient", block)
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.02, 0.3)])
+def test_a_gradient_in_the_place_of_the_logits_is_the_plain_one(in_place, z_loss, smoothing):
+    test_chunked_cross_entropy_is_the_plain_one(None, z_loss, smoothing)
+
+
+def test_a_nearly_certain_token_keeps_its_gradient_in_bfloat16(in_place):
+    # p = 1 / (1 + e**-8): 1 - p is 0.000335, which bfloat16 cannot tell from 0 beside 1.
+    hidden = torch.tensor([[[8.0, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    loss, _, _ = cross_entropy(hidden, weight, targets=torch.tensor([[0]]), mask=torch.ones(1, 1))
+    assert loss.item() == pytest.approx(0.00033541, rel=1e-3)
+    loss.backward()
+    assert hidden.grad[0, 0, 0].item() == pytest.approx(-0.00033535, rel=5e-3)
+
+
+def test_places_that_the_host_counted_change_nothing():
+    hidden, weight, targets, mask = inputs()
+    counted = mask.flatten().nonzero().squeeze(1)
+    given = cross_entropy(hidden, weight, targets=targets, mask=mask, places=counted)
+    searched = cross_entropy(hidden, weight, targets=targets, mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(given, searched, strict=True))
 
 
 def test_a_mask_without_a_token_gives_a_zero_that_is_connected_to_the_graph():

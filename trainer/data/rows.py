@@ -140,7 +140,9 @@ def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: i
             lengths.append(length - at)
     documents = Documents.from_lengths(lengths, len(rows))
     count = torch.tensor(real, dtype=torch.float64)
-    return PackedRows(torch.tensor(list(numbers)), tokens, documents, count, targets, mask)
+    # Here, because on a device nobody can count them without waiting for it.
+    places = mask.flatten().nonzero().squeeze(1)
+    return PackedRows(torch.tensor(list(numbers)), tokens, documents, count, targets, mask, places)
 
 
 def prepare_rows(

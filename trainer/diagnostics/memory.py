@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute
-from trainer.parallel.zero import BUCKET
+from trainer.parallel.zero import BUCKET, live_parameters
 from trainer.tracking.throughput import device_bytes, training_flops
 
 STATE = 12
@@ -164,13 +164,14 @@ def _block(a: Architecture, c: int) -> int:
 
 def loss(a: Architecture, layout: Layout) -> float:
     """Bytes of the vocabulary projection and its cross-entropy: blocks of logits, one group's gradient, both gradients."""
-    from trainer.functional import BLOCK_BYTES, GROUP_BYTES
+    from trainer.functional.chunks import BLOCK_BYTES, GROUP_BYTES
 
     tokens = layout.micro * layout.length
     if a.scores:
         return 0.0
-    block = min(BLOCK_BYTES["cuda" if layout.cuda else "cpu"], 4 * tokens * a.vocab_size)
-    group = min(max(GROUP_BYTES, block), layout.compute * tokens * a.vocab_size)
+    device = "cuda" if layout.cuda else "cpu"
+    block = min(BLOCK_BYTES[device], 4 * tokens * a.vocab_size)
+    group = min(max(GROUP_BYTES[device], block), layout.compute * tokens * a.vocab_size)
     table = a.vocab_size * a.hidden_size * (2 * (layout.compute == 2) + 4 * (layout.adapters == 0))
     return float(1.5 * block + group + table + 4 * tokens * a.hidden_size)
 
@@ -194,11 +195,11 @@ def memory(a: Architecture, layout: Layout) -> Memory:
         # Casts of frozen float32 weights live in the graph.
         temporary += 2.0 * (learnt if layout.stage < 3 else count if layout.adapters else block)
     if layout.stage:
-        # The bucket that gradients are exchanged in. The copy of its share that the optimizer steps with comes later, when
-        # the activations are gone.
-        temporary += 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
+        # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile. The copy of its share that the
+        # optimizer steps with comes later, when the activations are gone.
+        temporary += (1 + layout.cuda) * 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
     if layout.stage == 3:
-        live = max(2 * BUCKET, 2 * block + a.vocab_size * a.hidden_size)
+        live = max(live_parameters(layout.cuda), 2 * block + a.vocab_size * a.hidden_size)
         temporary += (2 if layout.low_precision_weights else 4) * min(count, live)
     others = 0.0
     for shape, trained in layout.auxiliary:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.batch import Branches, Documents
 from trainer.functional import At, working_dtype
+from trainer.functional.objective import compile_loss
 from trainer.models.architecture import Architecture
 from trainer.models.attention import attend, has_varlen
 from trainer.models.cpu_kernels import embed
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
         return head(self.model.norm(x), read)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile what a block does in training, recomputation included: one graph for all blocks of a kind.
+        """Compile what a block does in training, recomputation included: one graph for all blocks of a kind; and the loss.
 
         Evaluation and sampling call the same blocks uncompiled: each of their shapes would be a graph more, and after the
         limit of graphs nothing is compiled any longer.
@@ -194,6 +195,7 @@ class Transformer(nn.Module):
         # Several models share the code: a policy, its critic, layers with a window and without.
         torch._dynamo.config.recompile_limit = 64
         self._backend, self._compiled = backend, None
+        compile_loss(backend)
 
     def _in_training(self, x: Tensor) -> Callable[..., Tensor]:
         """What runs a block where gradients are wanted."""

@@ -39,6 +39,11 @@ BUCKET = 50_000_000
 """Elements that DeepSpeed exchanges together."""
 
 
+def live_parameters(cuda: bool) -> int:
+    """Elements that ZeRO-3 keeps gathered. On CUDA room to gather the next ones beside a large vocabulary's table."""
+    return 10 * BUCKET if cuda else 2 * BUCKET
+
+
 class Offload(StrEnum):
     """What lives in CPU memory."""
 
@@ -138,23 +143,28 @@ class Zero(Strategy):
 
     def _settings(self, precision: Precision) -> dict[str, Any]:
         """DeepSpeed's configuration."""
+        cuda = distributed.world().device.type == "cuda"
         zero: dict[str, Any] = {
             "stage": self.stage,
             "contiguous_gradients": True,
-            "overlap_comm": False,
+            # On a stream of its own, beside the backward.
+            "overlap_comm": cuda,
             # DeepSpeed's own defaults set 2 GB aside for gradients and keep a billion gathered parameters.
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             **(
-                {"stage3_max_live_parameters": 2 * BUCKET, "stage3_max_reuse_distance": 2 * BUCKET}
+                {
+                    "stage3_max_live_parameters": live_parameters(cuda),
+                    "stage3_max_reuse_distance": live_parameters(cuda),
+                }
                 if self.stage == 3
                 else {}
             ),
         }
         if self.offload is not Offload.none:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": distributed.world().device.type == "cuda"}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         if self.offload is Offload.parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": distributed.world().device.type == "cuda"}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -165,8 +175,9 @@ class Zero(Strategy):
             "steps_per_print": None,
             "zero_optimization": zero,
         }
-        if self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda"):
-            config["bf16"] = {"enabled": True}
+        if self.low_precision_weights(precision, cuda=cuda):
+            # Without looking for overflows: `_on_norm` decides, and DeepSpeed would wait for the device twice.
+            config["bf16"] = {"enabled": True, "check_grad_overflow": False}
             if self.stage > 1:
                 # At stage 1 this would select another optimizer of DeepSpeed's, without partitions that can be read: there
                 # micro-batches are added up in bfloat16.

@@ -36,6 +36,7 @@ class Pretrain(Pipeline):
             cross_entropy,
             targets=batch.targets,
             mask=batch.mask,
+            places=batch.places,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
         )
@@ -57,7 +58,7 @@ class Pretrain(Pipeline):
 
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
         """``loss`` in nats per token without regularisers, and ``bits_per_byte``: nll / (ln 2 * bytes)."""
-        read = partial(cross_entropy, targets=batch.targets, mask=batch.mask)
+        read = partial(cross_entropy, targets=batch.targets, mask=batch.mask, places=batch.places)
         loss, _, _ = models.trained(batch.tokens, batch.documents, read)
         sizes = models.tokenizer.token_bytes().to(batch.targets.device)[batch.targets]
         metrics = Metrics()

@@ -44,7 +44,7 @@ class SFT(Pretrain):
         """``loss`` in nats per learnt token, and ``token_accuracy``: the part of them that is the likeliest one."""
 
         def read(hidden: Tensor, weight: Tensor) -> Any:
-            loss, _, _ = cross_entropy(hidden, weight, targets=batch.targets, mask=batch.mask)
+            loss, _, _ = cross_entropy(hidden, weight, targets=batch.targets, mask=batch.mask, places=batch.places)
             return loss, correct(hidden, weight, targets=batch.targets, mask=batch.mask)
 
         loss, hits = models.trained(batch.tokens, batch.documents, read)
