@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer.functional import working_dtype
 from trainer.models.cpu_kernels import has_fast_norm, rms_norm
@@ -20,6 +21,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if has_fast_norm(x, self.weight):
             out = rms_norm(x, self.weight, self.eps)
+        elif x.device.type == "cuda" and not torch.compiler.is_compiling():
+            # One kernel, which wants one format: autocast would widen both.
+            with torch.autocast("cuda", enabled=False):
+                out = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         else:
             wide = x.float()
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
