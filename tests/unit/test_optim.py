@@ -1,12 +1,15 @@
 """Groups, optimizers and schedules do what their names say, number by number."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from trainer.optim import AdamW, Constant, Cosine, Linear, Muon, WarmupStableDecay, create_state, gradient_norm
+from trainer.optim.muon import BatchedMuon, Replicas, _newton_schulz
 
 
 class Tiny(nn.Module):
@@ -62,6 +65,70 @@ def test_created_state_changes_nothing_about_the_first_step(kind):
         return [p.detach().clone() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(stepped(True), stepped(False), strict=True))
+
+
+SHAPES = [(6, 4), (6, 4), (4, 6), (5, 5), (6, 4)]
+
+
+def matrices(optimizer, *, steps: int = 3, **attributes) -> list[torch.Tensor]:
+    """Matrices, and their momentum, after steps along drawn gradients."""
+    draw = torch.Generator().manual_seed(1)
+    parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+    made = optimizer(parameters, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        made.step()
+    return [p.detach() for p in parameters] + [made.state[p]["momentum_buffer"] for p in parameters]
+
+
+def test_batched_muon_is_pytorchs_bit_for_bit():
+    for mine, theirs in zip(matrices(BatchedMuon), matrices(torch.optim.Muon), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_batched_muon_divides_by_the_scale_and_skips_by_a_tensor():
+    halved = matrices(BatchedMuon, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))
+    # Orthogonalisation ignores the size of a gradient; momentum is halved exactly.
+    for mine, theirs in zip(halved[5:], matrices(torch.optim.Muon)[5:], strict=True):
+        assert torch.equal(2 * mine, theirs)
+    skipped = matrices(BatchedMuon, grad_scale=torch.tensor(math.nan), found_inf=torch.tensor(1.0))
+    draw = torch.Generator().manual_seed(1)
+    for mine, shape in zip(skipped, SHAPES, strict=False):
+        assert torch.equal(mine, torch.randn(shape, generator=draw))
+    assert not any(buffer.any() for buffer in skipped[5:])
+
+
+def test_many_matrices_at_once_are_orthogonalised_as_one_by_one():
+    stack = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    coefficients = (3.4445, -4.775, 2.0315)
+    at_once = _newton_schulz(stack, coefficients, 5, 1e-7)
+    for matrix, mine in zip(stack, at_once, strict=True):
+        # bfloat16 holds 8 bits, and five steps of it round several times.
+        torch.testing.assert_close(mine, _newton_schulz(matrix, coefficients, 5, 1e-7), rtol=0, atol=0.05)
+        torch.testing.assert_close(torch.linalg.svdvals(mine.float()), torch.ones(5), rtol=0, atol=0.35)
+
+
+def test_replicas_that_divide_muons_work_come_to_the_same_matrices():
+    meeting, given = threading.Barrier(2, timeout=30), {}
+
+    def run(rank: int) -> list[torch.Tensor]:
+        def stack(mine: torch.Tensor) -> torch.Tensor:
+            given[rank] = mine
+            meeting.wait()
+            both = torch.stack([given[0], given[1]])
+            meeting.wait()
+            return both
+
+        return matrices(BatchedMuon, replicas=Replicas(rank, 2, stack))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    for a, b, alone in zip(first, second, matrices(BatchedMuon), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, alone)
 
 
 def test_gradient_norm_is_that_of_all_gradients_together():

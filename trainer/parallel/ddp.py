@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.optim import Optimizer, create_state, gradient_norm, moments
+from trainer.optim import Optimizer, applies_on_device, create_state, gradient_norm, moments
+from trainer.optim.muon import Replicas
+from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, LossOf, Outcome, Report, digest_of, owned_spans
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
@@ -45,6 +47,8 @@ class ReplicatedEngine(Engine):
                 module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
             )
         self.optimizers = optimizer.build(module)
+        data = distributed.world().data
+        optimizer.share_work(self.optimizers, Replicas(data.rank, data.size, distributed.stack_over_data))
         self._warm = self.ranks < 3 or self.model is module
 
     def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
@@ -74,7 +78,7 @@ class ReplicatedEngine(Engine):
     def step(self, limit: Tensor | None = None) -> Outcome:
         parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         norm, applied, divisor = self.decide(gradient_norm(parameters), limit)
-        if all(isinstance(o, torch.optim.AdamW) for o in self.optimizers):
+        if all(applies_on_device(o) for o in self.optimizers):
             self._step_fused(divisor, applied)
         elif bool(applied):
             torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
@@ -86,7 +90,7 @@ class ReplicatedEngine(Engine):
         return Outcome(norm, applied)
 
     def _step_fused(self, divisor: Tensor, applied: Tensor) -> None:
-        """Divide, skip and update in one kernel, without asking the device whether the gradient was finite."""
+        """Divide, skip and update in the optimizers' own passes, without asking the device about the gradient."""
         for optimizer in self.optimizers:
             fused: Any = optimizer
             fused.grad_scale, fused.found_inf = divisor, (~applied).float()

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Node, schema, setting
+from trainer.optim.muon import BatchedMuon, Replicas
 
 Groups = list[dict[str, Any]]
-
-
 ShapeOf = Callable[[nn.Parameter], Sequence[int]]
 
 
@@ -39,6 +38,9 @@ class Optimizer(Node):
             shape_of: Gives a parameter's logical shape, where a strategy shards the parameter itself away.
         """
         raise NotImplementedError(f"{type(self).__name__} builds no optimizer")
+
+    def share_work(self, optimizers: Sequence[torch.optim.Optimizer], replicas: Replicas) -> None:
+        """Tell what `build` made that ``replicas`` hold the same parameters; some divide a step's work among them."""
 
     def groups(
         self,
@@ -102,7 +104,7 @@ class Muon(AdamW):
         for group in others if self.adamw_lr is not None else ():
             if group["base_lr"] == self.lr:
                 group["lr"] = group["base_lr"] = self.adamw_lr
-        muon = torch.optim.Muon(
+        muon = BatchedMuon(
             [{"params": p, "lr": lr, "base_lr": lr} for lr, p in matrices.items()],
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -111,6 +113,16 @@ class Muon(AdamW):
         )
         adamw = torch.optim.AdamW(others, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
         return [muon, adamw]
+
+    def share_work(self, optimizers: Sequence[torch.optim.Optimizer], replicas: Replicas) -> None:
+        for optimizer in optimizers:
+            if isinstance(optimizer, BatchedMuon):
+                optimizer.replicas = replicas
+
+
+def applies_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it unscales and skips by tensors (``grad_scale``, ``found_inf``), so that nobody waits for the device."""
+    return isinstance(optimizer, torch.optim.AdamW | BatchedMuon)
 
 
 def rate_of(name: str, rates: Mapping[str, float], usual: float) -> float:

@@ -1,0 +1,119 @@
+"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised, many of one shape at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STACK_BYTES = 256 * 2**20
+"""Bytes of matrices that one rank orthogonalises at once: enough for a device, little beside a model."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Ranks that hold the same parameters and gradients.
+
+    Args:
+        rank: This one's number.
+        size: How many there are.
+        stack: Gives a tensor ``(...)`` of every rank as ``(W, ...)``; collective.
+    """
+
+    rank: int = 0
+    size: int = 1
+    stack: Callable[[Tensor], Tensor] = lambda mine: mine[None]
+
+
+class BatchedMuon(torch.optim.Muon):
+    """PyTorch's Muon for many matrices of one shape at a time, each orthogonalised by one of the ``replicas``.
+
+    Like PyTorch's fused AdamW it divides gradients by ``grad_scale`` and does nothing where ``found_inf`` is 1, without
+    asking the device.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    replicas: Replicas = Replicas()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                most = self.replicas.size * max(1, STACK_BYTES // parameters[0].nbytes)
+                for first in range(0, len(parameters), most):
+                    self._update(group, parameters[first : first + most])
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        momentum, lr, decay = group["momentum"], group["lr"], 1 - group["lr"] * group["weight_decay"]
+        gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+        if self.grad_scale is not None:
+            gradients.div_(self.grad_scale)
+        skipped = None if self.found_inf is None else self.found_inf > 0
+        if skipped is not None:
+            # Momentum that meets itself stays what it is, whatever the gradient was.
+            gradients = torch.where(skipped, torch.stack(buffers), gradients)
+        torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)
+        updates = self._orthogonal(gradients.lerp_(torch.stack(buffers), momentum), group)
+        if skipped is not None:
+            updates = updates.masked_fill(skipped, 0)
+            decay = torch.where(skipped, 1.0, torch.full_like(skipped, decay, dtype=torch.float32))
+        rows, columns = parameters[0].shape
+        # Of the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982, eq. 4).
+        rate = lr * 0.2 * math.sqrt(max(rows, columns))
+        torch._foreach_mul_(parameters, decay)
+        torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-rate)
+
+    def _orthogonal(self, updates: Tensor, group: dict[str, Any]) -> Tensor:
+        """`orthogonal` of ``(n, rows, columns)``, of which every replica computes as many."""
+        count, ranks = len(updates), self.replicas.size
+        mine = -(-count // ranks)
+        if mine * ranks > count:
+            updates = torch.cat([updates, updates.new_zeros(mine * ranks - count, *updates.shape[1:])])
+        own = updates[self.replicas.rank * mine :][:mine]
+        done = orthogonal(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        if ranks == 1:
+            return done
+        # As bytes: what carries tensors between CPUs does not know bfloat16.
+        shared = self.replicas.stack(done.contiguous().view(torch.uint8))
+        return shared.view(torch.bfloat16).flatten(0, 1)[:count]
+
+
+def orthogonal(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Matrices ``(n, rows, columns)`` with singular values near 1, in bfloat16, by ``steps`` of Newton and Schulz.
+
+    On CPU one after another: a product of many small ones is no faster there.
+    """
+    if matrices.device.type == "cpu":
+        return torch.stack([_newton_schulz(matrix, coefficients, steps, eps) for matrix in matrices])
+    return _newton_schulz(matrices, coefficients, steps, eps)
+
+
+def _newton_schulz(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Of ``(..., rows, columns)``."""
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.to(torch.bfloat16)
+    x = x.mT if tall else x
+    # Then the largest singular value is at most 1.
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    add: Callable[..., Tensor] = torch.baddbmm if x.dim() == 3 else torch.addmm
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
