@@ -27,7 +27,7 @@ from trainer.checkpoint.folder import (
     verify,
     write_manifest,
 )
-from trainer.checkpoint.saving import Save, Written, owned
+from trainer.checkpoint.saving import Copies, Save, Written, owned
 from trainer.config import Node, schema, setting
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, owned_spans
@@ -101,9 +101,10 @@ class Checkpointer:
         fragments = [*self.engine.fragments(owned=True), *self._tensors_of_parts()]
         save = Save(step, unfinished, distributed.world().name, {f.name: list(f.shape) for f in fragments})
         if self.config.asynchronous:
-            copies = [(f.name, f.state, f.start, owned(f.tensor)) for f in fragments]
+            copies, places = Copies([f.tensor for f in fragments]), [(f.name, f.state, f.start) for f in fragments]
+            self.engine.before_next_update(copies.wait)
             save.manifest = self._facts_of(step)
-            save.start(lambda: iter(copies))
+            save.start(lambda: ((*place, t) for place, t in zip(places, copies.tensors(), strict=True)))
             self._writing = save
         else:
             save.manifest = self._facts_of(step)

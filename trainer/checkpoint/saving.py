@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer.batch import ALIGNMENT
 from trainer.checkpoint.folder import Stored, write_fragments
 
 FILE_BYTES = 2**30
@@ -100,6 +102,48 @@ class Save:
     def _write_file(self, tensors: dict[str, Tensor]) -> None:
         name = self._file
         self._written.files[name] = write_fragments(self.partial / name, tensors)
+
+
+class Copies:
+    """Copies in CPU memory that nobody else writes to, made while the device goes on.
+
+    From CUDA into pinned memory and on a stream of their own. What writes to the tensors has to wait for them: see `wait`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if not any(tensor.is_cuda for tensor in tensors):
+            self._tensors = [owned(tensor) for tensor in tensors]
+            return
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._tensors = list(_pinned(tensors))
+            for copy, tensor in zip(self._tensors, tensors, strict=True):
+                copy.copy_(tensor.detach(), non_blocking=True)
+        self._copied = stream.record_event()
+
+    def wait(self, *_: Any) -> None:
+        """Let what the device is asked from now on run after the copies; the host goes on."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def tensors(self) -> list[Tensor]:
+        """The copies, once they are complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensors
+
+
+def _pinned(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Memory for every tensor, in few allocations: each is rounded up to a power of two, as `FILE_BYTES` is one."""
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    memory, used, left = torch.empty(0, dtype=torch.uint8), 0, sum(sizes)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if used + size > len(memory):
+            memory, used = torch.empty(max(size, min(left, FILE_BYTES)), dtype=torch.uint8, pin_memory=True), 0
+        yield memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        used, left = used + size, left - size
 
 
 def owned(tensor: Tensor) -> Tensor:

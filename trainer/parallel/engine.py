@@ -85,6 +85,7 @@ class Engine(ABC):
         self.precision, self.clip = precision, optimizer.clip
         self.scale = precision.loss_scale(self.device)
         self._has_weight = torch.ones((), dtype=torch.bool, device=self.device)
+        self._watched, self._pending = False, list[Callable[[], Any]]()
 
     def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:
         """Add up the gradient of ``sum(loss) / weight`` over micro-batches and ranks; gives every micro-batch's report.
@@ -147,6 +148,19 @@ class Engine(ABC):
                 yield
         finally:
             self.model.train(training)
+
+    def before_next_update(self, action: Callable[[], Any]) -> None:
+        """Run ``action`` once, before an optimizer next writes to what `fragments` gives."""
+        if not self._watched:
+            for optimizer in self.optimizers:
+                optimizer.register_step_pre_hook(self._run_pending)
+        self._watched = True
+        self._pending.append(action)
+
+    def _run_pending(self, *_: Any) -> None:
+        pending, self._pending = self._pending, []
+        for action in pending:
+            action()
 
     def set_lr(self, factor: float) -> None:
         """Set every parameter group's learning rate to ``factor`` times its own base rate."""
