@@ -34,11 +34,14 @@ def _run_and_resume(bench: Bench, name: str, overrides: list[str]) -> None:
     folder = bench.folder / name
     shared = [*QUIET_RUN, f"run_dir={folder}", f"data.cache={bench.folder / 'cache'}", "precision=bf16", *overrides]
     began = time.perf_counter()
-    for steps in (3, 4):
+    # A rehearsal resumes one that has rows and one that has rollouts.
+    last = 4 if not bench.reduced or name in ("pretrain", "ppo") else 3
+    for steps in range(3, last + 1):
         run(compose([*shared, f"steps={steps}"]))
     rows = [row for row in _metrics(folder) if "loss" in row]
     bench.note(f"{name}_seconds", time.perf_counter() - began)
-    bench.require([row["step"] for row in rows] == [1, 2, 3, 4], f"{name}: steps {[row['step'] for row in rows]}")
+    logged = [row["step"] for row in rows]
+    bench.require(logged == [*range(1, last + 1)], f"{name}: the steps logged are {logged}")
     bench.require(all(math.isfinite(row["loss"]) for row in rows), f"{name}: a loss is not a number")
     bench.require(any(row["grad_norm"] > 0 for row in rows), f"{name}: nothing is learnt")
 

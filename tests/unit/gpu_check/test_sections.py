@@ -17,7 +17,7 @@ from trainer.gpu_check.bench import Bench
 @pytest.mark.slow
 def test_every_section_runs_reduced_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "trainer", "check-gpu", "--folder", "check", "--out", "lines.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [line["section"] for line in lines] == list(sections.SECTIONS)
