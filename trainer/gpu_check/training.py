@@ -174,8 +174,10 @@ def launcher(bench: Bench) -> None:
     overrides = [*QUIET_RUN, *SMALL, *TINYWORLD, f"data.cache={bench.folder / 'cache'}", "run_dir=run", "steps=3"]
     command = [*torchrun, *overrides, "strategy=zero2", "precision=bf16", "profile.steps=2-3"]
     done = subprocess.run(command, cwd=bench.folder, capture_output=True, text=True, timeout=180)
-    last = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-    bench.require(done.returncode == 0, f"torchrun: exit code {done.returncode}, {last[:300]}")
+    print(done.stdout, done.stderr)  # to the section's log
+    errors = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if "Error" in line]
+    reason = errors[0].strip()[:300] if errors else "its log says more"
+    bench.require(done.returncode == 0, f"torchrun: exit code {done.returncode}; {reason}")
     if done.returncode == 0:
         bench.note("steps", sum("loss" in row for row in _metrics(bench.folder / "run")))
         traces = len(list((bench.folder / "run" / "profile").glob("*.trace.json.gz")))
