@@ -1,13 +1,24 @@
-"""Files that are on the disk itself once they are said to be written."""
+"""Files that are on the disk itself once they are said to be written, and files that are read as they were written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
+
+LARGE = 64_000_000
+"""Bytes from which on a file's digest is remembered."""
+SETTLED = 2.0
+"""Seconds after which a file that changes again has another time of change on every file system."""
 
 
 def sync(path: Path) -> None:
@@ -17,6 +28,80 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file, or replace it: whenever the machine dies, it holds all of the old text or all of the new one."""
+    write_bytes(file, text.encode("utf-8", "surrogatepass"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """As `write_text`."""
+    # A new name: nothing that lies there, such as a link to elsewhere, is written to.
+    partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with partial.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+        sync(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a file of JSON objects with its object; None where it is damaged or was cut off.
+
+    Only a line feed ends a line: a text may hold U+2028, at which ``str.splitlines`` would cut it.
+    """
+    with file.open("rb") as stream:
+        for line in stream:
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                value = None
+            yield line, value if isinstance(value, dict) else None
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without what is damaged; nothing where there is no file."""
+    return [value for _, value in read_lines(file) if value is not None] if file.is_file() else []
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of JSON; empty where there is no file, or no object that can be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of all of a file; that of a large one is computed once for its (path, size, times, inode) and remembered.
+
+    It is remembered under ``$ONECURVE_CACHE/digests`` (``~/.cache/onecurve``), so that the ranks of a machine read it once.
+    """
+    facts = file.stat()
+    if facts.st_size < LARGE or time.time() - facts.st_mtime < SETTLED:
+        return _digest(file)
+    identity = [file.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    folder = Path(os.environ.get("ONECURVE_CACHE", Path.home() / ".cache" / "onecurve")) / "digests"
+    entry = folder / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            if not entry.is_file():
+                write_text(entry, _digest(file))
+            return entry.read_text()
+    except OSError:  # a home that cannot be written to
+        return _digest(file)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import uuid
@@ -23,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.disk import save_tensors, sync
+from trainer.disk import save_tensors, sync, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -110,15 +111,11 @@ def commit(partial: Path, folder: Path) -> None:
     A damaged checkpoint of the same name is kept beside it as ``<name>.damaged-<id>``.
     """
     sync(partial)
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}"))
     partial.rename(folder)
     sync(folder.parent)
-    pointer = folder.with_name("latest.partial")
-    pointer.write_text(f"{folder.name}\n")
-    sync(pointer)
-    pointer.replace(folder.with_name("latest"))
-    sync(folder.parent)
+    write_text(folder.with_name("latest"), f"{folder.name}\n")
 
 
 def remove(folder: Path) -> None:
@@ -138,22 +135,34 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of a format that this release does not know.
+        CheckpointError: if it cannot be read, is damaged, or is of a format that this release does not know.
     """
     file = folder / MANIFEST
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_bytes())
         body, digest = document["body"], document["sha256"]
+        text = json.dumps(body, sort_keys=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
-    if hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() != digest:
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != digest:
         raise CheckpointError(f"{file} is damaged: its digest does not match")
-    if body.pop("format") != FORMAT:
-        raise CheckpointError(f"{file} was written by another release of onecurve")
-    fragments = [Stored(*row) for row in body.pop("fragments")]
-    return Manifest(**body, fragments=fragments)
+    try:
+        if body.pop("format") != FORMAT:
+            raise CheckpointError(f"{file} was written by another release of onecurve")
+        fragments = [Stored(*row) for row in body.pop("fragments")]
+        manifest = Manifest(**body, fragments=fragments)
+        wanted = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest.files.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} was written by another release of onecurve ({error})") from None
+    # What is not named there has no digest, and what lies elsewhere is not part of the checkpoint.
+    named = {*wanted, *(fragment.file for fragment in manifest.fragments)}
+    if foreign := sorted(name for name in named if name not in wanted or Path(name).name != name or name in ("", "..")):
+        raise CheckpointError(f"{file} names {', '.join(map(repr, foreign))}, which is no file of this checkpoint")
+    return manifest
 
 
 def verify(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list) -> list[str]:
@@ -165,16 +174,22 @@ def verify(folder: Path, share: Callable[[Sequence[str]], Sequence[str]] = list)
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
-    for name in share(sorted(manifest.files)):
-        file, wanted = folder / name, manifest.files[name]
+    return [p for name in share(sorted(manifest.files)) for p in _problems(folder / name, manifest.files[name])]
+
+
+def _problems(file: Path, wanted: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        size = file.stat().st_size
         if not file.is_file():
-            problems.append(f"{file} is missing")
-        elif (size := file.stat().st_size) != wanted["bytes"]:
-            problems.append(f"{file} has {size} bytes instead of {wanted['bytes']}")
+            yield f"{file} is not a file"
+        elif size != wanted["bytes"]:
+            yield f"{file} has {size} bytes instead of {wanted['bytes']}"
         elif _digest(file) != wanted["sha256"]:
-            problems.append(f"{file} is damaged: its digest does not match")
-    return problems
+            yield f"{file} is damaged: its digest does not match"
+    except FileNotFoundError:
+        yield f"{file} is missing"
+    except OSError as error:
+        yield f"{file} cannot be read ({error.strerror})"
 
 
 class FragmentFiles:

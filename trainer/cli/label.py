@@ -24,6 +24,7 @@ from trainer.data.messages import Chat
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
+from trainer.disk import read_lines, write_bytes
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
 from trainer.rl.judge import Endpoint, JudgeError, compare
@@ -125,8 +126,15 @@ def read(file: Path) -> Iterator[Prompt]:
 
 def finished(out: Path) -> int:
     """How many prompts lie behind the last pair that was written."""
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return rows[-1]["number"] + 1 if rows else 0
+    lines = list(read_lines(out)) if out.exists() else []
+    if damaged := [line for line, row in lines if row is None]:
+        aside = out.with_name(f"{out.name}.damaged")
+        print(f"{out}: {len(damaged)} damaged line(s) were moved to {aside}", file=sys.stderr)
+        with aside.open("ab") as file:
+            file.writelines(damaged)
+        write_bytes(out, b"".join(line for line, row in lines if row is not None))
+    rows = [row for _, row in lines if row is not None]
+    return int(rows[-1]["number"]) + 1 if rows else 0
 
 
 def answer(text: str) -> Prompt:

@@ -18,11 +18,11 @@ import torch
 from rich.markup import escape
 
 from trainer import report
+from trainer.disk import read_json
 from trainer.jobs.lifecycle import DONE, Lifecycle
 from trainer.jobs.process import places, run_ranks
 from trainer.jobs.recipe import ROOT, Stage
 from trainer.report.lifecycle import RECORD
-from trainer.report.recording import read_json
 from trainer.tracking.tracker import PROGRESS
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.disk import read_json
 from trainer.report.catalogue import SECTIONS
 from trainer.report.charts import by_section, figures
 from trainer.report.histograms import histograms
 from trainer.report.html import Html, details, duration, markup, number, tag
 from trainer.report.page import opening, page, plots, statements
-from trainer.report.recording import Recording, read, read_json
+from trainer.report.recording import Recording, read
 from trainer.report.tables import ancestry, plain, side_by_side, table
 from trainer.report.verdict import Line, State, headline, verdict
 

@@ -12,6 +12,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from trainer.disk import read_json
+
 Floats = NDArray[np.float64]
 
 
@@ -222,11 +224,6 @@ def _ancestors(folder: Path, config: Mapping[str, Any]) -> Iterator[Ancestor]:
         config = _object(here.parent / "config.yaml", yaml.safe_load).get("config") or {}
         yield Ancestor(here, read_json(here / "onecurve.json"), config)
         folder = here.parent
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
-    return _object(file, json.loads)
 
 
 def _object(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

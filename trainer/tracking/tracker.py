@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from trainer.config import Node, schema, setting
+from trainer.disk import read_lines, write_bytes, write_text
 from trainer.report.live import LiveReport
 from trainer.tracking.console import Console
 from trainer.tracking.wandb import BINS, WandB, WandBSink, wandb_mode
+
+log = logging.getLogger(__name__)
 
 RESULTS = ("export", "adapter", "report.html")
 """What a finished run leaves for its user, in its folder."""
@@ -48,8 +52,8 @@ class JsonLines:
 
     An object a line; metrics are on the disk before a checkpoint that counts on them.
 
-    A run that continues from step n drops what an earlier attempt wrote about later steps; the lines are kept in
-    ``<name>.replaced.jsonl``.
+    A run that continues from step n drops what an earlier attempt wrote about later steps, and one that begins again all of
+    it; the lines, and those that are damaged, are kept in ``<name>.replaced.jsonl``.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
@@ -71,7 +75,7 @@ class JsonLines:
             file.write(json.dumps(line) + "\n")
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (self._folder / f"{name}.jsonl").open("a") as file:
+        with (self._folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="surrogatepass") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def sync(self) -> None:
@@ -88,7 +92,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -115,7 +119,7 @@ class Tracker:
         rank: of this process.
         done: steps that the run has already taken.
         last: its last step.
-        facts: the record of the run, for W&B.
+        facts: the record of the run with its settings (``config``), for W&B.
 
     Attributes:
         next_command: what to do with what the run exports; shown at its end.
@@ -142,7 +146,7 @@ class Tracker:
             return
         self._lines = JsonLines(folder, done)
         self._sinks = [self._lines]
-        (folder / PROGRESS).write_text(json.dumps({"done": done, "last": last}) + "\n")
+        write_text(folder / PROGRESS, json.dumps({"done": done, "last": last}) + "\n")
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(folder, done))
         mode = wandb_mode(config.wandb.mode)
@@ -214,17 +218,19 @@ class Tracker:
 
 
 def _rewind(file: Path, aside: Path, done: int) -> None:
-    """Keep the lines of steps up to ``done``; move later ones, and one that was cut off, to ``aside``."""
+    """Keep the lines of steps up to ``done``, none where that is 0; move the others, and damaged ones, to ``aside``."""
     if not file.exists():
         return
-    lines = file.read_text().splitlines(keepends=True)
-    keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-    if len(keep) == len(lines):
+    keep, dropped, damaged = list[bytes](), list[bytes](), 0
+    for line, row in read_lines(file):
+        step = row.get("step") if row is not None else None
+        damaged += not isinstance(step, int)
+        (keep if isinstance(step, int) and step <= done and done else dropped).append(line)
+    if not dropped:
         return
-    dropped = [line for line in lines if not line.endswith("\n") or json.loads(line)["step"] > done]
-    with aside.open("a") as out:
-        out.writelines(line if line.endswith("\n") else f"{line}\n" for line in dropped)
+    if damaged:
+        log.warning("%s: %d damaged line(s) were moved to %s", file, damaged, aside.name)
+    with aside.open("ab") as out:
+        out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in dropped)
         os.fsync(out.fileno())
-    rewritten = file.with_name(f"{file.name}.partial")
-    rewritten.write_text("".join(keep))
-    rewritten.replace(file)
+    write_bytes(file, b"".join(keep))

@@ -60,6 +60,9 @@ class WandBSink:
         import wandb
 
         self._wandb, self._folder, self.timeout = wandb, folder, config.timeout
+        # Where W&B's tables look for settings, there are the run's own: "defaults" are those of changed ones.
+        how = {key: value for key, value in facts.items() if key not in ("config", "defaults", "ancestors")}
+        self._settings = {**facts.get("config", {}), "run": how}
         self.mode = mode
         if mode == "online" and not is_reachable(wandb.Settings().base_url, config.timeout):
             log.warning("W&B does not answer; %s", LATER)
@@ -91,7 +94,7 @@ class WandBSink:
             dir=str(folder),
             mode=cast(Any, self.mode),
             resume="allow",
-            config=dict(facts),
+            config=self._settings,
             settings=settings,
         )
 

@@ -4,19 +4,26 @@ import json
 import socket
 
 import pytest
-import yaml
 
+from trainer.disk import read_objects
 from trainer.tracking.tracker import Tracker, Tracking
 from trainer.tracking.wandb import Mode, WandB, wandb_mode
 
-FACTS = {"identity": "abc123", "git": None, "device": "a CPU"}
+FACTS = {
+    "identity": "abc123",
+    "git": None,
+    "device": "a CPU",
+    "defaults": {"batch.size": 32},
+    "config": {"batch": {"size": 8}},
+}
 STEP = {"loss": 2.0, "lr": 0.1, "tokens": 64.0, "tokens_per_second": 10.0, "mfu": 0.1, "skipped": 0.0}
 
 
 def tracker(folder, *, done: int = 0, main: bool = True, every: int = 1, **config) -> Tracker:
     config.setdefault("tensorboard", False)
     config.setdefault("wandb", WandB(mode=Mode.disabled))
-    return Tracker(Tracking(every=every, **config), folder, main=main, done=done, last=9, facts=FACTS)
+    tracking = Tracking(every=every, **config)
+    return Tracker(tracking, folder, main=main, done=done, last=9, facts=FACTS)
 
 
 def lines(file) -> list[dict]:
@@ -63,6 +70,50 @@ def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint_and_keeps_
     assert [line["completion"] for line in lines(tmp_path / "samples.jsonl")] == ["1", "2"]
 
 
+UNUSUAL = "line\u2028paragraph\u2029next\u0085tab\x1c, half an emoji: \ud83d"
+"""What splitlines() takes for ends of lines, and what is no UTF-8."""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b'{"step": 2, "completion": "\xe2\x80',
+        b"\0" * 40 + b"\n",
+        b"[1]\n",
+        b'{"no": "step"}\n',
+        b"[" * 9999 + b"\n",
+    ],
+)
+def test_any_text_comes_back_and_no_damage_keeps_a_run_from_going_on(damage, tmp_path, caplog):
+    with tracker(tmp_path) as t:
+        t.table(1, "samples", [{"prompt": UNUSUAL, "completion": "1"}])
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write(damage)
+    for done in (2, 3):  # again, when what was damaged is gone
+        with tracker(tmp_path, done=done) as t:
+            t.table(done, "samples", [{"prompt": UNUSUAL, "completion": str(done)}])
+    rows = read_objects(tmp_path / "samples.jsonl")
+    assert [(row["step"], row["prompt"], row["completion"]) for row in rows] == [
+        (1, UNUSUAL, "1"), (2, UNUSUAL, "2"), (3, UNUSUAL, "3"),
+    ]  # fmt: skip
+    said = "samples.jsonl: 1 damaged line(s) were moved to samples.replaced.jsonl"
+    assert caplog.text.count(said) == bool(damage)
+    if damage:
+        assert (tmp_path / "samples.replaced.jsonl").read_bytes().rstrip(b"\n") == damage.rstrip(b"\n")
+
+
+def test_a_run_that_begins_again_has_no_line_of_step_0_twice(tmp_path):
+    for _ in range(2):  # killed before its first checkpoint
+        with tracker(tmp_path) as t:
+            t.log(0, {"eval/loss": 3.0})
+            t.table(0, "errors", [{"prompt": "a", "completion": "b"}])
+            t.step(1, STEP)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert [line["step"] for line in lines(tmp_path / "errors.jsonl")] == [0]
+    assert [line["step"] for line in lines(tmp_path / "metrics.replaced.jsonl")] == [0, 1]
+
+
 def test_tensorboard_has_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,6 +129,12 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for done in (0, 1):
         with tracker(tmp_path, done=done, wandb=WandB(mode=Mode.offline)) as t:
+            config = t._sinks[1]._run.config
+            assert (config["batch"]["size"], config["run"]["device"], "defaults" in config["run"]) == (
+                8,
+                "a CPU",
+                False,
+            )
             t.step(done + 1, STEP)
             t.table(done + 1, "samples", [{"prompt": "a", "completion": "b"}])
     kept = sorted(p.name for p in (tmp_path / "wandb").glob("offline-run-*"))
@@ -119,30 +176,6 @@ def test_wandb_is_online_only_with_a_key(mode, environment, expected, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(mode) == expected
-
-
-def test_the_record_of_a_run_is_plain_yaml(tmp_path):
-    from trainer.checkpoint.run_folder import begin
-
-    with begin(tmp_path / "r", {"seed": 1}, {"data": "d"}, 1) as facts:
-        assert len(facts["identity"]) == 12
-    with begin(tmp_path / "r", {"seed": 1, "steps": 3}, {"data": "d"}, 1) as again:
-        assert again["identity"] == facts["identity"]
-    record = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
-    assert record["config"] == {"seed": 1, "steps": 3}
-    assert len(record["facts"]["attempts"]) == 1
-
-
-def test_a_folder_that_another_process_holds_is_refused(tmp_path):
-    from trainer.checkpoint.run_folder import begin
-    from trainer.parallel.distributed import RankError
-
-    with (
-        begin(tmp_path / "r", {}, {}, 1),
-        pytest.raises(RankError, match="is in use by another process"),
-        begin(tmp_path / "r", {}, {}, 1),
-    ):
-        pass
 
 
 def test_a_run_says_its_last_step_as_data(tmp_path):
