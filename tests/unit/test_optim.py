@@ -152,3 +152,20 @@ def test_gradient_norm_is_that_of_all_gradients_together():
 def test_schedules_pass_through_hand_computed_points(schedule, expected):
     for step, factor in expected.items():
         assert math.isclose(schedule(step, 10), factor, abs_tol=1e-12), step
+
+
+@pytest.mark.parametrize(
+    "schedule", [Constant(), Linear(), Cosine(), WarmupStableDecay(), Linear(warmup=1), Cosine(warmup=9)]
+)
+def test_a_run_of_one_step_takes_it_at_the_base_rate(schedule):
+    assert schedule(1, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "taken"),
+    [(0.03, 1000, 30), (0.03, 100, 3), (0.03, 4, 1), (0.5, 7, 4), (5, 4, 1), (500, 400, 12), (1, 4, 1), (4, 4, 4)],
+)
+def test_a_warm_up_below_1_or_that_does_not_fit_is_a_part_of_the_run(warmup, steps, taken):
+    assert Cosine(warmup=warmup).warmup_steps(steps) == taken
+    assert Constant(warmup=warmup)(1, steps) == 1 / taken
+    assert bool(list(Cosine(warmup=warmup).remarks(steps))) == (warmup > steps)

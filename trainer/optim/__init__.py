@@ -166,17 +166,44 @@ def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
 
 
+WARMUP = 0.03
+"""The part of a run that warms up where the steps that are set do not fit into it."""
+
+
 @dataclass
 class Schedule(Node):
     """The learning rate over the steps, as a factor of each group's base rate. ``warmup`` steps rise linearly from 0."""
 
-    warmup: int = setting(0, "steps of linear warm-up", least=0)
+    warmup: float = setting(
+        0, "steps of linear warm-up; below 1 the part of the run, which is 0.03 where the steps do not fit", least=0
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            yield f"schedule.warmup={self.warmup} is neither a number of steps nor a part of the run (below 1); use one"
+
+    def warmup_steps(self, steps: int) -> int:
+        """The steps that warm up, of a run of ``steps``."""
+        if self.warmup >= 1 and self.warmup <= steps:
+            return int(self.warmup)
+        return math.ceil(round((WARMUP if self.warmup > steps else self.warmup) * steps, 6))
+
+    def remarks(self, steps: int) -> Iterator[str]:
+        """What is to be said of a run of ``steps``."""
+        if self.warmup > steps:
+            taken = f"it is taken as {WARMUP:g} of the run, {self.warmup_steps(steps)}"
+            yield f"schedule.warmup={self.warmup:g} steps do not fit into steps={steps}; {taken}"
 
     def __call__(self, step: int, steps: int) -> float:
-        """The factor for ``step`` (1 .. ``steps``)."""
-        if step <= self.warmup:
-            return step / self.warmup
-        return self.after_warmup(step - self.warmup, max(1, steps - self.warmup))
+        """The factor for ``step`` (1 .. ``steps``); a run of one step, which has no curve, takes it at the base rate."""
+        return 1.0 if steps == 1 else self.factor(step, steps)
+
+    def factor(self, step: int, steps: int) -> float:
+        """As the call, of a run of at least two steps."""
+        warmup = self.warmup_steps(steps)
+        if step <= warmup:
+            return step / warmup
+        return self.after_warmup(step - warmup, max(1, steps - warmup))
 
     def after_warmup(self, step: int, steps: int) -> float:
         """The factor for the ``step``-th of the ``steps`` that follow the warm-up."""
@@ -222,9 +249,9 @@ class WarmupStableDecay(Schedule):
     decay: float = setting(0.2, "the part of all steps that decays", above=0, most=1)
     floor: float = setting(0.0, "the factor at the last step", least=0, most=1)
 
-    def __call__(self, step: int, steps: int) -> float:
+    def factor(self, step: int, steps: int) -> float:
         length = max(1, round(self.decay * steps))
-        return super().__call__(step, steps) * self._decayed(max(0, step - (steps - length)) / length)
+        return super().factor(step, steps) * self._decayed(max(0, step - (steps - length)) / length)
 
     def after_warmup(self, step: int, steps: int) -> float:
         return 1.0

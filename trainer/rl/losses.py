@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,10 +36,18 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Cli
     return Clipped(torch.maximum(unclipped, clipped) / 2, (clipped > unclipped).float())
 
 
+FAR = 20.0
+"""Nats from which on k3 goes on as its tangent, as ratios do not go on at all: e**100 is no float32."""
+
+
+def _k3(d: Tensor) -> Tensor:
+    return torch.expm1(-d.clamp(min=-FAR)) + d + math.exp(FAR) * torch.relu(-FAR - d)
+
+
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda d: d,
     "k2": lambda d: d.square() / 2,
-    "k3": lambda d: torch.expm1(-d) + d,
+    "k3": _k3,
 }
 """Estimators of KL(policy || reference) from ``d = logp - logp_ref`` at sampled tokens (Schulman 2020, "Approximating KL
 Divergence"): k1 is unbiased and noisy, k2 biased with little variance, k3 unbiased and never negative."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.rl.losses import approx_kl, policy_loss, ratios, value_loss
+from trainer.rl.losses import KL_ESTIMATORS, approx_kl, policy_loss, ratios, value_loss
 
 
 def test_the_surrogate_is_clipped_only_where_that_makes_it_worse():
@@ -40,6 +40,16 @@ def test_the_approximate_kl_is_zero_where_nothing_moved_and_positive_elsewhere()
     assert approx_kl(torch.ones(1)).tolist() == [0.0]
     assert float(approx_kl(torch.tensor(2.0))) == pytest.approx(1 - math.log(2))
     assert float(approx_kl(torch.tensor(0.5))) == pytest.approx(math.log(2) - 0.5)
+
+
+def test_k3_of_far_away_tokens_is_finite_and_pulls_them_back():
+    d = torch.tensor([-100.0, -21.0, -20.0, 0.0, 100.0], requires_grad=True)
+    k3 = KL_ESTIMATORS["k3"](d)
+    k3.sum().backward()
+    e20 = math.exp(20)
+    expected = [e20 * 81 - 101, e20 * 2 - 22, e20 - 21, 0.0, 99.0]
+    torch.testing.assert_close(k3, torch.tensor(expected))
+    torch.testing.assert_close(d.grad, torch.tensor([1 - e20, 1 - e20, 1 - e20, 0.0, 1.0]))
 
 
 def test_gradients_agree_with_finite_differences():
