@@ -104,6 +104,45 @@ def test_the_script_is_one_that_bash_reads_whatever_an_override_holds(launcher):
     assert f"#SBATCH --ntasks-per-node={tasks}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        *(
+            (f"{key}=x\necho owned", f"{key}='x\\necho owned' holds '\\n'")
+            for key in ("partition", "dependency", "mem")
+        ),
+        ("mail=me@here\necho owned", "mail='me@here\\necho owned' holds"),
+        ("account=a\u2028b", "account='a\\u2028b' holds '\\u2028'"),
+        ('comment="', "has no argument"),
+        (
+            "sbatch=--comment='x",
+            "sbatch=--comment='x cannot be cut into arguments (No closing quotation); close its quotation",
+        ),
+        ("sbatch='--comment=\"x\"'", "holds '\"', which a line of a batch script cannot; use another sbatch"),
+        ("nodes=\u00b2", "nodes=\u00b2 is not a number of at least 1"),
+        ("restarts=\u0663", "restarts=\u0663 is not a number"),
+        ("time=1:99:99", "time=1:99:99 is not a time limit"),
+    ],
+)
+def test_no_argument_becomes_a_line_of_the_script(argument, problem):
+    assert any(problem in one for one in refused(argument)), refused(argument)
+
+
+@pytest.mark.parametrize("override", ['name="two\\nlines"', 'run_dir="a\\nb"'])
+def test_no_name_of_a_run_becomes_a_line_of_the_script(override):
+    override = override.encode().decode("unicode_escape")
+    assert any("holds '\\n', which a line of a batch script cannot" in problem for problem in refused(run=(override,)))
+
+
+def test_what_sbatch_would_cut_or_fill_in_is_written_as_it_is_meant():
+    job, cfg = submit.parse_job(["sbatch=--comment='two words' --gres=gpu:2"], [*RUN, "name='two words'"])
+    lines = submit.render(job, cfg, ROOT / "with space" / "100%j", RUN).splitlines()
+    assert '#SBATCH "--job-name=two words"' in lines
+    assert f'#SBATCH "--output={ROOT}/with space/100%%j/logs/%j.log"' in lines
+    assert '#SBATCH "--comment=two words"' in lines
+    assert "#SBATCH --gres=gpu:2" in lines
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert submit.main(["--dry-run", "time=30", "--", *RUN]) == 0

@@ -29,11 +29,12 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint.run_folder import plain
+from trainer.checkpoint.record import plain
 from trainer.compose import compose
 from trainer.config import ConfigError, InputError, setting
 from trainer.parallel.environment import imagined
 from trainer.run import Run
+from trainer.secrets import without_password
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = (
@@ -41,7 +42,10 @@ PASSED = (
     "time",
 )  # fmt: skip
 """Arguments that sbatch takes under the same name."""
-TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
+TIME = re.compile(r"\d+|\d+:[0-5]\d(:[0-5]\d)?|\d+-\d+(:[0-5]\d){0,2}", re.ASCII)
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\"\\]")
+"""What a line that sbatch reads cannot hold in a value: line ends, and what ends or escapes a quotation."""
 
 
 @dataclass
@@ -97,6 +101,13 @@ class Job:
         """Everything that cannot work, a sentence each."""
         yield from self._wrong_numbers()
         yield from self._wrong_times()
+        for name in (*PASSED, "mail"):
+            yield from unwritable(name, getattr(self, name))
+        try:
+            for word in shlex.split(self.sbatch):
+                yield from unwritable("sbatch", word)
+        except ValueError as error:
+            yield f"sbatch={self.sbatch} cannot be cut into arguments ({error}); close its quotation"
         if self.tasks_per_node and self.gpus_per_node not in ("0", self.tasks_per_node):
             yield (
                 f"tasks_per_node={self.tasks_per_node} and gpus_per_node={self.gpus_per_node} differ, and a GPU has one "
@@ -113,17 +124,17 @@ class Job:
 
     def _wrong_numbers(self) -> Iterator[str]:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("signal", 0), ("restarts", 0)):
-            if not getattr(self, name).isdigit() or int(getattr(self, name)) < least:
+            if not NUMBER.fullmatch(getattr(self, name)) or int(getattr(self, name)) < least:
                 yield f"{name}={getattr(self, name)} is not a number of at least {least}"
         for name in ("tasks_per_node", "cpus_per_task"):
             text = getattr(self, name)
-            if text and (not text.isdigit() or not int(text)):
+            if text and (not NUMBER.fullmatch(text) or not int(text)):
                 yield f"{name}={text} is not a number of at least 1"
 
     def _wrong_times(self) -> Iterator[str]:
         if self.time and not TIME.fullmatch(self.time):
             yield f"time={self.time} is not a time limit; give minutes, or [days-]hours:minutes:seconds"
-        elif self.time and self.signal.isdigit() and self.seconds <= int(self.signal):
+        elif self.time and NUMBER.fullmatch(self.signal) and self.seconds <= int(self.signal):
             yield (
                 f"signal={self.signal} seconds before a limit of time={self.time} is before the job begins; use a longer "
                 f"time, or signal={self.seconds // 4}"
@@ -138,13 +149,13 @@ class Job:
             **{key.replace("_", "-"): getattr(self, key) for key in PASSED},
             "mail-user": self.mail, "mail-type": "END,FAIL,REQUEUE" if self.mail else "",
             "signal": f"USR2@{self.signal}" if self.signal != "0" else "",
-            "output": str(run_dir / "logs" / "%j.log"), "open-mode": "append",
+            "output": f"{run_dir / 'logs'}/".replace("%", "%%") + "%j.log", "open-mode": "append",
         }  # fmt: skip
         if self.launcher != "srun" and self.cpus_per_task:
             asked["cpus-per-task"] = str(int(self.cpus_per_task) * self.ranks_per_node)
-        lines = [f"--{key}={value}" for key, value in asked.items() if value]
-        lines += ["--requeue" if self.requeue == "true" else "--no-requeue", *shlex.split(self.sbatch)]
-        return [f"#SBATCH {line}" for line in lines]
+        words = [f"--{key}={value}" for key, value in asked.items() if value]
+        words += ["--requeue" if self.requeue == "true" else "--no-requeue", *shlex.split(self.sbatch)]
+        return [f"#SBATCH {quoted(word)}" for word in words]
 
     def settings(self, run_dir: Path, overrides: Sequence[str], save_seconds: int) -> list[str]:
         """What the script is told: assignments of its variables."""
@@ -164,6 +175,17 @@ class Job:
             *(f"  {shlex.quote(override)}" for override in overrides),
             ")",
         ]
+
+
+def unwritable(name: str, value: str) -> Iterator[str]:
+    """What keeps a value from being written on a line that sbatch reads."""
+    if match := UNWRITABLE.search(value):
+        yield f"{name}={value!r} holds {match[0]!r}, which a line of a batch script cannot; use another {name}"
+
+
+def quoted(word: str) -> str:
+    """A word of a line that sbatch reads, which cuts lines at spaces and comments but not inside a quotation."""
+    return f'"{word}"' if re.search(r"[\s#']", word) else word
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -238,6 +260,7 @@ def parse_job(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
             f"resume={cfg.resume} does not let a requeued job continue; leave it at auto and give another run_dir, or "
             "requeue=false"
         )
+    problems += [*unwritable("name", cfg.name), *unwritable("run_dir", str(Path(cfg.run_dir).absolute()))]
     if problems:
         raise ConfigError(problems, "This job")
     return job, cfg
@@ -263,7 +286,7 @@ def snapshot(run_dir: Path, script: str, cfg: Run, arguments: Sequence[str]) -> 
     (folder / "job.sbatch").write_text(script)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True))
     state: dict[str, Any] = {
-        "command": shlex.join(["onecurve", "submit", *arguments]),
+        "command": without_password(shlex.join(["onecurve", "submit", *arguments])),
         "folder": str(Path.cwd()),
         "code": {},
     }
