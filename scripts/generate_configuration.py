@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 import trainer.run
+from trainer.checkpoint.record import is_free
 from trainer.config import describe_field
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -32,6 +33,9 @@ Written by `python scripts/generate_configuration.py` from the dataclasses that 
 dataclasses; the YAML files of `configs/` may say otherwise, such as `configs/model/1b.yaml` for `model=1b`, and
 `python -m trainer --help` shows what is in force with your choices. A setting that does not exist, has the wrong type or is
 out of its range is refused before anything starts, together with everything else that is wrong.
+
+*At a resume* a run that goes on may have another value of a setting (free), or may not (refused, with the difference),
+because the result would be another: [resume.md](resume.md).
 """
 ORDER = (
     "pipeline", "model", "data", "adapter", "strategy", "precision", "optimizer", "schedule", "reward", "tracking",
@@ -76,7 +80,7 @@ def section(title: str, cls: type, path: str) -> list[str]:
     rows = list(settings(cls, path))
     if not rows:
         return [f"\n## {title}\n", first_sentence(cls), ""]
-    head = "| setting | default | value | meaning |\n| --- | --- | --- | --- |"
+    head = "| setting | default | value | at a resume | meaning |\n| --- | --- | --- | --- | --- |"
     return [f"\n## {title}\n", first_sentence(cls), "", head, *rows, ""]
 
 
@@ -89,11 +93,18 @@ def settings(cls: type, path: str) -> Iterator[str]:
             if field.default_factory is not dataclasses.MISSING:
                 yield from settings(typing.cast(type, hint), f"{name}.")
             else:
-                yield f"| `{name}` | a group | choose with `{name}=NAME` | {cell(first_sentence(typing.cast(type, hint)))} |"
+                meaning = cell(first_sentence(typing.cast(type, hint)))
+                yield f"| `{name}` | a group | choose with `{name}=NAME` | {resume(name)} | {meaning} |"
             continue
         limits = " and ".join(f"{LIMITS[k]} {v:g}" for k, v in field.metadata.get("limits", {}).items())
         kind = words(field, hint) + (f", {limits}" if limits else "")
-        yield f"| `{name}` | {default(field)} | {cell(kind)} | {cell(field.metadata.get('doc', ''))} |"
+        meaning = cell(field.metadata.get("doc", ""))
+        yield f"| `{name}` | {default(field)} | {cell(kind)} | {resume(name)} | {meaning} |"
+
+
+def resume(name: str) -> str:
+    """Whether a run that goes on may have another value."""
+    return "free" if is_free(name) else "refused"
 
 
 def words(field: dataclasses.Field[Any], hint: Any) -> str:

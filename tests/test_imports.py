@@ -37,6 +37,7 @@ LAYERS = [
     "metrics",
     "disk",
     "config",
+    "secrets",
 ]
 COMMUNICATION = ("deepspeed", "torch.distributed")
 OBJECT_COLLECTIVES = (

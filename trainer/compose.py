@@ -65,6 +65,7 @@ def _composed(overrides: Sequence[str], config_dirs: Sequence[str], name: str | 
         raise ConfigError(problems)
     register_imports(overrides, config_dirs)
     given = [*([f"name={name}"] if name else []), *map(spelling_tolerant, overrides)]
+    given += [f"{key}=null" for key in other_length(overrides)]
     if config_dirs:
         given.append(f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in config_dirs)}]")
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -149,6 +150,13 @@ def _imports(overrides: Sequence[str], config_dirs: Sequence[str]) -> Iterator[s
             for file in (folder / "experiment" / f"{value}.yaml" for folder in folders):
                 if file.is_file():
                     yield from DictConfig(OmegaConf.load(file)).get("imports", [])
+
+
+def other_length(overrides: Sequence[str]) -> dict[str, None]:
+    """``epochs`` where a command line gives ``steps`` alone, and the other way round: what it says wins over a file."""
+    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    stated = [key for key in ("steps", "epochs") if given.get(key, "null") not in ("null", "")]
+    return {key: None for key in ("steps", "epochs") if len(stated) == 1 and key not in given}
 
 
 def spelling_tolerant(override: str) -> str:

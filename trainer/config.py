@@ -21,6 +21,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.secrets import ENVIRONMENT_READS
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,13 @@ class ConfigError(InputError):
 
 
 class Node:
-    """A part of the configuration: a dataclass with a verb."""
+    """A part of the configuration: a dataclass with a verb.
+
+    Attributes:
+        as_typed: settings that hold the value of an environment variable, as they were typed (``${oc.env:NAME}``).
+    """
+
+    as_typed: Mapping[str, Any] = {}
 
     def problems(self) -> Iterator[str]:
         """Yield one sentence for everything that cannot work, beyond the ranges stated at each setting."""
@@ -92,6 +100,19 @@ def schema(path: str) -> Callable[[type[T]], type[T]]:
 
 _SCHEMAS: dict[str, type] = {}
 """Schemas of a choice by their path: group/name."""
+
+
+def kind_of(cls: type) -> str | None:
+    """The name under which a class is chosen in its group; None for one that is no choice."""
+    return next((path.rpartition("/")[2] for path, known in _SCHEMAS.items() if known is cls), None)
+
+
+def unresolved(node: DictConfig, name: str) -> Any:
+    """A value of a composed tree with its interpolations (``${...}``) as they are written; a part with a schema as it is."""
+    inner = node._get_node(name)
+    if isinstance(inner, DictConfig) and not inner._is_none() and not inner._is_interpolation():
+        return inner if schema_of(inner) is not None else {str(key): unresolved(inner, key) for key in map(str, inner)}
+    return OmegaConf.to_container(inner) if OmegaConf.is_list(inner) else inner._value()  # type: ignore[union-attr]
 
 
 def offer_schemas(folders: Sequence[Path]) -> None:
@@ -196,9 +217,9 @@ def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}
     problems.extend(_unknown(cls, path, str(key), root) for key in node if key not in known)
-    before, values = len(problems), {}
+    before, values, typed = len(problems), {}, dict[str, Any]()
     for name, field in known.items():
-        where = f"{path}{name}"
+        where, read = f"{path}{name}", len(ENVIRONMENT_READS)
         if OmegaConf.is_missing(node, name):
             problems.append(f"{where} is required: {field.metadata.get('doc') or describe(hints[name])}")
             continue
@@ -217,9 +238,12 @@ def _build(node: DictConfig, path: str, root: DictConfig, problems: list[str]) -
             values[name] = _convert(value, hints[name], where, problems)
             problems.extend(_out_of_range(values[name], field, where))
             problems.extend(_not_a_choice(values[name], field, where))
+            typed |= {name: unresolved(node, name)} if len(ENVIRONMENT_READS) > read else {}
     if len(problems) > before:
         return None
     built = cls(**values)
+    if typed:
+        object.__setattr__(built, "as_typed", typed)  # some parts are frozen
     problems.extend(built.problems())
     return built
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
-from trainer.checkpoint.run_folder import plain
+from trainer.checkpoint.record import defaults, plain, texts_of
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.chats import ChatData
 from trainer.data.corpus import Corpus, Data
@@ -28,7 +28,7 @@ from trainer.diagnostics.memory import Layout, fit, parameters_of, print_estimat
 from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
-from trainer.export.lineage import ancestry
+from trainer.export.lineage import ancestry, model_digests
 from trainer.export.peft import export_adapter, merged_weights
 from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
@@ -117,8 +117,6 @@ class Run(Node):
         yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
-        if self.steps is not None and self.schedule.warmup > self.steps:
-            yield f"schedule.warmup={self.schedule.warmup} is more than steps={self.steps}; use at most {self.steps}"
 
     @property
     def base_lr(self) -> float:
@@ -186,16 +184,16 @@ class Run(Node):
         recompute = self.model.activation_checkpointing
         return replace(layout, recompute=recompute) if recompute else fit(a, layout, limit)
 
-    def made_from(self, load: ModelLoader, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
+    def made_from(self, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
         """Fingerprints that a resumed run must have again, and what the report says about the start."""
         return {
             "data": corpus.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "floors": corpus.floors,
             "statistics": corpus.summary,
-            "defaults": run_folder.defaults(self),
+            "models": model_digests(texts_of(self)),
+            "defaults": defaults(self),
             "initial_loss": self.pipeline.initial_loss,
-            **self.adapter.made_from(load.files),
         }
 
     def check_ranks(self, folder: Path, architecture: Architecture, world: World) -> Mapping[int, str]:
@@ -211,10 +209,7 @@ class Run(Node):
 
 
 def run(cfg: Run) -> dict[str, float]:
-    """Carry out a run, from its configuration to its exported model.
-
-    Returns:
-        The last value of every metric.
+    """Carry out a run, from its configuration to its exported model; gives the last value of every metric.
 
     Raises:
         Stopped: saved before its last step, because a signal or a time limit asked for it.
@@ -223,15 +218,15 @@ def run(cfg: Run) -> dict[str, float]:
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
         return print_estimate(cfg.summary(architecture), architecture, cfg.layout(architecture))
-    load = cfg.loader(tokenizer).validated()
-    corpus = cfg.open_corpus(tokenizer)
-    made_from, lineage = cfg.made_from(load, tokenizer, corpus), ancestry(plain(cfg))
-    folder = run_folder.choose(cfg.run_dir, cfg.resume, plain(cfg), made_from)
+    load, corpus = cfg.loader(tokenizer).validated(), cfg.open_corpus(tokenizer)
+    made_from, lineage = cfg.made_from(tokenizer, corpus), ancestry(texts_of(cfg))
+    folder = run_folder.choose(cfg.run_dir, cfg.resume, cfg, made_from)
     with (
         Watchdog(cfg.watchdog) as watchdog,
         distributed.session(same_bytes=cfg.deterministic) as world,
-        run_folder.begin(folder, plain(cfg), made_from, world.devices) as facts,
+        run_folder.begin(folder, cfg, made_from, world.devices) as attempt,
     ):
+        record = {**attempt.facts, "config": plain(cfg), **lineage}
         hosts = cfg.check_ranks(folder, architecture, world)
         models = cfg.pipeline.models(load, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
@@ -244,16 +239,18 @@ def run(cfg: Run) -> dict[str, float]:
         with closing(cfg.pipeline.batches(models, engine, corpus, plan)) as batches:
             parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": tokens}
             with watchdog.phase("restore"):
-                checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, facts)
+                checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, attempt.facts)
                 done, last = checkpoints.restore(), cfg.length(corpus)
+                attempt.accept(done, last)
             schedule = partial(cfg.schedule, steps=last)
             speed = Speed(watch, architecture, world, cfg.precision.dtype, float(tokens.tokens))
             with (
-                Tracker(cfg.tracking, folder, main=world.is_main, done=done, last=last, facts=facts) as tracker,
+                Tracker(cfg.tracking, folder, main=world.is_main, done=done, last=last, facts=record) as tracker,
                 cfg.profile.recording(folder / "profile", done + 1) as profiler,
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
-                tracker.say([cfg.summary(architecture), *cfg.model.decided(load.config), *corpus.summary])
+                remarks = [*cfg.model.decided(load.config), *cfg.schedule.remarks(last)]
+                tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
@@ -268,7 +265,7 @@ def run(cfg: Run) -> dict[str, float]:
                     log.push(step, lr=cfg.base_lr * schedule(step.number))
                     session.after(step, last)
                 with watchdog.phase("export"):
-                    session.export(folder, {**facts, "config": plain(cfg), **lineage}, last)
+                    session.export(folder, record, last)
         return tracker.latest
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from tests.command import TINY, metrics
 from trainer import stopping
-from trainer.compose import compose
-from trainer.config import ConfigError
+from trainer.compose import compose, compose_raw
+from trainer.config import ConfigError, InputError
+from trainer.export.lineage import model_digest
 from trainer.models.load import Model
 from trainer.run import run
 from trainer.stopping import Stopped
@@ -74,6 +78,71 @@ def test_a_run_that_has_begun_refuses_other_settings_and_other_data():
         run(compose([*text, "steps=2"]))
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_what_is_exported_is_what_it_says_whatever_is_asked_for_next(adapter, tmp_path, caplog):
+    folder = tmp_path / "r"
+    go("run_dir=r", "steps=2", f"adapter={adapter}")
+    before = snapshot(folder)
+    with pytest.raises(InputError, match=r"steps=1 is fewer than the 2 steps that r has taken.*use steps=2 or more"):
+        go("run_dir=r", "steps=1", f"adapter={adapter}")
+    assert snapshot(folder) == before
+    # More steps, in another format: what was there is kept under the name of its step.
+    (folder / "export-step-00000002").mkdir()  # a name that is taken is no dead end
+    go("run_dir=r", "steps=3", f"adapter={adapter}", "export.dtype=bf16")
+    assert steps_of(folder) == {"export": (3, "bf16"), "export-step-00000002-2": (2, "fp32")} | (
+        {"adapter": (3, "bf16"), "adapter-step-00000002": (2, "fp32")} if adapter == "lora" else {}
+    )
+    go("run_dir=r", "steps=3", f"adapter={adapter}", "export.dtype=fp16")
+    exports = steps_of(folder)
+    assert (exports["export"], exports["export-step-00000003"]) == ((3, "fp16"), (3, "bf16"))
+    assert next(iter(load_torch(folder / "export" / "model.safetensors").values())).dtype is torch.float16
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """What a run has made, and how it was made."""
+    files = [folder / "config.yaml", *sorted((folder / "export").iterdir()), *sorted(folder.glob("checkpoints/*/*"))]
+    return {str(file): file.read_bytes() for file in files}
+
+
+def steps_of(folder: Path) -> dict[str, tuple[int, str]]:
+    """What every exported folder says about itself."""
+    records = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/onecurve.json")}
+    return {name: (record["step"], record["config"]["export"]["dtype"]) for name, record in records.items()}
+
+
+def test_a_frozen_model_that_changed_under_a_run_is_refused(tmp_path):
+    go("run_dir=m", "steps=1", "checkpoint.every=0")
+    folder = tmp_path / "m" / "export"
+    shape = [setting for setting in SMALL if not setting.startswith("model.")]
+    command = [*shape, "model.path=m/export", "adapter=lora", "run_dir=r"]
+    run(compose([*command, "steps=1"]))
+    before = model_digest(folder)
+    (folder / "README.md").write_text("mine")
+    assert model_digest(folder) == before
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert model_digest(folder) != before
+    (folder / "chat_template.jinja").unlink()
+    tensors = load_torch(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5  # one of 30,000 weights
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"the model in model.path changed since r was begun; restore it, or start"):
+        run(compose([*command, "steps=2"]))
+
+
+def test_what_the_command_line_says_of_a_run_s_length_wins_over_a_file(tmp_path, capsys):
+    sft = ["experiment=sft", "data.train=[x]", "tokenizer.path=x"]
+    for overrides, length in (
+        ([*sft, "steps=4"], (4, None)), (sft, (None, 3)), ([*TINY, "epochs=2"], (None, 2)), ([*sft, "epochs=1"], (None, 1)),
+        ([*sft, "steps=4", "epochs=2"], (4, 2)), ([*sft, "steps=null"], (None, 3)),
+    ):  # fmt: skip
+        cfg = compose_raw(overrides)
+        assert (cfg.steps, cfg.epochs) == length, overrides
+    go("run_dir=r", "steps=2", "schedule.warmup=5")
+    said = "schedule.warmup=5 steps do not fit into steps=2; it is taken as 0.03 of the run, 1"
+    assert said in capsys.readouterr().out
+    assert metrics(tmp_path / "r")[0]["lr"] == 0.003
+
+
 def test_a_stop_request_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_asked", 15)
     with pytest.raises(Stopped, match=r"stopped after step 1 of 3 \(SIGTERM"):
@@ -107,7 +176,7 @@ def test_an_estimate_builds_nothing(tmp_path, capsys):
     ("overrides", "problem"),
     [
         (["steps=2", "epochs=1"], "steps=2 and epochs=1.0: give exactly one of them"),
-        (["steps=2", "schedule.warmup=3"], "schedule.warmup=3 is more than steps=2; use at most 2"),
+        (["steps=2", "schedule.warmup=1.5"], "schedule.warmup=1.5 is neither a number of steps nor a part of the run"),
         (["steps=2", "batch.size=9"], "batch.size=9 is not a multiple of 4 (1 rank x batch.micro=4); use 8 or 12"),
         (["steps=2", "pipeline=dpo"], "the pipeline learns from preference pairs and the data holds packed rows"),
     ],

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
+import logging
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
-from omegaconf import MISSING
 
-from trainer.config import ConfigError
+from trainer.checkpoint.folder import steps_in
+from trainer.checkpoint.record import differences, flat, is_free, plain, read_record, settings
+from trainer.config import ConfigError, InputError
+from trainer.disk import write_text
 from trainer.export.lineage import environment_facts
 from trainer.parallel import distributed
 from trainer.stopping import Stopped
@@ -24,61 +27,94 @@ from trainer.stopping import Stopped
 RECORD = "config.yaml"
 STOPPED = "stopped.json"
 """What a run leaves that stopped early and waits to be continued; whoever starts the run again looks for it."""
-LEFT_BY_LAUNCHERS = ("logs", "submissions", STOPPED, ".lock", f"{RECORD}.partial")
+LEFT_BY_LAUNCHERS = ("logs", "submissions", STOPPED, ".lock")
 """What may lie in the folder before the run begins."""
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints in it; empty, it may be there, too: what ended before it had begun has left it."""
+LEFTOVERS = ("*.partial", "*.partial-*", ".shared-*", "export*.tmp-*", "adapter*.tmp-*")
+"""What an attempt that was killed leaves behind, half written."""
+FINGERPRINTS = {"data": "the data", "tokenizer": "the tokenizer", "models": "the model in {}"}
+"""What a run must find unchanged, beside its settings: the facts of its record that say so, in words."""
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for the folder: a launcher may restart a run while the attempt before is still going down."""
-FREE_TO_CHANGE = (
-    "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
-    "evaluation", "export", "profile", "watchdog", "preflight",
-    "estimate", "sweep", "data.cache", "guard.max_bad_steps", "guard.first_step",
-    "model.compile",
-    "model.activation_checkpointing",
-)  # fmt: skip
-"""Settings that a resumed run may change: they decide how the work is done and for how long, not what is computed."""
+
+log = logging.getLogger(__name__)
 
 
-def choose(run_dir: str, policy: str, config: Mapping[str, Any], made_from: Mapping[str, Any]) -> Path:
+def choose(run_dir: str, policy: str, config: Any, made_from: Mapping[str, Any]) -> Path:
     """The folder to use under a ``resume`` policy, free or begun with what matters of ``config``; nothing is created.
 
-    ``made_from``: fingerprints of data and tokenizer, which must be those that the folder was begun with.
+    ``config``: the configuration object.
+    ``made_from``: fingerprints of data, tokenizer and models, which must be those that the folder was begun with.
 
     Raises:
         ConfigError: if the policy is ``never`` and the folder holds something, or one problem for every difference.
     """
     folder = Path(run_dir)
-    taken = folder.exists() and (
-        not folder.is_dir() or any(entry.name not in LEFT_BY_LAUNCHERS for entry in folder.iterdir())
-    )
+    taken = folder.exists() and (not folder.is_dir() or any(_counts(entry) for entry in folder.iterdir()))
     if policy == "never" and taken:
         raise ConfigError(
             [f"run_dir={run_dir} holds a run already and resume=never; use another run_dir, or resume=new"]
         )
     if policy == "new" and taken:
         return next(p for p in (Path(f"{run_dir}-{n}") for n in range(2, 1_000_000)) if not p.exists())
-    if taken and not (folder / RECORD).is_file():
+    if taken and not (folder / RECORD).exists():
         raise ConfigError([f"run_dir={run_dir} is not a run directory; use another run_dir, or resume=new"])
     if taken:
-        _refuse_changes(folder, config, made_from)
+        refuse_changes(folder, config, made_from)
     return folder
 
 
-@contextmanager
-def begin(
-    folder: Path, config: Mapping[str, Any], made_from: Mapping[str, Any], ranks: int
-) -> Iterator[dict[str, Any]]:
-    """Hold the folder for this run, and write its record if it has none; gives the facts of the run. Collective.
+def _counts(entry: Path) -> bool:
+    """Whether something in a folder is more than what is left before a run begins."""
+    if entry.name in LEFT_BY_LAUNCHERS or any(entry.match(pattern) for pattern in LEFTOVERS):
+        return False
+    return entry.name != CHECKPOINTS or not entry.is_dir() or bool(steps_in(entry))
 
-    The facts (versions, commit, device, and the run's identity for trackers) are those of the first attempt; each further
-    attempt is added under ``attempts``. A run that stops early leaves the marker ``stopped.json``.
+
+@dataclass(frozen=True)
+class Attempt:
+    """A process group's hold of a run's folder.
+
+    facts: versions, commit, device and the run's identity for trackers, all of the first attempt
+    folder: of the run
+    record: the content of ``config.yaml`` with this attempt
+    """
+
+    facts: dict[str, Any]
+    folder: Path
+    record: dict[str, Any]
+
+    def accept(self, done: int, last: int) -> None:
+        """Write the record; collective. Before it, an attempt that is refused or fails has changed nothing.
+
+        Raises:
+            InputError: where the run is to end after step ``last``, and ``done`` steps are taken already.
+        """
+        if done > last:
+            raise InputError(
+                f"steps={last} is fewer than the {done} steps that {self.folder} has taken, and their weights are all that "
+                f"there is; use steps={done} or more, or start afresh with resume=new"
+            )
+        text = yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True)
+        distributed.run_on_main(lambda: write_text(self.folder / RECORD, text))
+
+
+@contextmanager
+def begin(folder: Path, config: Any, made_from: Mapping[str, Any], ranks: int) -> Iterator[Attempt]:
+    """Hold the folder for this attempt, whose record is to be written by `Attempt.accept`. Collective.
+
+    Each attempt after the first is added to the facts under ``attempts``. A run that stops early leaves the marker
+    ``stopped.json``.
 
     Raises:
-        RankError: if another process holds the folder.
+        RankError: if another process holds the folder, or began another run in it.
     """
     lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT)
-    facts = distributed.run_on_main(lambda: _begin(folder, lock, config, made_from, ranks))
+    record = distributed.run_on_main(lambda: _begin(folder, lock, config, made_from, ranks))
+    facts = {key: value for key, value in record["facts"].items() if key != "attempts"}
     try:
-        yield facts
+        yield Attempt(facts, folder, record)
     except Stopped as stop:
         # Together: by now rank 0 has closed its trackers, and a launcher may end all ranks when the first one exits.
         distributed.run_on_main(partial(_mark, folder, stop))
@@ -87,82 +123,58 @@ def begin(
         lock.release()
 
 
-def _begin(
-    folder: Path, lock: BaseFileLock, config: Mapping[str, Any], made_from: Mapping[str, Any], ranks: int
-) -> dict[str, Any]:
+def _begin(folder: Path, lock: BaseFileLock, config: Any, made_from: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:
-        raise RuntimeError(f"run_dir={folder} is in use by another process; wait for it or use resume=new") from None
+        raise InputError(f"run_dir={folder} is in use by another process; wait for it or use resume=new") from None
+    for left in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     (folder / STOPPED).unlink(missing_ok=True)
-    now = environment_facts(ranks)
-    file = folder / RECORD
-    if file.is_file():
-        facts: dict[str, Any] = yaml.safe_load(file.read_text())["facts"]
-        facts.setdefault("attempts", []).append(now)
-    else:
-        facts = {**made_from, **now, "identity": uuid.uuid4().hex[:12]}
-    text = yaml.safe_dump({"config": dict(config), "facts": facts}, sort_keys=False, allow_unicode=True)
-    unfinished = folder / f"{RECORD}.partial"
-    unfinished.write_text(text)
-    unfinished.replace(file)
-    return {key: value for key, value in facts.items() if key != "attempts"}
+    now, record = environment_facts(ranks), plain(config)
+    if not (folder / RECORD).exists():
+        return {"config": record, "facts": {**made_from, **now, "identity": uuid.uuid4().hex[:12]}}
+    # It may have been begun while this attempt waited for the lock.
+    refuse_changes(folder, config, made_from)
+    facts = read_record(folder / RECORD)["facts"]
+    if "models" not in facts:
+        log.warning("%s was begun by an earlier release; its models are compared from now on", folder)
+    facts = {"models": made_from.get("models", {}), **facts, "attempts": [*facts.get("attempts", []), now]}
+    return {"config": record, "facts": facts}
 
 
 def _mark(folder: Path, stop: Stopped) -> None:
-    unfinished = folder / f"{STOPPED}.partial"
-    unfinished.write_text(json.dumps({"step": stop.step, "last": stop.last, "reason": stop.reason}) + "\n")
-    unfinished.replace(folder / STOPPED)
+    content = {"step": stop.step, "last": stop.last, "reason": stop.reason}
+    write_text(folder / STOPPED, json.dumps(content) + "\n")
 
 
-def _refuse_changes(folder: Path, config: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:
-    before = yaml.safe_load((folder / RECORD).read_text())
+def refuse_changes(folder: Path, config: Any, made_from: Mapping[str, Any] | None = None) -> None:
+    """Compare a configuration with the one that a folder was begun with, and what it is made from with what it was.
+
+    Raises:
+        ConfigError: with a sentence for every difference that makes another run.
+    """
+    before = read_record(folder / RECORD)
     problems = [
         f"{key} was {old!r} when {folder} was begun and is {new!r} now; set it back, or start afresh with resume=new"
-        for key, old, new in differences(before["config"], config)
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        for key, old, new in differences(flat(before["config"]), settings(config))
+        if not is_free(key)
     ]
-    for what in ("data", "tokenizer", "model"):
-        if before["facts"].get(what) != made_from.get(what) and not problems:
-            problems.append(f"the {what} changed since {folder} was begun; restore it, or start afresh with resume=new")
+    if made_from is not None and not problems:
+        remedy = f"changed since {folder} was begun; restore it, or start afresh with resume=new"
+        problems = [f"{what} {remedy}" for what in _changed(before["facts"], made_from)]
     if problems:
         raise ConfigError(problems)
 
 
-def plain(node: Any) -> Any:
-    """A configuration object as plain YAML values."""
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {field.name: plain(getattr(node, field.name)) for field in dataclasses.fields(node)}
-    if isinstance(node, enum.Enum):
-        return node.value
-    if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [plain(value) for value in node]
-    return node
-
-
-def defaults(node: Any, path: str = "") -> dict[str, Any]:
-    """The defaults of all settings that have another value, by full name; None for those without a default."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(node):
-        value, name = getattr(node, field.name), f"{path}{field.name}"
-        if dataclasses.is_dataclass(value):
-            changed |= defaults(value, f"{name}.")
-            continue
-        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        default = None if made in (dataclasses.MISSING, MISSING) else plain(made)
-        if plain(value) != default:
-            changed[name] = default
-    return changed
-
-
-def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings that two configurations hold different values of: full name, old value, new value."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        # A setting that the record does not know came with a later release.
-        for key in old:
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    elif old != new:
-        yield path, old, new
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What has another fingerprint, in words."""
+    for key, words in FINGERPRINTS.items():
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from (
+                words.format(part) for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)
+            )
+        elif old != new and (old is not None or key != "models"):
+            yield words.format("")

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint.run_folder import RECORD, plain
+from trainer.checkpoint.record import plain, read_record, texts_of
+from trainer.checkpoint.run_folder import RECORD
 from trainer.cli.parsing import parser_of
 from trainer.cli.train import split_config_dirs
 from trainer.compose import compose
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     out = a.out or a.run_dir / "export"
     if out.exists():
         raise InputError(f"{out} exists already; name another folder")
-    facts = yaml.safe_load((a.run_dir / RECORD).read_text())["facts"]
+    facts = read_record(a.run_dir / RECORD)["facts"]
     facts.pop("attempts", None)
     step = export(compose_recorded(facts["command"], a.run_dir), a.run_dir, out, facts)
     print(f"{out}: the model after step {step}")
@@ -73,7 +73,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         if step == 0:
             raise InputError(f"{run_dir} holds no checkpoint to export; let the run save one (checkpoint.every)")
         computed = cfg.pipeline.finalize(models, engine, corpus)
-        record = {**facts, "config": plain(cfg), **ancestry(plain(cfg)), **computed, "step": step}
+        record = {**facts, "config": plain(cfg), **ancestry(texts_of(cfg)), **computed, "step": step}
         weights = partial(merged_weights, engine, load, cfg.pipeline.exports)
         cfg.export.write(out, weights, load, tokenizer, record)
     return step

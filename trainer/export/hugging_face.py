@@ -43,14 +43,14 @@ class Export(Node):
         tokenizer: Tokenizer,
         facts: dict[str, Any],
     ) -> Path:
-        """Write ``folder`` and give it back; collective. What is there from the same step stays as it is.
+        """Write ``folder`` and give it back; collective. The same model in the same format stays as it is.
 
         ``weights``: gives every tensor of the model on the first rank; the others take part in it.
         ``load``: knows the model's shape, and the folder that it comes from, whose way to sample it inherits.
-        An export of an earlier step is kept beside it as ``<folder>-step-<step>``.
+        ``facts``: the record of the run, with its ``config`` and ``step``.
+        Another export that is there is kept as ``<folder>-step-<step>``.
         """
-        there = distributed.run_on_main(lambda: make_room(folder, facts["step"]))
-        if there:
+        if distributed.run_on_main(lambda: make_room(folder, facts, "export")):
             return folder
         dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
 

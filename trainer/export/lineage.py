@@ -5,23 +5,30 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.disk import digest, read_json
 from trainer.models.hf_format import WeightFiles
 from trainer.models.peft_format import AdapterFolder, is_adapter_folder
+from trainer.secrets import without_password
+
+log = logging.getLogger(__name__)
 
 RECORD = "onecurve.json"
 """Of an export: what it was made with."""
+DECIDING = (".json", ".safetensors", ".model", ".jinja", ".txt")
+"""Endings of the files of a model's folder that decide what it computes."""
 PACKAGES = ("onecurve", "torch", "deepspeed", "datasets", "tokenizers", "safetensors", "wandb")
 
 
@@ -30,51 +37,71 @@ def environment_facts(ranks: int) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := version(p)) is not None}},
         "git": git_commit(Path.cwd()) or git_commit(Path(__file__).parent),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_password(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "ranks": ranks,
         "device": device_name(),
     }
 
 
-def ancestry(config: Mapping[str, Any]) -> dict[str, Any]:
+def ancestry(texts: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Every export or adapter that a configuration names, and those that they were made from.
+
+    ``texts``: the settings that hold a text, by name: the text, and how it is to be recorded.
 
     ``parents``: digest of each export by the setting that names it. ``ancestors``: by digest the record of each
     (configuration, fingerprints of data and tokenizer, versions, commit, its own parents), to the first of the line.
     """
     parents, ancestors = dict[str, str](), dict[str, Any]()
-    for setting, value in _texts(config):
-        record = os.path.join(value, RECORD)  # noqa: PTH118  (a text may be too long for a path, which pathlib refuses)
-        if not value or not os.path.isfile(record):  # noqa: PTH113
+    for setting, (value, recorded) in texts.items():
+        if not _is_file(value, RECORD):
             continue
-        parent = json.loads(Path(record).read_text())
+        parent = read_json(Path(value) / RECORD)
         source = AdapterFolder(Path(value)) if is_adapter_folder(Path(value)) else WeightFiles(Path(value))
-        digest = source.fingerprint()
-        ancestors |= {**parent.pop("ancestors", {}), digest: {**parent, "folder": value}}
-        parents[setting] = digest
+        fingerprint = source.fingerprint()
+        ancestors |= {**parent.pop("ancestors", {}), fingerprint: {**parent, "folder": recorded}}
+        parents[setting] = fingerprint
     return {"parents": parents, "ancestors": ancestors}
 
 
-def make_room(folder: Path, step: int) -> bool:
-    """Whether ``folder`` holds the result of ``step`` already; that of another is kept aside as ``<folder>-step-<step>``."""
+def make_room(folder: Path, facts: Mapping[str, Any], *groups: str) -> bool:
+    """Whether ``folder`` holds what is to be written already; anything else that is there is moved aside.
+
+    It is the same if run, step and the settings of ``groups`` are, as ``onecurve.json`` has them.
+    """
     if not folder.exists():
         return False
-    record = folder / RECORD
-    before = json.loads(record.read_text())["step"] if record.is_file() else None
-    if before == step:
+    before = read_json(folder / RECORD)
+    step = before.get("step")
+    own, given = ([each.get("config", {}).get(group) for group in groups] for each in (before, facts))
+    if (step, before.get("identity"), own) == (facts["step"], facts.get("identity"), given):
+        log.info("%s holds the model after step %d already", folder, step)
         return True
-    aside = Path(f"{folder}-step-{before:08d}" if before is not None else f"{folder}-before-{step:08d}")
-    folder.rename(aside)
+    aside = f"{folder}-step-{step:08d}" if isinstance(step, int) else f"{folder}-before-{facts['step']:08d}"
+    names = (Path(aside if n == 1 else f"{aside}-{n}") for n in range(1, 1_000_000))
+    folder.rename(next(name for name in names if not name.exists()))
     return False
 
 
-def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting that is a text, by its full name."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _texts(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, str) and path != "run_dir":
-        yield path, node
+def model_digests(texts: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """A digest of all of every model and adapter that a configuration names, by setting; ``texts`` as in `ancestry`.
+
+    A tokenizer has a fingerprint of its own.
+    """
+    return {
+        setting: model_digest(Path(value))
+        for setting, (value, _) in texts.items()
+        if setting != "tokenizer.path" and (_is_file(value, "config.json") or _is_file(value, "adapter_config.json"))
+    }
+
+
+def model_digest(folder: Path) -> str:
+    """Of all files in a model's folder that decide what it computes, its tokenizer's included."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in DECIDING and file.is_file())
+    return hashlib.sha256(json.dumps([[file.name, digest(file)] for file in files]).encode()).hexdigest()[:24]
+
+
+def _is_file(folder: str, name: str) -> bool:
+    return bool(folder) and os.path.isfile(os.path.join(folder, name))  # noqa: PTH113, PTH118 (it may be too long a text)
 
 
 def git_commit(folder: Path) -> str | None:

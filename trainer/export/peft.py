@@ -43,11 +43,8 @@ def merged_policy(engine: Engine, adapter: Adapter) -> Iterator[tuple[str, Tenso
 def export_adapter(
     folder: Path, engine: Engine, load: ModelLoader, tokenizer: Tokenizer, facts: Mapping[str, Any]
 ) -> None:
-    """Write the trained adapter, if there is one; collective. What is there from the same step stays as it is.
-
-    An adapter of an earlier step is kept beside it as ``<folder>-step-<step>``.
-    """
-    if not load.adapter.freezes_model or distributed.run_on_main(lambda: make_room(folder, facts["step"])):
+    """Write the trained adapter, if there is one; collective. The same one stays; another is moved aside."""
+    if not load.adapter.freezes_model or distributed.run_on_main(lambda: make_room(folder, facts)):
         return
     trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _trained(engine, load)}
     table, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -5,25 +5,60 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from trainer.checkpoint.run_folder import FREE_TO_CHANGE, differences
+from trainer.checkpoint.record import FREE_TO_CHANGE, Setting, differences, is_free, plain, settings
 from trainer.compose import compose, compose_raw
 from trainer.config import ConfigError
+from trainer.disk import digest
 from trainer.jobs.recipe import Recipe, Stage
-from trainer.report.recording import flat
 
 FREE = tuple(key for key in FREE_TO_CHANGE if key not in ("steps", "epochs", "imports", "export"))
 """Settings that do not make another model, so a stage that is done stays done when they change."""
-SAMPLE = 1 << 16
-"""Bytes read of the beginning and the end of a file to tell whether it changed."""
+DIGITS = 24
+"""Of a file's digest. Releases before 0.2 wrote 16, of samples, which are not compared."""
 
 
-def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration of a stage, the files that it reads, and the digests of its parents.
+@dataclass(frozen=True)
+class Made:
+    """What decides about a stage's output.
+
+    settings: its configuration, without what is free; a script's arguments
+    inputs: digests of the files that it reads, by path
+    parents: digests of the stages that it starts from, by name
+    """
+
+    settings: list[Setting]
+    inputs: dict[str, str]
+    parents: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``lifecycle.json`` has it."""
+        config = {setting.name: setting.value for setting in self.settings}
+        return {"config": config, "inputs": self.inputs, "parents": self.parents}
+
+    def digest(self) -> str:
+        """Of all of it."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def changes(self, before: Mapping[str, Any]) -> list[str]:
+        """What is different from what ``lifecycle.json`` has, a phrase each."""
+        every = differences(before["config"], self.settings)
+        phrases = [f"{key} was {old!r} and is {new!r}" for key, old, new in every]
+        for path in sorted(before["inputs"].keys() | self.inputs.keys()):
+            old, new = before["inputs"].get(path), self.inputs.get(path)
+            how = "is new" if old is None else "is no longer read" if new is None else "changed"
+            phrases += [f"the file {path} {how}"] if old != new and len(old or new or "") == DIGITS else []
+        if before["parents"].keys() != self.parents.keys():
+            return [*phrases, f"its parents were {', '.join(before['parents'])} and are {', '.join(self.parents)}"]
+        before_by_name = before["parents"]
+        return phrases + [f"its parent {name} changed" for name, p in self.parents.items() if before_by_name[name] != p]
+
+
+def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> Made:
+    """What a stage is made of: its configuration, the files that it reads, and the digests of its parents.
 
     Stages are called by name there, wherever their folders are.
 
@@ -32,32 +67,14 @@ def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> dict[st
     """
     arguments = stage.filled({s.name: f"stages/{s.name}" for s in recipe.stages} | {"out": "out", "folder": "folder"})
     if stage.run is None:
-        config: dict[str, Any] = {"script": arguments}
         # The script itself is no input: another release of it has not changed what is done.
-        texts = set(arguments[1:])
+        every, texts = [Setting("script", plain(arguments), arguments, is_default=False)], set(arguments[1:])
     else:
         # What cannot be resolved yet stays as it is written.
-        tree: Any = OmegaConf.to_container(compose_raw(arguments, name="stage"), resolve=False)
-        config = {key: value for key, value in flat(tree) if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
-        texts = set(_texts(config))
+        every = [one for one in settings(compose_raw(arguments, name="stage")) if not is_free(one.name, FREE)]
+        texts = {text for one in every for text in _texts(one.used)}
     inputs = {text: fingerprint(Path(text)) for text in sorted(texts) if _is_input(text)}
-    return {"config": config, "inputs": inputs, "parents": {name: parents[name] for name in stage.parents}}
-
-
-def digest(made: Mapping[str, Any]) -> str:
-    """Of what a stage is made of."""
-    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is different, a phrase each."""
-    phrases = [f"{key} was {old!r} and is {new!r}" for key, old, new in differences(before["config"], now["config"])]
-    phrases += [f"{key} is new" for key in now["config"].keys() - before["config"].keys() if key == "script"]
-    phrases += [f"the file {key} changed" for key, _, _ in differences(before["inputs"], now["inputs"])]
-    old, new = before["parents"], now["parents"]
-    if old.keys() != new.keys():
-        return [*phrases, f"its parents were {', '.join(old)} and are {', '.join(new)}"]
-    return phrases + [f"its parent {name} changed" for name in old if new[name] != old[name]]
+    return Made(every, inputs, {name: parents[name] for name in stage.parents})
 
 
 def stage_problems(stage: Stage, places: Mapping[str, str], later: Sequence[str]) -> list[str]:
@@ -72,16 +89,9 @@ def stage_problems(stage: Stage, places: Mapping[str, str], later: Sequence[str]
 
 
 def fingerprint(path: Path) -> str:
-    """Of names, sizes and samples of the content: corpora would take minutes to read."""
-    content = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        content.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            content.update(stream.read(SAMPLE))
-            stream.seek(max(0, size - SAMPLE))
-            content.update(stream.read(SAMPLE))
-    return content.hexdigest()[:16]
+    """Of the names and all of the content of a file, or of the files in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(json.dumps([[file.name, digest(file)] for file in files]).encode()).hexdigest()[:DIGITS]
 
 
 def _texts(node: Any) -> Iterator[str]:

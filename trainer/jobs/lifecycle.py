@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from trainer.checkpoint.record import read_record
 from trainer.config import ConfigError
+from trainer.disk import read_objects, write_text
 from trainer.export.lineage import RECORD as PROVENANCE
 from trainer.export.lineage import git_commit
-from trainer.jobs.inputs import changes, digest, made_of, stage_problems
+from trainer.jobs.inputs import Made, made_of, stage_problems
 from trainer.jobs.recipe import Recipe, Stage
 from trainer.report.lifecycle import RECORD
 
@@ -58,27 +58,28 @@ class Lifecycle:
                 entry["status"] = "off" if entry["status"] in ("waiting", "off") else entry["status"]
                 continue
             made = self._made_of(stage, digests)
-            changed = changes(entry["made_of"], made) if "made_of" in entry else []
+            changed = made.changes(entry["made_of"]) if "made_of" in entry else []
             if "made_of" in entry and not changed:
                 # A setting that came with a later release gives another digest, and changes nothing.
                 digests[stage.name] = entry["digest"]
                 continue
-            problems += [f"{stage.name}: {change}" for change in changed]
-            digests[stage.name] = digest(made)
+            if entry["status"] != "waiting":
+                problems += [f"{stage.name}: {change}" for change in changed]
+            digests[stage.name] = made.digest()
             self.stages[stage.name] = {
                 "status": "waiting",
                 "kind": "script" if stage.run is None else "run",
                 "run_dir": str(self._free_folder(stage.name)),
                 "parents": stage.parents,
                 "digest": digests[stage.name],
-                "made_of": made,
+                "made_of": made.as_json(),
             }
         if problems and not redo:
             remedy = "set it back, or use redo=true: what changed is then done again in fresh folders"
             raise ConfigError([*problems, remedy])
         self.record["stages"] = {s.name: self.stages[s.name] for s in self.recipe.stages}
 
-    def _made_of(self, stage: Stage, digests: Mapping[str, str]) -> dict[str, Any]:
+    def _made_of(self, stage: Stage, digests: Mapping[str, str]) -> Made:
         try:
             return made_of(stage, self.recipe, digests)
         except ConfigError as error:
@@ -148,9 +149,8 @@ class Lifecycle:
         """Write ``lifecycle.json``, with what is known by now."""
         self.record |= {"results": list(self.results()), "samples": self.samples(), "git": git_commit(Path.cwd())}
         self.recipe.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.recipe.folder / f"{RECORD}.partial"
-        unfinished.write_text(json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
-        unfinished.replace(self.recipe.folder / RECORD)
+        text = json.dumps(self.record, indent=1, ensure_ascii=False, default=str)
+        write_text(self.recipe.folder / RECORD, f"{text}\n")
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The table: value, target and known optimum of every result whose stage is done."""
@@ -176,8 +176,8 @@ class Lifecycle:
         if entry.get("status") != "done":
             return None
         if entry["kind"] == "run":
-            lines = (Path(entry["run_dir"]) / "metrics.jsonl").read_text().splitlines()
-            return next((float(row[metric]) for row in map(json.loads, reversed(lines)) if metric in row), None)
+            rows = read_objects(Path(entry["run_dir"]) / "metrics.jsonl")
+            return next((float(row[metric]) for row in reversed(rows) if metric in row), None)
         file = Path(entry["run_dir"]) / "metrics.json"
         node: Any = json.loads(file.read_text()) if file.is_file() else {}
         for key in metric.split("/"):
@@ -189,7 +189,7 @@ class Lifecycle:
         for entry in self.stages.values():
             file = Path(entry.get("run_dir", "")) / "answers.jsonl"
             if entry["status"] == "done" and file.is_file():
-                return [json.loads(line) for line in file.read_text().splitlines()[:SHOWN]]
+                return read_objects(file)[:SHOWN]
         return []
 
     def _target(self, result: Mapping[str, Any], optimum: Any) -> tuple[float | None, str]:
@@ -204,7 +204,7 @@ class Lifecycle:
         return result.get("at_least"), "higher"
 
     def _floor(self, stage: str, metric: str) -> float | None:
-        facts = yaml.safe_load((Path(self.stages[stage]["run_dir"]) / "config.yaml").read_text())["facts"]
+        facts = read_record(Path(self.stages[stage]["run_dir"]) / "config.yaml")["facts"]
         return facts.get("floors", {}).get(metric)  # type: ignore[no-any-return]
 
     def _free_folder(self, name: str) -> Path:

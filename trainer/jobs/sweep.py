@@ -29,10 +29,13 @@ import rich.console
 import rich.markup
 import rich.table
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from trainer import stopping
 from trainer.checkpoint import run_folder
+from trainer.compose import other_length
+from trainer.config import ConfigError, parse
+from trainer.disk import read_objects, write_text
 from trainer.jobs.process import places, run_ranks
 from trainer.parallel.environment import place
 
@@ -120,9 +123,9 @@ def point(cfg: DictConfig) -> float:
     name, direction = digest(overrides), _direction(here, cfg)
     worst = WORST if direction == "minimize" else -WORST
     record = sweep / "points" / f"{name}.json"
-    if record.is_file() and (before := json.loads(record.read_text()))["finished"]:
-        return worst if before["value"] is None else float(before["value"])
     run_dir, logs = sweep / name, sweep / "logs" / name
+    if record.is_file() and (before := json.loads(record.read_text()))["finished"] and _unchanged(run_dir, cfg):
+        return worst if before["value"] is None else float(before["value"])
     for folder in (record.parent, logs):
         folder.mkdir(parents=True, exist_ok=True)
     result = Point(int(here.job.num), overrides, "running", None, str(cfg.sweep.metric), direction, str(run_dir))
@@ -159,9 +162,7 @@ def summary(folder: Path, command: Sequence[str]) -> int:
     for lost in (p for p in points if p.status == "running"):
         lost.status = "lost"  # whoever ran it ended without a word
     facts = {"sweep": folder.name, "command": shlex.join(command), "metric": metric, "direction": direction}
-    unfinished = folder / "sweep.json.partial"
-    unfinished.write_text(json.dumps({**facts, "points": [asdict(p) for p in points]}, indent=1) + "\n")
-    unfinished.replace(folder / "sweep.json")
+    write_text(folder / "sweep.json", json.dumps({**facts, "points": [asdict(p) for p in points]}, indent=1) + "\n")
     shared = set.intersection(*(set(p.overrides) for p in points)) if len(points) > 1 else set()
     title = rich.markup.escape(f"{folder}: {direction} {metric}")
     table = rich.table.Table("point", "overrides", "status", metric, "run_dir", title=title)
@@ -199,12 +200,22 @@ def _continue_later(reason: str) -> None:
     time.sleep(3600)  # until the job is ended: a task that returned would count as finished
 
 
+def _unchanged(run_dir: Path, cfg: DictConfig) -> bool:
+    """Whether a finished point has the settings that its overrides mean now: files of the configuration may have changed."""
+    with read_write(cfg), open_dict(cfg):
+        cfg.update(other_length([str(override) for override in HydraConfig.get().overrides.task]))
+    try:
+        run_folder.refuse_changes(run_dir, parse(cfg))
+    except ConfigError:
+        return False  # the run refuses it, and says what differs
+    return True
+
+
 def _outcome(code: int, metrics: Path, metric: str) -> tuple[str, float | None]:
     """Status and value of a point whose processes ended with ``code``."""
     if code:
         return "refused" if code == 2 else f"failed ({signal.Signals(-code).name if code < 0 else code})", None
-    for line in reversed(metrics.read_text().splitlines()):
-        values = json.loads(line)
+    for values in reversed(read_objects(metrics)):
         if metric in values:
             value = float(values[metric])
             return ("done", value) if math.isfinite(value) else ("not finite", None)
@@ -225,6 +236,4 @@ def _folders(here: Any) -> list[str]:
 
 def _write(record: Path, result: Point) -> None:
     if place().rank == 0:
-        unfinished = record.with_suffix(".partial")
-        unfinished.write_text(json.dumps(asdict(result)) + "\n")
-        unfinished.replace(record)
+        write_text(record, json.dumps(asdict(result)) + "\n")

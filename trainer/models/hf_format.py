@@ -16,12 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config import InputError
-from trainer.disk import save_tensors, sync
+from trainer.disk import digest, save_tensors, sync
 from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
 INDEX = "model.safetensors.index.json"
-SAMPLES = 256
 PLAIN = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
@@ -211,16 +210,10 @@ class WeightFiles:
         return self._open[file]
 
     def fingerprint(self) -> str:
-        """Of names, sizes and samples of the content: whole folders would take minutes to read."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self.files.values())):
-            size = (self.folder / file).stat().st_size
-            digest.update(f"{file}:{size}".encode())
-            with (self.folder / file).open("rb") as stream:
-                for part in range(SAMPLES):
-                    stream.seek(size * part // SAMPLES)
-                    digest.update(stream.read(4096))
-        return digest.hexdigest()[:24]
+        """Of the shape and all of the weights."""
+        names = ["config.json", *sorted(set(self.files.values()))]
+        every = [[name, digest(self.folder / name)] for name in names]
+        return hashlib.sha256(json.dumps(every).encode()).hexdigest()[:24]
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle = self._handle(self.files[name])

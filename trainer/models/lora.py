@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
-from trainer.models.hf_format import FormatError, WeightFiles
+from trainer.models.hf_format import FormatError
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
 
@@ -48,10 +48,6 @@ class Adapter(Node):
 
     def install(self, model: Transformer, *, grown: bool) -> None:
         """Change a newly built model, before it has values. ``grown``: its vocabulary has tokens that its folder lacks."""
-
-    def made_from(self, files: WeightFiles | None) -> dict[str, str]:
-        """Fingerprints of what a resumed run must find unchanged, because its checkpoints do not hold it."""
-        return {}
 
     def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
         """The first values of a parameter that `install` added; None for the model's own."""
@@ -192,9 +188,6 @@ class LoRA(Adapter):
             elif matches(name, full):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
-
-    def made_from(self, files: WeightFiles | None) -> dict[str, str]:
-        return {} if files is None else {"model": files.fingerprint()}
 
     def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
         if self.path is not None and (stored := AdapterFolder(Path(self.path)).tensor(name)) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.disk import save_tensors, sync
+from trainer.disk import digest, save_tensors, sync
 from trainer.models.hf_format import FormatError, read_object
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -93,7 +92,7 @@ class AdapterFolder:
 
     def fingerprint(self) -> str:
         """Of the adapter's weights."""
-        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()[:24]
+        return digest(self.folder / WEIGHTS)[:24]
 
     def tensor(self, name: str) -> Tensor | None:
         """A tensor by the model's name for it; None if the adapter does not hold it."""

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.batch import copy_to
+from trainer.config import InputError
 from trainer.parallel.determinism import deterministic
 from trainer.parallel.environment import device_index, place, variables
 
@@ -210,18 +211,22 @@ def run_on_all_ranks(action: Callable[[], Json]) -> list[Json]:
     """Run ``action`` on every rank and return all results; where one rank fails, all raise instead of waiting for it.
 
     Raises:
+        InputError: where each of them failed because of something that the user gave.
         RankError: naming every rank that failed and why.
     """
     error: Exception | None = None
     try:
-        outcome: list[Any] = [True, action()]
+        outcome: list[Any] = [True, action(), None]
     except Exception as caught:
-        error, outcome = caught, [False, f"{type(caught).__name__}: {caught}"]
+        mendable = [str(caught)] if isinstance(caught, InputError) else None
+        error, outcome = caught, [False, f"{type(caught).__name__}: {caught}", mendable]
     every = gather(outcome)
-    failed = [f"rank {rank}: {value}" for rank, (succeeded, value) in enumerate(every) if not succeeded]
+    failed = {rank: each for rank, each in enumerate(every) if not each[0]}
+    if failed and all(mendable is not None for _, _, mendable in failed.values()):
+        raise InputError("\n".join(dict.fromkeys(text for *_, texts in failed.values() for text in texts))) from error
     if failed:
-        raise RankError("; ".join(failed)) from error
-    return [value for _, value in every]
+        raise RankError("; ".join(f"rank {rank}: {what}" for rank, (_, what, _) in failed.items())) from error
+    return [value for _, value, _ in every]
 
 
 def run_on_main(action: Callable[[], Json]) -> Json:
