@@ -87,7 +87,8 @@ class ChatData(Conversations):
         """Ids and masks of every conversation that has something to learn, cut to ``length`` positions."""
         for where, chat in read_rows(source, CHAT_FORMATS):
             try:
-                samples = [self.without_loss(sample, source) for sample in self.samples(chat, template)]
+                samples = self.samples(chat, template)
+                self.account_for_lost(samples, source)
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue

@@ -109,15 +109,15 @@ class Conversations(Files):
         names = str([sorted(source.columns.items()), sorted(source.roles.items()), READING])
         return [source.fingerprint(), template.fingerprint, f"{self.on_bad_row} {self.on_lost_text}", names]
 
-    def without_loss(self, encoded: EncodedChat, source: DataSource) -> EncodedChat:
-        """The conversation, if the template writes all of it; what it does not is an error, or counted.
+    def account_for_lost(self, encoded: Sequence[EncodedChat], source: DataSource) -> None:
+        """What the template does not write of a row is an error, or counted.
 
         Raises:
             TemplateError: if something is lost, unless ``on_lost_text=warn``.
         """
-        if encoded.lost:
-            what = f"the template does not write {', '.join(encoded.lost)}"
-            if self.on_lost_text is OnLostText.error:
-                raise TemplateError(f"{what}; use another data.template, or data.on_lost_text=warn to learn the rest")
+        lost = list(dict.fromkeys(what for part in encoded for what in part.lost))
+        if lost and self.on_lost_text is OnLostText.error:
+            remedy = "use another data.template, or data.on_lost_text=warn to learn the rest"
+            raise TemplateError(f"the template does not write {', '.join(lost)}; {remedy}")
+        if lost:
             source.notes[LOST] += 1
-        return encoded

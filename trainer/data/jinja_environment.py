@@ -62,7 +62,8 @@ def with_defaults(source: str, settings: Mapping[str, Any]) -> str:
     lines = [
         f"{{% if {k} is not defined %}}{{% set {k} = {_literal(v)} %}}{{% endif %}}\n" for k, v in settings.items()
     ]
-    return "".join(lines) + source
+    defaults = "".join(lines)
+    return source if source.startswith(defaults) else defaults + source
 
 
 def _literal(value: Any) -> str:

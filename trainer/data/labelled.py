@@ -114,7 +114,7 @@ class LabelledData(JudgedAnswers):
         seen: set[bytes] = set()
         for where, row in read_rows(source, LABELLED_FORMATS, "labelled completion"):
             try:
-                answer = self.encode(row.chat, template, source)
+                [answer] = self.encode([row.chat], template, source)
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from trainer.data.answer_spans import Passage
@@ -53,3 +54,12 @@ def inside(spans: Sequence[Span], offsets: Sequence[Span]) -> list[bool]:
             at += 1
         trained.append(at < len(spans) and (spans[at][0] <= first or spans[at][0] < last) and first < spans[at][1])
     return trained
+
+
+def reached_into(spans: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
+    """Beginnings of spans (in order) that a token reaches over."""
+    starts = [start for start, _ in spans]
+    over = {
+        starts[n] for first, last in offsets if (n := bisect_right(starts, first)) < len(starts) and starts[n] < last
+    }
+    return sorted(over)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -59,15 +59,16 @@ class JudgedAnswers(Conversations):
         """Ids of every unit; what teaches nothing is counted in ``dropped``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement encoded()")
 
-    def encode(self, chat: Chat, template: Template, source: DataSource) -> Encoded:
-        """`encode`, where what the template does not write is an error or counted.
+    def encode(self, chats: Sequence[Chat], template: Template, source: DataSource) -> list[Encoded]:
+        """`encode` of what a row holds, where what the template does not write is an error or counted.
 
         Raises:
-            ChatError: if no turn of the answer is learnt.
-            TemplateError: if the answer is not written, or something is lost and that is an error.
+            ChatError: if no turn of an answer is learnt.
+            TemplateError: if an answer is not written, or something is lost and that is an error.
         """
-        encoded = self.without_loss(encode(chat, template), source)
-        return Encoded(encoded.ids, encoded.trained)
+        encoded = [encode(chat, template) for chat in chats]
+        self.account_for_lost(encoded, source)
+        return [Encoded(part.ids, part.trained) for part in encoded]
 
     def truncate(self, pair: Pair, length: int) -> Pair | None:
         """The pair in at most ``length`` ids a side, each answer with at least one id; None where it is to be left out."""
@@ -111,9 +112,7 @@ class PreferenceData(JudgedAnswers):
         seen: set[bytes] = set()
         for where, preference in read_rows(source, PREFERENCE_FORMATS, "preference"):
             try:
-                chosen, rejected = (
-                    self.encode(chat, template, source) for chat in (preference.chosen, preference.rejected)
-                )
+                chosen, rejected = self.encode((preference.chosen, preference.rejected), template, source)
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
@@ -141,9 +140,10 @@ def encode(chat: Chat, template: Template) -> EncodedChat:
     turns = [n for n in chat.trained_turns if n >= chat.completion]
     if not turns:
         raise ChatError("all turns of an answer have the weight 0")
-    encoded = template.encode(chat.messages, chat.tools, turns=turns)
+    encoded = template.encode(chat.messages, chat.tools, turns=turns, apart=True)
     if not any(encoded.trained):
-        raise TemplateError(f"the template does not write {', '.join(encoded.lost) or 'the answer'}")
+        what = ", ".join(encoded.lost) or "the answer"
+        raise TemplateError(f"the template does not write {what}; use another data.template")
     end = len(encoded.trained) - encoded.trained[::-1].index(True)
     return EncodedChat(encoded.ids[:end], encoded.trained[:end], encoded.lost)
 

@@ -150,13 +150,19 @@ class PromptData(Conversations):
         for where, asked in read_rows(source, PROMPT_FORMATS, "prompt", mixed=True):
             chat = asked.chat
             try:
-                ids = self.without_loss(template.encode_prompt(chat.messages, chat.tools), source).ids
+                encoded = template.encode_prompt(chat.messages, chat.tools)
+                self.account_for_lost([encoded], source)
             except TemplateError as error:
                 source.reject(where, str(error))
                 continue
             ideal = [answer_in(text, self.answer) or text for text in chat.ideal]
             yield Prompt(
-                ids, str(chat.messages[-1].get("content", "")), ideal, self.answer, chat.messages, dict(asked.row)
+                encoded.ids,
+                str(chat.messages[-1].get("content", "")),
+                ideal,
+                self.answer,
+                chat.messages,
+                dict(asked.row),
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from trainer.data.built_in_templates import BUILT_IN, NEEDED
 from trainer.data.control_tokens import ControlTokens
 from trainer.data.jinja_environment import CLOSE, OPEN, clock, compiled, with_defaults
 from trainer.data.lost_texts import holds, lost_texts
-from trainer.data.marks import Span, inside, marked_spans, marks_in
+from trainer.data.marks import Span, inside, marked_spans, marks_in, reached_into
 from trainer.data.message_forms import Forms
 from trainer.data.tokenizer import ROLES, Tokenizer
 from trainer.data.turns import Turns
@@ -107,19 +108,20 @@ class Template:
         return EncodedChat(ids, [False] * len(ids), lost_texts(given, given_tools, text, {}))
 
     def encode(
-        self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None
+        self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None, apart: bool = False
     ) -> EncodedChat:
         """Ids of a whole conversation, and which of them the assistant wrote in ``turns`` (message numbers; None = all).
 
         The end-of-turn token belongs to the turn. A token belongs to the turn if its first character does, or if it reaches
-        into the turn's beginning. EOS is added where the last turn ends the text without a token that ends turns.
+        into the turn's beginning; ``apart``: what is before such a turn is encoded alone, as the prompt of a generation is.
+        EOS is added where the last turn ends the text without a token that ends turns.
 
         Raises:
             TemplateError: if the template does not write an answer, or its place cannot be told.
         """
         wanted = [n for n, m in enumerate(messages) if m["role"] == "assistant" and (turns is None or n in turns)]
         given, given_tools = self._as_text(messages, tools)
-        return self._encoded(given, given_tools, wanted, *self._located(given, given_tools, wanted))
+        return self._encoded(given, given_tools, wanted, *self._located(given, given_tools, wanted), apart=apart)
 
     def samples(
         self, messages: Sequence[Message], tools: Any = None, *, turns: Sequence[int] | None = None
@@ -140,7 +142,7 @@ class Template:
             text, spans = self._located(part, given_tools, wanted)
             same = [n for n in wanted if n == end - 1 or self._as_generated(part, given_tools, n, text, spans.get(n))]
             if same:
-                samples.append(self._encoded(part, given_tools, same, text, spans))
+                samples.append(self._encoded(part, given_tools, same, text, spans, apart=True))
             wanted = [n for n in wanted if n not in same]
             end = wanted[-1] + 1 if wanted else 0
         return samples[::-1]
@@ -211,17 +213,34 @@ class Template:
         wanted: Sequence[int],
         text: str,
         located: Mapping[int, Sequence[Span]],
+        *,
+        apart: bool,
     ) -> EncodedChat:
         spans = {n: located.get(n, ()) for n in wanted}
         for n in wanted:
             if not spans[n] and str(messages[n].get("content") or "").strip():
                 raise TemplateError(f"the template does not write message {n + 1}, which is the assistant's")
         ids, offsets = self._controls.encode(text)
-        trained = inside([span for n in wanted for span in spans[n]], offsets)
+        learnt = [span for n in wanted for span in spans[n]]
+        if apart and (cuts := reached_into(learnt, offsets)):
+            ids, offsets = self._encoded_apart(text, cuts, ids, offsets)
+        trained = inside(learnt, offsets)
         end = spans[wanted[-1]][-1][1] if wanted and spans[wanted[-1]] else 0
         if wanted[-1:] == [len(messages) - 1] and not self._turns.ends_with_token(text, end) and not text[end:].strip():
             ids, trained = [*ids, self.tokenizer.eos], [*trained, True]
         return EncodedChat(ids, trained, lost_texts(messages, tools, text, spans, self._turns.unwritten))
+
+    def _encoded_apart(
+        self, text: str, cuts: Sequence[int], ids: list[int], offsets: list[Span]
+    ) -> tuple[list[int], list[Span]]:
+        """Ids of the parts of a text, unless they do not spell it (tokenizers that begin every text with a space)."""
+        new_ids, new_offsets = list[int](), list[Span]()
+        for first, last in itertools.pairwise([0, *cuts, len(text)]):
+            part, places = self._controls.encode(text[first:last])
+            new_ids += part
+            new_offsets += [(first + a, first + b) for a, b in places]
+        same = self.tokenizer.decode(new_ids, specials=True) == self.tokenizer.decode(ids, specials=True)
+        return (new_ids, new_offsets) if same else (ids, offsets)
 
     def _located(
         self, messages: Sequence[Message], tools: Any, wanted: Sequence[int]

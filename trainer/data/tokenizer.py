@@ -81,7 +81,7 @@ class Tokenizer:
         pad = self._id("pad_token")
         self.pad: int = self.eos if pad is None else pad
         self.chat_template: str | None = settings.get("chat_template")
-        self.named_templates: dict[str, str] = settings.get("named_templates", {})
+        self.named_templates: dict[str, str] = dict(settings.get("named_templates", {}))
         self.stops: tuple[int, ...] = tuple(dict.fromkeys((self.eos, *settings.get("stops", ()))))
         self.new_tokens = 0
 

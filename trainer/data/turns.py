@@ -85,12 +85,14 @@ class Turns:
         size = min((next((n for n in range(len(opening), 0, -1) if opening[:n] in h), 0) for h in headers), default=0)
         header = opening[:size]
         bare = next((header[: m.start()] for m in pattern(self._controls.pairs).finditer(header)), header)
+        self._openers = frozenset(self._controls.turns.findall(bare)[:1])
         openings: list[tuple[str, ...]] = [(bare, header, opening)] if re.search(r"\w", bare) else []
         if not openings and headers:
             tail = prompt.rpartition(ASK)[2]
             if headers[0].startswith(tail):
                 self.missing_prompt = headers[0][len(tail) :] if headers[0][len(tail) :].strip() else ""
                 openings = [(h,) for h in (self.missing_prompt or tail,) if h.strip()]
+                self._openers = frozenset(self._controls.turns.findall(plain.partition(ASK)[0]))
         result = (probe([USER, CALLED, TOOL], prompt=True, tools=TOOLS) or "").rpartition(RESULT)[2]
         return [*openings, *([(result,)] if result.strip() else [])]
 
@@ -125,10 +127,9 @@ class Turns:
 
     def _run(self, after: str) -> list[str]:
         """The tokens that follow an answer directly, up to the next header of the assistant's."""
-        openers = {m[0] for opening in self._openings if (m := self._controls.turns.search(opening[0]))}
         tokens, at = list[str](), 0
         for match in self._controls.turns.finditer(after):
-            if after[at : match.start()].strip() or match[0] in openers:
+            if after[at : match.start()].strip() or match[0] in self._openers:
                 break
             tokens.append(match[0])
             at = match.end()
