@@ -229,13 +229,16 @@ def _keep_all(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)  # type: ignore[no-any-return]
 
 
-def _recompute_all(block: nn.Module, *inputs: Any) -> Tensor:
-    return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+def _recompute_all(block: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor], *rest: Any, **how: Any) -> Tensor:
+    # What is not a tensor comes by closure: torch 2.11 would compile anew for every number of documents.
+    def compute(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return block(x, (cos, sin), *rest)  # type: ignore[no-any-return]
+
+    return checkpoint(compute, x, *turned, use_reentrant=False, **how)  # type: ignore[no-any-return]
 
 
 def _recompute_cheap(block: nn.Module, *inputs: Any) -> Tensor:
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return _recompute_all(block, *inputs, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
 
 
 def _around(run: Callable[..., Tensor], compiled: Callable[..., Tensor], block: nn.Module, *inputs: Any) -> Tensor:
