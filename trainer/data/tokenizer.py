@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.data.hub import absence, folder_of
 from trainer.data.sentencepiece_format import definition_of, with_added_tokens
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -44,11 +45,16 @@ class TokenizerChoice(Node):
         list, "new special tokens, such as <|im_start|>; a loaded model's embeddings grow by a trained row for each"
     )
 
+    def __post_init__(self) -> None:
+        self.path = None if self.path is None else folder_of(self.path)
+
     def problems(self) -> Iterator[str]:
         for name in self.add:
             if not name.strip() or name != name.strip():
                 yield f"tokenizer.add: {name!r} is empty or has white space around it; name tokens such as <|im_end|>"
-        if self.path is not None:
+        if self.path is not None and (absent := absence(self.path)):
+            yield f"tokenizer.path={self.path}: {absent}"
+        elif self.path is not None:
             try:
                 _locate(Path(self.path))
             except ConfigError as error:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.data.hub import absence, folder_of
 from trainer.models.architecture import Architecture, Shape
 from trainer.models.attention import has_varlen
 from trainer.models.header import read_shape
@@ -35,7 +36,9 @@ TABLES = ("embed_tokens.weight", "lm_head.weight")
 class ModelOptions(Node):
     """What is chosen for a model of any shape. A base of `Model` so that help names it before the shape."""
 
-    path: str | None = setting(None, "a Hugging Face folder or an earlier export; the shape below is then the folder's")
+    path: str | None = setting(
+        None, "a Hugging Face folder, an earlier export, or a hub id (owner/name); the shape below is then the folder's"
+    )
     activation_checkpointing: Recompute | None = setting(
         Recompute.none,
         "what the backward computes again: none, selective (all but matrix products and attention), full (every block); "
@@ -52,9 +55,16 @@ class ModelOptions(Node):
 class Model(Shape, ModelOptions):
     """The decoder: from scratch by its shape, or from a folder."""
 
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", folder_of(self.path))
+
     def problems(self) -> Iterator[str]:
         if self.path is None:
             yield from self._shape(self.vocab_size or 1).problems()
+            return
+        if absent := absence(self.path):
+            yield f"model.path={self.path}: {absent}"
             return
         try:
             architecture = read_shape(Path(self.path))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.data.hub import folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
 from trainer.models.hf_format import FormatError
@@ -119,6 +120,7 @@ class LoRA(Adapter):
     merge: bool = setting(True, "write export/ with the adapters merged into the weights, beside adapter/")
 
     def __post_init__(self) -> None:
+        self.path = None if self.path is None else folder_of(self.path)
         if self.path is not None and (Path(self.path) / "adapter_config.json").is_file():
             try:
                 settings = AdapterFolder(Path(self.path)).settings

@@ -19,6 +19,7 @@ from torch import nn
 
 from trainer.config import Node, schema, setting
 from trainer.data.corpus import answer_in
+from trainer.data.hub import absence, folder_of
 from trainer.data.messages import Chat
 from trainer.data.preferences import encode
 from trainer.data.templates import Template, TemplateError, open_template
@@ -78,8 +79,11 @@ class ModelReward(Reward):
         True, "in standard deviations from the mean of its training scores, where the folder knows them"
     )
 
+    def __post_init__(self) -> None:
+        self.path = folder_of(self.path)
+
     def problems(self) -> Iterator[str]:
-        if problem := scoring_problem(Path(self.path)):
+        if problem := absence(self.path) or scoring_problem(Path(self.path)):
             yield f"the reward's path={self.path}: {problem}"
 
     def model_folder(self) -> str | None:

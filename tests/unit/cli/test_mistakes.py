@@ -113,7 +113,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("a run_dir that is something else", [*SFT, "run_dir=runs"], "run_dir=runs is not a run directory"),
     ("a run_dir that is a file", [*SFT, "run_dir=plain.txt"], "run_dir=plain.txt is not a run directory"),
     # ---- models and tokenizers
-    ("a hub id as a model", [*SFT, "model.path=HuggingFaceTB/SmolLM2-135M"], "hf download HuggingFaceTB/SmolLM2-135M"),
+    ("a hub id as a model", [*SFT, "model.path=HuggingFaceTB/SmolLM2-none"], "hf download HuggingFaceTB/SmolLM2-none"),
     ("a folder that is absent", [*SFT, "model.path=nowhere"], "model.path=nowhere: "),
     ("no model", [w for w in SFT if "model.path" not in w], "model.path is required"),
     (
