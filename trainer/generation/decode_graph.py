@@ -71,8 +71,7 @@ class FixedDecoder:
         dtype = torch.get_autocast_dtype(kind)
         with torch.no_grad():
             for name, p in model.named_parameters(remove_duplicate=False):
-                # The embedding is read row by row and not cast, also where it is the projection, too.
-                if p.ndim == 2 and p.dtype != dtype and of_policy(name) and not name.endswith("embed_tokens.weight"):
+                if p.dtype != dtype and of_policy(name) and _is_cast(name, p):
                     if name in self._weights:
                         self._weights[name].copy_(p)
                     else:
@@ -82,7 +81,10 @@ class FixedDecoder:
         """The model's forward, with the weights that were cast."""
         if not self._weights:
             return model(*inputs)
-        return functional_call(model, self._weights, inputs, tie_weights=False)
+        kind = self.cache.device.type
+        # A cast that autocast remembers is gone when its context ends, and a graph may live longer.
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+            return functional_call(model, self._weights, inputs, tie_weights=False)
 
     def step(self, model: nn.Module, running: Mapping[int, RunningSequence]) -> Tensor:
         """The next ids and their log-probabilities, float64 ``(2, slots)``."""
@@ -151,6 +153,11 @@ class FixedDecoder:
         for tensor, value in zip(advanced, before, strict=True):
             tensor.copy_(value)
         return graph
+
+
+def _is_cast(name: str, parameter: nn.Parameter) -> bool:
+    """Whether autocast casts it where it is used: not a norm's, nor the embedding, which is read row by row."""
+    return (parameter.ndim == 2 or name.endswith(".bias")) and not name.endswith("embed_tokens.weight")
 
 
 def _filters(sampling: Sampling) -> Sampling:
