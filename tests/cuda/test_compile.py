@@ -57,7 +57,7 @@ def branched_step(model, number: int) -> float:
         (packed_step, Recompute.selective, 1, 3),
         (packed_step, Recompute.full, 1, 6),
         # The last block computes the wanted tokens alone.
-        (branched_step, Recompute.full, 2, 6),
+        (branched_step, Recompute.none, 2, 3),
     ],
 )
 def test_blocks_are_compiled_once_a_kind_and_stay_so_whatever_is_sampled(step, recompute, kinds, attended):
@@ -67,7 +67,7 @@ def test_blocks_are_compiled_once_a_kind_and_stay_so_whatever_is_sampled(step, r
     model.compile_blocks(graphs)
     counts = []
     with torch.autocast("cpu", torch.bfloat16), emulated() as calls:
-        for number in range(4):
+        for number in range(3):
             expected = step(plain.train(), number)
             calls.clear()
             assert step(model.train(), number) == pytest.approx(expected, rel=1e-2)  # bfloat16 sums in another order
@@ -77,7 +77,7 @@ def test_blocks_are_compiled_once_a_kind_and_stay_so_whatever_is_sampled(step, r
             with torch.no_grad():
                 model.eval()(torch.tensor([[1, 2, 3]]), Documents.from_lengths((3,), 1), logits)
                 generate(model, [[1, 2, 3], [4]], Sampling(2 + number, 1.0), stops=())
-    assert counts == [kinds, *[2 * kinds] * 3]
+    assert counts == [kinds, *[2 * kinds] * 2]
 
 
 def test_the_eager_backward_computes_attention_again_only_under_full_recomputation():
