@@ -17,6 +17,8 @@ from trainer.report.recording import Floats, Series
 WIDTH, HEIGHT = 560, 264
 LEFT, RIGHT, TOP, BOTTOM = 62, WIDTH - 12, 12, HEIGHT - 46
 """The box of the curves, in pixels."""
+LETTER = 8
+"""Width of a digit, pixels."""
 MARGIN = 0.02
 """Part of the horizontal axis that is left free at both ends: the dots of the first and the last step are whole."""
 STEEP = 4
@@ -77,7 +79,8 @@ def axes_of(figure: Figure) -> Axes:
     if log:
         low, high = math.log10(low), math.log10(high)
     # A constant is a line in the middle, not noise in its last digits.
-    span = max(high - low, 0 if log else abs(high) * 0.02, 1e-9)
+    constant = high - low <= 1e-6 * abs(high)
+    span = max(high - low, 0 if log else abs(high) * (0.5 if constant else 0.02), 1e-9)
     middle = (low + high) / 2
     low, high = min(low, middle - span / 2) - below * span, max(high, middle + span / 2) + above * span
     steps = np.concatenate([series.steps for series in finite])
@@ -199,7 +202,7 @@ def _columns(axes: Axes, figure: Figure) -> list[Html]:
     for value, label in zip(values, tick_labels(values), strict=True):
         # A number at the right edge would be cut off.
         x = min(float(axes.across(value)), RIGHT + 0.0)
-        side = "end" if x > RIGHT - 16 else "middle"
+        side = "end" if x + LETTER * len(label) / 2 > WIDTH else "middle"
         drawn.append(tag("text", label, class_="tick", x=x, y=BOTTOM + 20, text_anchor=side))
     return [*drawn, axis_name(figure.x_label)]
 
@@ -209,7 +212,7 @@ def _outside(axes: Axes, figure: Figure) -> list[Html]:
     top = max(float(trace.series.finite.values.max()) for trace in figure.traces)
     if figure.chart.band is not None or top <= axes.y[1] * (1 + 1e-9):
         return []
-    return [tag("text", f"↑ up to {number(top)}", class_="mark", x=LEFT + 6, y=TOP + 10)]
+    return [tag("text", f"↑ up to {number(top)}", class_="mark", x=LEFT + 0.3 * (RIGHT - LEFT), y=TOP + 10)]
 
 
 def _curve(axes: Axes, trace: Trace, figure: Figure) -> Html:
@@ -222,10 +225,13 @@ def _curve(axes: Axes, trace: Trace, figure: Figure) -> Html:
         line = [] if figure.chart.against and dots else [tag("path", d=path(axes, series))]
         return tag("g", *line, *dots, class_=f"evals {style}")
     extremes, means = thinned(trace.series)
+    alone = trace.series.finite if len(trace.series.finite) == 1 else None  # a line of one point is nothing
+    x, y = (0.0, 0.0) if alone is None else (float(axes.across(alone.steps[0])), float(axes.up(alone.values[0])))
+    dot = [] if alone is None else [tag("circle", cx=x, cy=y, r=3.2, class_=style)]
     if trace.exact:
-        return tag("path", class_=f"exact {style}", d=path(axes, means))
+        return markup(tag("path", class_=f"exact {style}", d=path(axes, means)), *dot)
     raw = tag("path", class_=f"raw {style}", d=path(axes, extremes))
-    return markup(raw, tag("path", class_=f"smooth {style}"))
+    return markup(raw, tag("path", class_=f"smooth {style}"), *dot)
 
 
 def style_of(trace: Trace) -> str:

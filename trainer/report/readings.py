@@ -126,8 +126,8 @@ def trend(trace: Trace) -> str:
     """The direction at the end: "still falling by 0.4% per 100 steps", or level; empty where there are too few values."""
     series = trace.series.finite
     fitted = _slope(series)
-    if fitted is None:
-        return ""
+    if fitted is None or (len(series) < BLOCKS // 2 and not trace.points):
+        return ""  # a few noisy values have no direction
     change, error = fitted
     span = float(series.steps[-1] - series.steps[0])
     size = abs(float(series.values[-1])) or float(np.abs(series.values).mean())
@@ -142,7 +142,8 @@ def trend(trace: Trace) -> str:
     share = abs(change) * unit / size if size else math.inf
     # Of a value near 0 a percentage says nothing.
     amount = f"{share:.1%}" if 0.0005 <= share < 1 else number(abs(change) * unit)
-    return f"still {'falling' if change < 0 else 'rising'} by {amount} per {unit:,} steps"
+    per = f"per {unit:,} steps" if unit > 1 else "a step"
+    return f"still {'falling' if change < 0 else 'rising'} by {amount} {per}"
 
 
 def _slope(series: Series) -> tuple[float, float] | None:

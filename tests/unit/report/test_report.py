@@ -468,7 +468,7 @@ def browser(tmp_path_factory):
     opened.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1200, 800, 390])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_it_without_complaint_request_or_sideways_scrolling(browser, tmp_path, width, dark):
     file = write(pretraining(tmp_path / "r", samples=[{"step": 1, "prompt": "p" * 400, "completion": "c" * 400}]))
@@ -482,6 +482,16 @@ def test_a_browser_shows_it_without_complaint_request_or_sideways_scrolling(brow
     scale = browser.run("document.querySelector('.plot svg').clientWidth") / WIDTH
     size = browser.run("getComputedStyle(document.querySelector('.plot .tick')).fontSize")
     assert float(size.removesuffix("px")) * scale >= 10
+
+
+def test_answers_of_six_stages_fit_a_laptop(browser, tmp_path):
+    answers = {name: "A sentence of some words. " * 4 for name in ("base", "sft", "reward", "dpo", "ppo", "grpo")}
+    (tmp_path / "lifecycle.json").write_text(json.dumps({"samples": [{"prompt": "Who paints?", "answers": answers}]}))
+    browser.open(write(tmp_path), width=1200, dark=False)
+    assert (
+        browser.run("(() => { const t = document.querySelector('.scroll'); return t.scrollWidth - t.clientWidth; })()")
+        == 0
+    )
 
 
 def test_it_can_be_used_by_keyboard(browser, tmp_path):
