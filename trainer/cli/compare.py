@@ -12,7 +12,6 @@ f(prompts, completions, rows) -> scores.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import statistics
@@ -31,6 +30,7 @@ from trainer.data.sources import DataSource
 from trainer.data.templates import TemplateError
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
+from trainer.rl.functions import load_reward
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("prompts", help="a file of prompts, as GRPO reads them")
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exports, or other Hugging Face folders")
-    parser.add_argument("--function", help="scores the answers; where it can be imported from")
+    parser.add_argument("--function", help="scores the answers: package.module.name, or file.py:name")
     parser.add_argument(
         "--reward", type=Path, help="a reward model's export, which scores them where there is no function"
     )
@@ -95,8 +95,7 @@ def opened(folder: Path, template: str | None) -> ChatModel:
 def scorer(a: argparse.Namespace) -> Callable[[Sequence[Row], Sequence[Any], Sequence[str]], list[float | None]] | None:
     """What scores answers, if anything does."""
     if a.function:
-        module, _, name = a.function.rpartition(".")
-        function = getattr(importlib.import_module(module), name)
+        function = load_reward(a.function)
         return lambda rows, chats, texts: list(function([c[-1]["content"] for c in chats], list(texts), list(rows)))
     if a.reward:
         judge = RewardModel.open(a.reward)

@@ -6,7 +6,6 @@ A reward is a subclass of `Reward` here, or in a module that ``imports=[mine]`` 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from trainer.config import Node, schema, setting
+from trainer.config import InputError, Node, schema, setting
 from trainer.data.corpus import answer_in
 from trainer.data.hub import absence, folder_of
 from trainer.data.messages import Chat
@@ -30,12 +29,13 @@ from trainer.generation.scoring import score
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Full
 from trainer.parallel import distributed
+from trainer.rl.functions import load_reward
 
 FAILURES = (Exception, SystemExit)
 """What a user's function may end with: a ``sys.exit`` in it must not end the run as if it had finished."""
 
 
-class RewardError(RuntimeError):
+class RewardError(InputError):
     """A reward that could not be computed; the message names the row."""
 
 
@@ -140,20 +140,17 @@ class FunctionReward(Reward):
 
     Parameters called ``ideals`` and ``patterns`` are filled, too: each prompt's right answers, and the pattern by which an
     answer is found in a text, as ``data.columns`` and ``data.answer`` name them.
+    One of TRL's, ``f(completions, **kwargs)``, is taken as it is: columns of the data are its keyword arguments.
     """
 
-    function: str = setting(doc="where it can be imported from, such as my_package.rewards.brevity")
+    function: str = setting(doc="where it is: my_package.rewards.brevity, or in a file: my_rewards.py:brevity")
     arguments: dict[str, Any] = setting(dict, "further arguments by name")
 
     def problems(self) -> Iterator[str]:
         try:
             function = self._function()
-        except ImportError as error:
-            yield f"the reward's function={self.function} cannot be imported ({error}); is its folder on PYTHONPATH?"
-            return
-        if not callable(function):
-            module, _, name = self.function.rpartition(".")
-            yield f"the reward's function={self.function} is not a function; {module} has none called {name}"
+        except InputError as error:
+            yield f"the reward's {error}"
             return
         try:
             inspect.signature(function).bind([], [], [], **self._filled(function, []) | self.arguments)
@@ -168,9 +165,8 @@ class FunctionReward(Reward):
 
         return scorer
 
-    def _function(self) -> Any:
-        module, _, name = self.function.rpartition(".")
-        return getattr(importlib.import_module(module or "builtins"), name, None)
+    def _function(self) -> Callable[..., Any]:
+        return load_reward(self.function)
 
     def _scores(self, function: Callable[..., Any], responses: Sequence[Response]) -> list[float | None]:
         try:

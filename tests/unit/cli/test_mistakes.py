@@ -152,6 +152,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("a reward of a module that is absent", [*GRPO, "pipeline.reward.main.function=my.brevity"], "cannot be imported"),
     ("a reward that takes something else", [*GRPO, "pipeline.reward.main.function=rewards.backwards"], "does not take"),
     ("a prompt longer than the model", [*GRPO, "pipeline.rollout.tokens=100000"], "pipeline.rollout.tokens"),
+    (
+        "a reward in a file that is absent",
+        [*GRPO, "pipeline.reward.main.function=my.py:brevity"],
+        "my.py does not exist",
+    ),
     # ---- other verbs
     ("a verb that is absent", ["finetune"], "finetune is not a verb"),
     ("a recipe that is absent", ["recipe", "nowhere"], "nowhere"),
@@ -164,6 +169,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("a tokenizer over another", ["tokenize", "model", "plain.txt"], "model exists already"),
     ("a report of nothing", ["report", "runs"], "no run is there"),
     ("checkpoints of nothing", ["verify", "runs"], "holds no checkpoint"),
+    (
+        "a comparison by no function",
+        ["compare", "out", "tasks.jsonl", "a=model", "--template", "chatml", "--function", "rewards.no"],
+        "rewards has none called no, it has backwards",
+    ),
     ("Slurm's time in words", ["submit", "time=soon", "--", *SFT], "time=soon"),
 ]
 
