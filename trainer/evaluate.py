@@ -88,15 +88,13 @@ class Evaluation(Node):
                     metrics.merge(pipeline.evaluate(models, batch.to(engine.device)))
                 overall.merge(metrics)
                 if len(heldout) > 1:
-                    values.update(
-                        {f"eval/{name}/{key}": v for key, v in metrics.reduced(distributed.stack_over_data).items()}
-                    )
+                    values.update({f"eval/{name}/{key}": v for key, v in _counted(metrics).items()})
                 for key, by_unit in _per_unit(metrics).items():
                     units.setdefault(f"eval/{key}", []).extend(by_unit.values())
                     for number in sorted(by_unit, key=lambda n: by_unit[n])[: self.errors]:
                         texts = rows.preview(number, models.tokenizer)
                         errors.append({"source": name, "row": number, key: by_unit[number], **texts})
-        values.update({f"eval/{key}": v for key, v in overall.reduced(distributed.stack_over_data).items()})
+        values.update({f"eval/{key}": v for key, v in _counted(overall).items()})
         return HeldOutMetrics(values, units, errors)
 
     def answer(
@@ -167,6 +165,11 @@ class Evaluation(Node):
         count = min(len(rows), self.rows or len(rows))
         for first in range(0, count, micro * data.size):
             yield rows.collate([n if n < count else -1 for n in data.block(first, micro)])
+
+
+def _counted(metrics: Metrics) -> dict[str, Tensor]:
+    """Values of what there was: rows without a chosen answer have no mean of chosen answers, not one of 0."""
+    return metrics.reduced(distributed.stack_over_data, drop_empty=True)
 
 
 def _per_unit(metrics: Metrics) -> dict[str, dict[int, float]]:

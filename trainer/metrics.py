@@ -80,15 +80,18 @@ class Metrics:
             else torch.zeros(0, 3, dtype=torch.float64)
         )
 
-    def reduced(self, stack: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def reduced(self, stack: Callable[[Tensor], Tensor], *, drop_empty: bool = False) -> dict[str, Tensor]:
         """Values by name, float64 scalars on the device. Collective where ``stack`` is.
 
         Args:
             stack: Gives the packed numbers ``(K, 3)`` of every rank, ``(W, K, 3)``.
+            drop_empty: Leave out means of nothing, which are 0 else; the host waits for the device.
         """
         values = {}
         for (name, (kind, _)), column in zip(self._entries.items(), stack(self.packed()).unbind(1), strict=True):
             total, squares, count = column.sum(0).unbind(0)
+            if drop_empty and kind in (Kind.mean, Kind.std) and not count.item():
+                continue
             mean = total / count.clamp(min=1e-300)
             if kind is Kind.total:
                 values[name] = total

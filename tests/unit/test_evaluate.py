@@ -69,6 +69,21 @@ def test_several_sources_have_values_of_their_own_and_units_weigh_alike():
     assert values == {"eval/one/loss": 3.0, "eval/other/loss": 11.0, "eval/loss": 5.0}
 
 
+def test_a_mean_of_nothing_is_left_out():
+    class Sided(Identity):
+        def loss(self, models, batch):
+            loss, metrics = super().loss(models, batch)
+            for name, side in (("large", batch.values > 5), ("huge", batch.values > 1e10)):
+                counts = side & (batch.rows >= 0)
+                metrics.mean(name, (batch.values * counts).sum(), counts.sum())
+            return loss, metrics
+
+    engine = DDP().wrap(nn.Linear(1, 1), AdamW(lr=0.1), Precision(Compute.fp32))
+    stores = {"one": Store(1.0, 2.0, 6.0)}
+    values = Evaluation().measure(Sided(), Models(engine.model, None), engine, stores, 2).values
+    assert {name: float(value) for name, value in values.items()} == {"eval/loss": 3.0, "eval/large": 6.0}
+
+
 def test_rows_limits_the_units_of_each_source():
     assert measure({"one": Store(1.0, 2.0, 6.0)}, rows=2)[0] == {"eval/loss": 1.5}
 

@@ -28,6 +28,7 @@ from trainer.config import InputError
 from trainer.export.lineage import ancestry
 from trainer.export.peft import merged_weights
 from trainer.parallel import distributed
+from trainer.parallel.engine import Engine
 from trainer.run import Run
 
 
@@ -37,23 +38,45 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="the folder of the run")
     parser.add_argument("out", type=Path, nargs="?", help="the folder to write; default: export/ in the run's folder")
     a = parser.parse_args(arguments)
-    if not (a.run_dir / RECORD).is_file():
-        raise InputError(f"{a.run_dir} is not a run directory (it has no {RECORD}); give the run_dir of a run")
+    facts = record_of(a.run_dir)
     out = a.out or a.run_dir / "export"
     if out.exists():
         raise InputError(f"{out} exists already; name another folder")
-    facts = read_record(a.run_dir / RECORD)["facts"]
-    facts.pop("attempts", None)
     step = export(compose_recorded(facts["command"], a.run_dir), a.run_dir, out, facts)
     print(f"{out}: the model after step {step}")
     return 0
 
 
-def compose_recorded(command: str, run_dir: Path) -> Run:
-    """The configuration that a run's command line described."""
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """How a run was made, by its record.
+
+    Raises:
+        InputError: if the folder is no run's.
+    """
+    if not (run_dir / RECORD).is_file():
+        raise InputError(f"{run_dir} is not a run directory (it has no {RECORD}); give the run_dir of a run")
+    facts: dict[str, Any] = read_record(run_dir / RECORD)["facts"]
+    facts.pop("attempts", None)
+    return facts
+
+
+def restored_step(cfg: Run, run_dir: Path, engine: Engine) -> int:
+    """Restore the newest checkpoint that verifies; gives its step. Collective.
+
+    Raises:
+        InputError: if there is none.
+    """
+    step = Checkpointer(cfg.checkpoint, run_dir / "checkpoints", engine, {}, {}).restore()
+    if step == 0:
+        raise InputError(f"{run_dir} holds no checkpoint that can be read; let the run save one (checkpoint.every)")
+    return step
+
+
+def compose_recorded(command: str, run_dir: Path, more: Sequence[str] = ()) -> Run:
+    """The configuration that a run's command line described, with further overrides."""
     words = shlex.split(command)[1:]
     config_dirs, overrides = split_config_dirs(words[1:] if words[:1] == ["train"] else words)
-    return compose([*overrides, f"run_dir={run_dir}"], config_dirs=config_dirs)
+    return compose([*overrides, f"run_dir={run_dir}", *more], config_dirs=config_dirs)
 
 
 def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
@@ -69,9 +92,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         models = cfg.pipeline.models(load, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
-        step = Checkpointer(cfg.checkpoint, run_dir / "checkpoints", engine, {}, facts).restore()
-        if step == 0:
-            raise InputError(f"{run_dir} holds no checkpoint to export; let the run save one (checkpoint.every)")
+        step = restored_step(cfg, run_dir, engine)
         computed = cfg.pipeline.finalize(models, engine, corpus)
         record = {**facts, "config": plain(cfg), **ancestry(texts_of(cfg)), **computed, "step": step}
         weights = partial(merged_weights, engine, load, cfg.pipeline.exports)

@@ -158,6 +158,22 @@ def test_an_evaluation_gives_what_a_run_would_show_before_its_first_step(model, 
     assert f"{row['eval/loss']:.6g}" in out
 
 
+def test_the_newest_checkpoint_of_a_run_is_measured_on_other_data(model, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Who paints?", "completion": "Nobody does."}] * 4)
+    data, quiet = (
+        [f"data.eval=[{other}]", "data.template=chatml"],
+        ["evaluation.samples=0", "--out", f"{tmp_path}/m.json"],
+    )
+    out = succeed(model, "evaluate", "run", *data, *quiet)
+    assert out.startswith("run: after step 60\n")
+    of_run = json.loads((tmp_path / "m.json").read_text())
+    run = ["pipeline=sft", "data=chat", "data.train=[chats.jsonl]", "batch.length=64", "batch.size=1", "batch.micro=1"]
+    succeed(model, "evaluate", "model.path=run/export", *run, *data, *quiet)
+    assert of_run == json.loads((tmp_path / "m.json").read_text())
+    code, _, errors = onecurve(tmp_path, "evaluate", "nowhere", *data)
+    assert (code, "nowhere is not a run directory" in errors) == (2, True)
+
+
 def test_an_evaluation_without_held_out_data_is_refused(model, tmp_path):
     run = ["pipeline=sft", "data=chat", f"data.train=[{model}/chats.jsonl]", "batch.length=64"]
     code, _, errors = onecurve(tmp_path, "evaluate", f"model.path={model}/run/export", *run)

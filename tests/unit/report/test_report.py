@@ -485,7 +485,7 @@ def test_a_browser_shows_it_without_complaint_request_or_sideways_scrolling(brow
 
 
 def test_answers_of_six_stages_fit_a_laptop(browser, tmp_path):
-    answers = {name: "A sentence of some words. " * 4 for name in ("base", "sft", "reward", "dpo", "ppo", "grpo")}
+    answers = dict.fromkeys(("base", "sft", "reward", "dpo", "ppo", "grpo"), "A sentence of some words. " * 4)
     (tmp_path / "lifecycle.json").write_text(json.dumps({"samples": [{"prompt": "Who paints?", "answers": answers}]}))
     browser.open(write(tmp_path), width=1200, dark=False)
     assert (

@@ -33,12 +33,15 @@ def test_the_model_has_the_weights_that_are_counted():
 def test_a_report_is_what_was_learnt_since_the_last_one():
     world = World(0, 2, 0, torch.device("cpu"))
     speed = Speed(Stopwatch(world.device), A, world, torch.float32, tokens=100.0)
-    speed.peak = 1e6
+    speed.peak = 1e7
     first = speed.figures(300.0, Timing(2.0, {"data": 0.5}, attention_pairs=50, memory_gb=1.0))
     assert first["tokens_per_second"] == 100
-    assert first["mfu"] == pytest.approx((6 * 1952 * 200 + 12 * 16 * 50 * 2) / 2 / 1e6)
+    assert first["mfu"] == pytest.approx((6 * 1952 * 200 + 12 * 16 * 50 * 2) / 2 / 1e7)
     assert first["time/data"] == 0.5
     assert speed.figures(360.0, Timing(1.0, {}, 0, 1.0))["tokens_per_second"] == 60
+    # 6 * 1952 * 1000 operations in a second are more than the 1e7 that were measured: then that is what is possible.
+    assert speed.figures(1360.0, Timing(1.0, {}, 0, 1.0))["mfu"] == 1
+    assert speed.figures(1860.0, Timing(1.0, {}, 0, 1.0))["mfu"] == 0.5
 
 
 def test_evaluations_and_checkpoints_do_not_slow_the_rate_down():
