@@ -208,11 +208,14 @@ def _columns(axes: Axes, figure: Figure) -> list[Html]:
 
 
 def _outside(axes: Axes, figure: Figure) -> list[Html]:
-    """Says how far curves go that leave the picture at the top."""
-    top = max(float(trace.series.finite.values.max()) for trace in figure.traces)
-    if figure.chart.band is not None or top <= axes.y[1] * (1 + 1e-9):
-        return []
-    return [tag("text", f"↑ up to {number(top)}", class_="mark", x=LEFT + 0.3 * (RIGHT - LEFT), y=TOP + 10)]
+    """Says how far curves go that leave the picture."""
+    values = np.concatenate([trace.series.finite.values for trace in figure.traces])
+    x, marks = LEFT + 0.3 * (RIGHT - LEFT), []
+    if figure.chart.band is None and values.max() > axes.y[1]:
+        marks.append(tag("text", f"↑ up to {number(float(values.max()))}", class_="mark", x=x, y=TOP + 10))
+    if values.min() < axes.y[0]:
+        marks.append(tag("text", f"↓ down to {number(float(values.min()))}", class_="mark", x=x, y=BOTTOM - 6))
+    return marks
 
 
 def _curve(axes: Axes, trace: Trace, figure: Figure) -> Html:
