@@ -23,7 +23,7 @@ PPO = ["pipeline=ppo", "data=prompts"]
 BESIDE = {
     "pipeline/dpo": ["data=preference"], "pipeline/kto": ["data=labelled"],
     "pipeline/reward": ["data=preference"], "pipeline/ppo": ["data=prompts"],
-    **{f"reward/{kind}": PPO for kind in ("model", "function", "judge")},
+    **{f"reward/{kind}": PPO for kind in ("model", "function", "exact_match", "judge")},
 }  # fmt: skip
 """What a choice only works with."""
 

@@ -24,6 +24,23 @@ def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+def test_settings_that_look_like_markup_are_shown_as_they_are(tmp_path, capsys):
+    (tmp_path / "points").mkdir()
+    for n, name in enumerate("ab"):
+        point = sweep.Point(
+            n, [f"data.train=[/data/{name}.txt]", "seed=[/b]"], "done", 1.0, "loss", "minimize", f"run-{n}"
+        )
+        (tmp_path / "points" / f"{name}.json").write_text(json.dumps(vars(point)))
+    assert sweep.summary(tmp_path, ["-m"]) == 2
+    assert "data.train=[/data/a.txt]" in capsys.readouterr().out
+
+
+def test_a_plugin_whose_package_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sweep.PLUGINS, "hydra/sweeper=mine", "no_such_package.plugin")
+    [problem] = sweep.problems(["hydra/sweeper=mine"])
+    assert problem == "hydra/sweeper=mine needs packages that are not installed; pip install 'onecurve[sweep]'"
+
+
 def test_a_sweep_of_two_points_compares_what_is_done_and_skips_it_the_next_time(tmp_path):
     command = [*RUN, "batch.size=8,7", "hydra.sweep.dir=sweep", "sweep.metric=loss"]
     done = multirun(tmp_path, *command)

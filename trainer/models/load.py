@@ -71,7 +71,7 @@ class Model(Shape, ModelOptions):
         except FormatError as error:
             yield f"model.path={self.path}: {error}"
             return
-        yield from architecture.problems(f"{self.path}/config.json: ")
+        yield from (f"{self.path}/config.json: {problem}" for problem in architecture.problems(""))
 
     def validate_compiled(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
         """One sentence for what does not work in compiled blocks of heads of ``head_dim`` that compute in ``dtype``."""

@@ -157,6 +157,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         [*GRPO, "pipeline.reward.main.function=my.py:brevity"],
         "my.py does not exist",
     ),
+    (
+        "a judge without its address",
+        [*GRPO, "reward@pipeline.reward.main=judge"],
+        "pipeline.reward.main.url is required",
+    ),
     # ---- other verbs
     ("a verb that is absent", ["finetune"], "finetune is not a verb"),
     ("a recipe that is absent", ["recipe", "nowhere"], "nowhere"),
