@@ -12,10 +12,16 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trainer.data.jinja_limits import LimitedEnvironment
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters (Unicode 23.7: in no text) around what ``{% generation %}`` marks, while a text is rendered."""
+
+FAILURES = (
+    jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError
+)  # fmt: skip
+"""What rendering ends with where a template and a conversation do not fit each other."""
 
 
 class Generation(Extension):
@@ -43,10 +49,8 @@ def compiled(source: str) -> jinja2.Template:
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     return environment

@@ -18,7 +18,8 @@ from trainer.config import InputError
 from trainer.data.answer_spans import NONCHARACTERS, Message, Passage, place, places
 from trainer.data.built_in_templates import BUILT_IN, NEEDED
 from trainer.data.control_tokens import ControlTokens
-from trainer.data.jinja_environment import CLOSE, OPEN, clock, compiled, with_defaults
+from trainer.data.jinja_environment import CLOSE, FAILURES, OPEN, clock, compiled, with_defaults
+from trainer.data.jinja_limits import rendered
 from trainer.data.lost_texts import holds, lost_texts
 from trainer.data.marks import Span, inside, marked_spans, marks_in, reached_into
 from trainer.data.message_forms import Forms
@@ -180,10 +181,10 @@ class Template:
     def _render(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
         source = self.with_tools if tools and self.with_tools else self.source
         try:
-            text = compiled(source).render(
-                messages=messages, tools=tools or None, add_generation_prompt=prompt, **self._globals
+            text = rendered(
+                compiled(source), messages=messages, tools=tools or None, add_generation_prompt=prompt, **self._globals
             )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except FAILURES as error:
             raise TemplateError(f"the chat template refuses it ({error})") from None
         return self._controls.settled(text)
 
