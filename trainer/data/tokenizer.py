@@ -263,7 +263,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             definition, settings = file.read_text(), {}
     except UnicodeDecodeError as error:
         raise ConfigError([f"{file} is not UTF-8 ({error})"]) from None
-    except ValueError as error:
+    except Exception as error:  # a damaged tokenizer.model ends in protobuf's own
         raise ConfigError([f"{file}: {error}"]) from None
     settings.update(stored)
     if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:

@@ -8,6 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.small_folder import write_folder
+from trainer.config import ConfigError
+from trainer.data.tokenizer import open_tokenizer
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError
 from trainer.models.load import Model
@@ -82,3 +84,16 @@ def test_a_tensor_that_only_the_index_names_is_missed(folder):
     save_file(stored, folder / "model.safetensors")
     [problem] = Model(path=str(folder)).problems()
     assert "lacks model.embed_tokens.weight, which model.safetensors.index.json says it holds" in problem
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(name, folder):
+    if name == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+    (folder / name).write_text('{"cut')
+    with pytest.raises(ConfigError) as error:
+        open_tokenizer(folder)
+    assert f"{folder}/" in str(error.value)
+    assert "\n" not in str(error.value)
