@@ -9,7 +9,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -114,7 +114,7 @@ class _CountLoops(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  (the class's name decides)
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.iter = self._filter(node.iter, "_counted", 1 + text // 20)
+        node.iter = self._filter(cast("nodes.Expr", node.iter), "_counted", 1 + text // 20)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
