@@ -108,7 +108,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("an unknown rope", ["model.rope_scaling={rope_type: ntk}"], "rope_type=ntk is not known"),
     ("layers beside a folder", [*SFT, "model.num_hidden_layers=2"], "has no effect beside model.path=model"),
     ("muon under ZeRO-3", [*TEXT, "strategy=zero3"], "muon"),
-    ("a warm-up longer than the run", [*SFT, "schedule.warmup=5"], "schedule.warmup=5 is more than steps=1"),
+    (
+        "half a step of warm-up",
+        [*SFT, "schedule.warmup=5.5"],
+        "schedule.warmup=5.5 is neither a number of steps nor a part",
+    ),
     ("neither steps nor epochs", [*SFT, "steps=null"], "give exactly one"),
     ("a run_dir that is something else", [*SFT, "run_dir=runs"], "run_dir=runs is not a run directory"),
     ("a run_dir that is a file", [*SFT, "run_dir=plain.txt"], "run_dir=plain.txt is not a run directory"),
