@@ -22,7 +22,13 @@ def byte_tokenizer(eos: str = "</s>", pad: str | None = None, template: str | No
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(SPECIALS)
-    settings = {"bos_token": "<s>", "eos_token": eos, "pad_token": pad, "chat_template": template}
+    settings = {
+        "bos_token": "<s>",
+        "add_bos_token": True,
+        "eos_token": eos,
+        "pad_token": pad,
+        "chat_template": template,
+    }
     return Tokenizer(backend.to_str(), {k: v for k, v in settings.items() if v is not None})
 
 

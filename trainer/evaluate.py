@@ -128,7 +128,7 @@ class Evaluation(Node):
         if not self.samples:
             return []
         tokenizer = models.tokenizer
-        start = [tokenizer.bos if tokenizer.bos is not None else tokenizer.eos]
+        start = [tokenizer.bos if tokenizer.bos is not None and tokenizer.adds_bos else tokenizer.eos]
         texts = (self.prompts or [""])[: self.samples]
         prompts = [Prompt(start + tokenizer.encode(t), t) for t in (texts[i % len(texts)] for i in range(self.samples))]
         answers = self._complete(Pipeline(), models, engine, prompts, seed)

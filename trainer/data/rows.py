@@ -197,7 +197,7 @@ def prepare_rows(
             },
         )
 
-    return RowStore(open_prepared(cache, [str(FORMAT), *key], tokenizer, length, write))
+    return RowStore(open_prepared(cache, [str(FORMAT), *key, *document_key(tokenizer)], tokenizer, length, write))
 
 
 def _nothing_to_learn(path: str, unit: str, skipped: Sequence[str]) -> str:
@@ -217,9 +217,14 @@ def _pack(folder: Path, offsets: NDArray[np.int64], length: int) -> tuple[int, i
     return int(lengths.sum(dtype=np.int64)), len(rows)
 
 
+def document_key(tokenizer: Tokenizer) -> list[str]:
+    """What prepared documents depend on beside tokenizer and text: release 0.1 put BOS before all of them."""
+    return [] if tokenizer.bos is None or tokenizer.adds_bos else ["documents without BOS"]
+
+
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Ids of every document: BOS, text, EOS."""
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    """Ids of every document: BOS where the tokenizer itself puts it before a text, the text, EOS."""
+    bos = [tokenizer.bos] if tokenizer.bos is not None and tokenizer.adds_bos else []
     stream = iter(documents)
     while texts := list(islice(stream, DOCUMENTS_A_CALL)):
         for ids in tokenizer.encode_many(texts):

@@ -12,7 +12,7 @@ import numpy as np
 from trainer.batch import PackedRows
 from trainer.data.loader import Prefetched, permuted
 from trainer.data.packing import best_fit, segments_of
-from trainer.data.rows import Segment, collate, tokenize
+from trainer.data.rows import Segment, collate, document_key, tokenize
 from trainer.data.sources import DataError, DataSource
 from trainer.data.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class Stream:
             )
         self.tokenizer, self.length, self.window = tokenizer, length, window
         named = [f"{file}:{file.stat().st_size}" for _, file in self.shards]
-        parts = [*named, tokenizer.fingerprint, str(length), str(window)]
+        parts = [*named, tokenizer.fingerprint, str(length), str(window), *document_key(tokenizer)]
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
     def __len__(self) -> int:

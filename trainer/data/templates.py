@@ -311,7 +311,8 @@ def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Tem
         raise TemplateError(
             f'data.template={name} writes {", ".join(lacking)}, which the tokenizer lacks; use "tokenizer.add=[{add}]"'
         )
-    return Template(BUILT_IN[name], tokenizer, **options)
+    source = BUILT_IN[name] if tokenizer.adds_bos else BUILT_IN[name].replace("{{- bos_token }}\n", "")
+    return Template(source, tokenizer, **options)
 
 
 def _tokenizers_own(tokenizer: Tokenizer, options: Mapping[str, Any]) -> Template:

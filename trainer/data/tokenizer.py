@@ -267,7 +267,10 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         raise ConfigError([f"{file}: {error}"]) from None
     settings.update(stored)
     if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:
-        if '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
+        if not added and '"byte_fallback":true' in definition and all(settings.get(key) is False for key in ENDS):
+            # What release 0.1 wrote of a SentencePiece model: it said so of all, and put BOS before documents.
+            settings["add_bos_token"] = True
+        elif '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
             settings.pop("add_bos_token", None)
         settings.pop("add_eos_token", None)
     try:
