@@ -17,6 +17,7 @@ import math
 import statistics
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def compared(questions: Sequence[Question], a: argparse.Namespace) -> list[Row]:
     """Every prompt with its answers and their scores, by model."""
-    conversations = [question.chat.messages for question in questions]
+    chats = [question.chat for question in questions]
     rows = [dict(question.row) for question in questions]
     sampling = Sampling(a.tokens, a.temperature)
     score = scorer(a)
-    written: list[Row] = [{"prompt": c[-1]["content"], "answers": {}, "scores": {}} for c in conversations]
+    written: list[Row] = [{"prompt": c.messages[-1]["content"], "answers": {}, "scores": {}} for c in chats]
     for named in a.models:
         name, _, folder = named.partition("=")
         model = opened(Path(folder), a.template)
-        texts = model.complete(conversations, sampling, [(a.seed, n) for n in range(len(rows))])
-        scores = score(rows, conversations, texts) if score is not None else [None] * len(rows)
+        texts = model.complete(chats, sampling, [(a.seed, n) for n in range(len(rows))])
+        scores = score(rows, chats, texts) if score is not None else [None] * len(rows)
         for row, text, value in zip(written, texts, scores, strict=True):
             row["answers"][name] = text.strip()
             row["scores"][name] = value
@@ -92,17 +93,21 @@ def opened(folder: Path, template: str | None) -> ChatModel:
         return ChatModel.open(folder, template)
 
 
-def scorer(a: argparse.Namespace) -> Callable[[Sequence[Row], Sequence[Any], Sequence[str]], list[float | None]] | None:
+def scorer(
+    a: argparse.Namespace,
+) -> Callable[[Sequence[Row], Sequence[Chat], Sequence[str]], list[float | None]] | None:
     """What scores answers, if anything does."""
     if a.function:
         function = load_reward(a.function)
-        return lambda rows, chats, texts: list(function([c[-1]["content"] for c in chats], list(texts), list(rows)))
+        return lambda rows, chats, texts: list(
+            function([c.messages[-1]["content"] for c in chats], list(texts), list(rows))
+        )
     if a.reward:
         judge = RewardModel.open(a.reward)
         return lambda rows, chats, texts: list(
             judge.score(
                 [
-                    Chat([*chat, {"role": "assistant", "content": text}], len(chat))
+                    replace(chat, messages=[*chat.messages, {"role": "assistant", "content": text}])
                     for chat, text in zip(chats, texts, strict=True)
                 ]
             )

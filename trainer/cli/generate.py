@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.cli.parsing import add_sampling_arguments, parser_of
-from trainer.data.messages import as_messages
+from trainer.data.messages import Chat, as_messages
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
@@ -37,15 +37,15 @@ def main(arguments: Sequence[str]) -> int:
     a = parser.parse_args(arguments)
     if (a.prompts is None) == (not a.prompt):
         parser.error("give either a file of prompts, or --prompt TEXT")
-    asked = [({"prompt": text}, as_messages(text, "--prompt", "user")) for text in a.prompt]
+    asked = [({"prompt": text}, Chat(as_messages(text, "--prompt", "user"), 1)) for text in a.prompt]
     if a.prompts is not None:
         questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
-        asked = [(dict(question.row), question.chat.messages) for _, question in questions]
+        asked = [(dict(question.row), question.chat) for _, question in questions]
     model, sampling = ChatModel.open(a.model, a.template), Sampling(a.tokens, a.temperature)
     numbered = iter(enumerate(asked))
     while group := list(islice(numbered, a.batch)):
         keys = [(a.seed, number) for number, _ in group]
-        texts = model.complete([messages for _, (_, messages) in group], sampling, keys)
+        texts = model.complete([chat for _, (_, chat) in group], sampling, keys)
         for (_, (row, _)), text in zip(group, texts, strict=True):
             print(json.dumps({**row, "completion": text}, ensure_ascii=False), flush=True)
     return 0

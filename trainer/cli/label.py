@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli.parsing import add_sampling_arguments, parser_of
+from trainer.config import InputError
 from trainer.data.messages import Chat
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
@@ -73,7 +74,7 @@ def label(a: argparse.Namespace) -> None:
         while group := list(islice(waiting, a.batch)):
             twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
             keys = [(a.seed, n, turn) for n, _, turn in twice]
-            texts = model.complete([p for _, p, _ in twice], sampling, keys)
+            texts = model.complete([Chat(p, len(p)) for _, p, _ in twice], sampling, keys)
             pairs = [(first.strip(), second.strip()) for first, second in zip(texts[::2], texts[1::2], strict=True)]
             differ = [i for i, (first, second) in enumerate(pairs) if first != second and first and second]
             verdicts = judge([group[i][1] for i in differ], [pairs[i] for i in differ])
@@ -120,7 +121,9 @@ def endpoint_judge(endpoint: Endpoint) -> Judge:
 
 def read(file: Path) -> Iterator[Prompt]:
     """Every row's prompt."""
-    for _, question in read_rows(DataSource(str(file)), PROMPT_FORMATS, "prompt", mixed=True):
+    for where, question in read_rows(DataSource(str(file)), PROMPT_FORMATS, "prompt", mixed=True):
+        if question.chat.tools:
+            raise InputError(f"{where}: tools are not offered to the model that answers; leave such rows out")
         yield question.chat.messages
 
 

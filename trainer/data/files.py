@@ -85,7 +85,7 @@ def damage(file: Path) -> Iterator[None]:
     except OSError as error:
         why = "is damaged or cut off" if error.errno is None else "cannot be read"
         raise DataError(f"{file} {why} ({_reason(error)}); get the file again") from None
-    except (EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except (EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
         raise DataError(f"{file} is damaged or cut off ({_reason(error)}); get the file again") from None
 
 

@@ -59,11 +59,9 @@ class ChatModel:
                 yield text[len(printed) :]
                 printed = text
 
-    def complete(
-        self, conversations: Sequence[Messages], sampling: Sampling, keys: Sequence[tuple[int, ...]]
-    ) -> list[str]:
+    def complete(self, chats: Sequence[Chat], sampling: Sampling, keys: Sequence[tuple[int, ...]]) -> list[str]:
         """An answer to each conversation; what is drawn depends on its key, not on what is decoded with it."""
-        prompts = [self.template.prompt(messages) for messages in conversations]
+        prompts = [self.template.prompt(chat.messages, chat.tools) for chat in chats]
         completions = generate(self.model, prompts, sampling, stops=self.tokenizer.stops, keys=keys)
         return [self.tokenizer.decode(completion.ids) for completion in completions]
 
