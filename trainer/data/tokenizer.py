@@ -40,7 +40,6 @@ class TokenizerChoice(Node):
     path: str | None = setting(
         None, "a folder with tokenizer.json or tokenizer.model; null = model.path's, or the data's"
     )
-
     add: list[str] = setting(
         list, "new special tokens, such as <|im_start|>; a loaded model's embeddings grow by a trained row for each"
     )
@@ -268,8 +267,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     settings.update(stored)
     if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:
         if not added and '"byte_fallback":true' in definition and all(settings.get(key) is False for key in ENDS):
-            # What release 0.1 wrote of a SentencePiece model: it said so of all, and put BOS before documents.
-            settings["add_bos_token"] = True
+            settings["add_bos_token"] = True  # release 0.1 said so of all of SentencePiece's, and put BOS before documents
         elif '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
             settings.pop("add_bos_token", None)
         settings.pop("add_eos_token", None)
