@@ -267,7 +267,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     settings.update(stored)
     if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:
         if not added and '"byte_fallback":true' in definition and all(settings.get(key) is False for key in ENDS):
-            settings["add_bos_token"] = True  # release 0.1 said so of all of SentencePiece's, and put BOS before documents
+            settings["add_bos_token"] = True  # so said release 0.1 of all, and put BOS before documents
         elif '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
             settings.pop("add_bos_token", None)
         settings.pop("add_eos_token", None)
