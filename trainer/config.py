@@ -30,6 +30,10 @@ class InputError(ValueError):
     """Something that the user gave cannot work: one sentence with the remedy, and exit code 2 on the command line."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, though another attempt may: one sentence that says why, and exit code 1 on the command line."""
+
+
 class ConfigError(InputError):
     """The configuration names something that does not exist or asks for something impossible.
 

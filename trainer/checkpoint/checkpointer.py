@@ -17,6 +17,7 @@ from trainer.checkpoint.folder import (
     CheckpointError,
     FragmentFiles,
     Manifest,
+    RestoreError,
     clean_partial,
     commit,
     folder_name,
@@ -28,7 +29,7 @@ from trainer.checkpoint.folder import (
     write_manifest,
 )
 from trainer.checkpoint.saving import Copies, Save, Written, owned
-from trainer.config import Node, schema, setting
+from trainer.config import InputError, Node, schema, setting
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, owned_spans
 
@@ -129,7 +130,7 @@ class Checkpointer:
         """Continue from the newest checkpoint that verifies; gives its step, 0 if there is none. Collective.
 
         Raises:
-            CheckpointError: if there are checkpoints and none verifies, or the one that does is of another model.
+            RestoreError: if there are checkpoints and none verifies, or the one that does is of another model.
         """
         bad: list[str] = []
         for step in distributed.run_on_main(lambda: steps_in(self.folder)):
@@ -139,15 +140,17 @@ class Checkpointer:
             if not problems:
                 try:
                     distributed.run_on_all_ranks(partial(self._load, step))
+                except InputError as error:
+                    raise RestoreError(str(error)) from error
                 except distributed.RankError as error:
-                    raise CheckpointError(str(error)) from error
+                    raise CheckpointError(f"{folder_name(step)} could not be restored ({error}); run again") from error
                 self._good.add(step)
                 return int(step)
             bad += problems
             for problem in problems if world.is_main else ():
                 log.warning("checkpoint %s is damaged and is passed over: %s", folder_name(step), problem)
         if bad:
-            raise CheckpointError(
+            raise RestoreError(
                 f"no checkpoint in {self.folder} is whole ({'; '.join(bad)}); restore one from a backup, or start afresh "
                 "with resume=new"
             )
@@ -166,7 +169,7 @@ class Checkpointer:
         seen = distributed.gather(distributed.sees_files_of_main(self.folder))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
-            raise CheckpointError(
+            raise InputError(
                 f"run_dir: ranks {', '.join(map(str, blind))} do not see {self.folder} of rank 0; "
                 "use a folder that all nodes share"
             )
@@ -249,7 +252,9 @@ class Checkpointer:
         self.engine.restored(manifest.optimizer_steps, manifest.engine)
         missing = self.parts.keys() - manifest.parts.keys()
         if missing:
-            raise CheckpointError(f"{folder} holds no state of {', '.join(sorted(missing))}")
+            raise RestoreError(
+                f"{folder} holds no state of {', '.join(sorted(missing))}; restore another, or start afresh with resume=new"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(manifest.parts[name])
             if isinstance(part, Holder):
@@ -266,4 +271,7 @@ class Checkpointer:
                 problems.append(f"{fragment.name} is {tuple(shape)} and should be {fragment.shape}")
         if problems:
             more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise CheckpointError(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+            raise RestoreError(
+                f"{folder} is of another model: {'; '.join(problems[:5])}{more}; set back what changed the model, or start "
+                "afresh with resume=new"
+            )

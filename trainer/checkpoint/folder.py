@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from trainer.config import InputError, RunError
 from trainer.disk import save_tensors, sync, write_text
 
 FORMAT = 1
@@ -31,8 +32,12 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, is damaged, or belongs to something else; the message names it."""
+class CheckpointError(RunError):
+    """A checkpoint that cannot be written, or is damaged; the message names it."""
+
+
+class RestoreError(CheckpointError, InputError):
+    """No checkpoint that this run could continue from: damaged ones alone, or one of another model."""
 
 
 @dataclass(frozen=True)

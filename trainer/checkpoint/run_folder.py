@@ -48,10 +48,17 @@ def choose(run_dir: str, policy: str, config: Any, made_from: Mapping[str, Any])
     ``made_from``: fingerprints of data, tokenizer and models, which must be those that the folder was begun with.
 
     Raises:
-        ConfigError: if the policy is ``never`` and the folder holds something, or one problem for every difference.
+        ConfigError: if the policy is ``never`` and the folder holds something, if it cannot be one, or one problem for every
+            difference.
     """
     folder = Path(run_dir)
-    taken = folder.exists() and (not folder.is_dir() or any(_counts(entry) for entry in folder.iterdir()))
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(_counts(entry) for entry in folder.iterdir()))
+        above = next((p for p in folder.parents if p.exists() and not p.is_dir()), None)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    if above is not None:
+        raise ConfigError([f"run_dir={run_dir} lies below {above}, which is no folder; use another run_dir"])
     if policy == "never" and taken:
         raise ConfigError(
             [f"run_dir={run_dir} holds a run already and resume=never; use another run_dir, or resume=new"]
@@ -63,6 +70,10 @@ def choose(run_dir: str, policy: str, config: Any, made_from: Mapping[str, Any])
     if taken:
         refuse_changes(folder, config, made_from)
     return folder
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError([f"run_dir={folder} cannot be used ({error.strerror}); use another run_dir"])
 
 
 def _counts(entry: Path) -> bool:
@@ -124,11 +135,13 @@ def begin(folder: Path, config: Any, made_from: Mapping[str, Any], ranks: int) -
 
 
 def _begin(folder: Path, lock: BaseFileLock, config: Any, made_from: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise InputError(f"run_dir={folder} is in use by another process; wait for it or use resume=new") from None
+    except OSError as error:
+        raise _unusable(folder, error) from None
     for left in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     (folder / STOPPED).unlink(missing_ok=True)

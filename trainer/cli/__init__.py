@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
     if verb == "train":
         stopping.listen()  # before torch is imported, which takes seconds
     command = importlib.import_module(f"trainer.cli.{verb.replace('-', '_')}")
-    from trainer.config import ConfigError, InputError
+    from trainer.config import ConfigError, InputError, RunError
 
     try:
         code: int = command.main(words)
@@ -73,7 +73,10 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
         print(refusal(error) if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
         if marker := os.environ.get(REFUSED):
             Path(marker).touch()
-        return 2
+        code = 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     if verb in COLLECTIVE:
         end_ranks(code)
     return code

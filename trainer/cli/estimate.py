@@ -50,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
                 ["model.path is required: the run starts from a model; or name a shape, such as model=7b"]
             )
         shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
+        if cfg.model.path is None and not cfg.model.vocab_size:
+            print(f"a vocabulary of {a.vocab:,} tokens is assumed; give the tokenizer's as --vocab")
         gb = a.gb or DEVICE_GB[a.device]
         layout, *sharded = (
             c.layout(shape, a.ranks, cuda=a.device != "cpu", limit=gb * 1e9) for c in (cfg, *sharding_more(cfg))

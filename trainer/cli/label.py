@@ -28,7 +28,7 @@ from trainer.data.sources import DataSource
 from trainer.disk import read_lines, write_bytes
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
-from trainer.rl.judge import Endpoint, JudgeError, compare
+from trainer.rl.judge import Endpoint, compare
 
 Prompt = list[dict[str, Any]]
 Judge = Callable[[list[Prompt], list[tuple[str, str]]], list[tuple[int | None, dict[str, Any]]]]
@@ -54,11 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(problem)
     if a.temperature <= 0:
         parser.error(f"--temperature {a.temperature} would give the same answer twice; use a number above 0")
-    try:
-        label(a)
-    except JudgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    label(a)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.tokenizer import Tokenizer
-from trainer.diagnostics.guard import FirstStepPolicy, TrainingError
+from trainer.diagnostics.guard import FirstStepError, FirstStepPolicy
 from trainer.models.load import ModelLoader
 from trainer.parallel.precision import Compute
 
@@ -59,9 +59,9 @@ def validate_first_step(problems: Sequence[str], policy: FirstStepPolicy) -> Non
     """Log the problems of a first step, or end the run.
 
     Raises:
-        TrainingError: naming all of them, where ``policy`` is ``error``.
+        FirstStepError: naming all of them, where ``policy`` is ``error``.
     """
     if problems and policy is FirstStepPolicy.error:
-        raise TrainingError("; ".join(problems) + " (guard.first_step=warn goes on all the same)")
+        raise FirstStepError("; ".join(problems) + " (guard.first_step=warn goes on all the same)")
     for problem in problems:
         log.warning("%s", problem)

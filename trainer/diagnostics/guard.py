@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config import Node, schema, setting
+from trainer.config import InputError, Node, RunError, schema, setting
 
 log = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """The run cannot go on: too many steps in a row were skipped."""
+
+
+class FirstStepError(TrainingError, InputError):
+    """A first step that cannot be right: the same command would take it again."""
 
 
 class FirstStepPolicy(StrEnum):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trainer.config import RunError
 from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of
 from trainer.export.lineage import PACKAGES, device_name, source_digest, version
 from trainer.models.architecture import Architecture
@@ -46,7 +47,7 @@ CLOCK_SKEW = 1.0
 """Seconds by which a clock may differ: beyond it file times, logs and leases no longer agree."""
 
 
-class PreflightError(RuntimeError):
+class PreflightError(RunError):
     """Ranks that would not work together; the message names the nodes."""
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-from trainer.config import Node, schema, setting
+from trainer.config import Node, RunError, schema, setting
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 
@@ -21,7 +21,7 @@ EXIT_CODE = 75
 """What a process that hung exits with (EX_TEMPFAIL: trying again may help)."""
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(RunError):
     """Replicas that should be equal are not; the message names the ranks."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from trainer.config import schema, setting
+from trainer.config import InputError, RunError, schema, setting
 from trainer.data.tokenizer import Tokenizer
 from trainer.generation.completion import Response
 from trainer.models.load import ModelLoader
@@ -32,11 +32,15 @@ Messages = Sequence[dict[str, Any]]
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every question at INFO
 
 
-class JudgeError(RuntimeError):
-    """The endpoint refuses, or cannot be reached at all."""
+class JudgeError(RunError):
+    """The endpoint answers nothing at all."""
 
 
-class MalformedError(RuntimeError):
+class EndpointError(JudgeError, InputError):
+    """The endpoint refuses a question, as it would the next: another key, address or model is needed."""
+
+
+class MalformedError(Exception):
     """An answer that is none; asking again may help."""
 
 
@@ -72,7 +76,8 @@ class Endpoint:
         """The answer to each conversation; None for one that was not answered after all attempts.
 
         Raises:
-            JudgeError: if the endpoint refuses a question (naming its status), or answers none of them.
+            EndpointError: if the endpoint refuses a question, naming its status.
+            JudgeError: if it answers none of them.
         """
         answers = asyncio.run(self._ask(conversations))
         if conversations and not any(answer for answer, _ in answers):
@@ -113,7 +118,7 @@ class Endpoint:
             if reply.status_code in RETRIED:
                 raise MalformedError(f"status {reply.status_code}")
             if reply.has_redirect_location:
-                raise JudgeError(
+                raise EndpointError(
                     f"{self.address} redirects to {reply.headers['location']}; give that address as the url"
                 )
             if reply.headers.get("content-encoding", "identity") != "identity":
@@ -124,7 +129,7 @@ class Endpoint:
                 if len(body) > LONGEST_ANSWER:
                     raise MalformedError(f"an answer of more than {LONGEST_ANSWER:,} bytes")
         if reply.is_error:
-            raise JudgeError(
+            raise EndpointError(
                 f"{self.address} answers status {reply.status_code}: {body[:200].decode(errors='replace')}"
             )
         return _text(bytes(body))

@@ -15,7 +15,7 @@ from tests.command import onecurve
 from tests.ranks import forkserver
 from tests.small_run import Run, same
 from trainer.checkpoint import CheckpointError
-from trainer.checkpoint.folder import Stored, incomplete, steps_in, verify
+from trainer.checkpoint.folder import RestoreError, Stored, incomplete, steps_in, verify
 
 
 def saved(folder: Path, *steps: int, **config) -> Run:
@@ -122,7 +122,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_in_silence(
     saved(tmp_path, 2, 4)
     for step in (2, 4):
         flip(tmp_path / f"step-{step:08d}" / "rank-00000-000.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole .*step-00000004.*step-00000002.*resume=new"):
+    with pytest.raises(RestoreError, match=r"no checkpoint .* is whole .*step-00000004.*step-00000002.*resume=new"):
         Run(tmp_path).checkpointer.restore()
 
 
@@ -153,14 +153,14 @@ def test_what_a_killed_save_left_is_not_taken_for_a_checkpoint_and_is_cleared(tm
 def test_another_shape_is_refused_by_name(tmp_path):
     saved(tmp_path, 1)
     with pytest.raises(
-        CheckpointError, match=r"of another model: .*embed_tokens.weight is \(5, 8\) and should be \(5, 6\)"
+        RestoreError, match=r"of another model: .*embed_tokens.weight is \(5, 8\) and should be \(5, 6\)"
     ):
         Run(tmp_path, width=6).checkpointer.restore()
 
 
 def test_another_optimizer_is_refused_by_name(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"it lacks hidden.weight \(momentum_buffer\)"):
+    with pytest.raises(RestoreError, match=r"it lacks hidden.weight \(momentum_buffer\)"):
         Run(tmp_path, optimizer="muon").checkpointer.restore()
 
 

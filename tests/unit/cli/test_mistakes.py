@@ -1,12 +1,14 @@
 """What people get wrong at first: one sentence each with its remedy, exit code 2, and nothing is left behind."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.chats import write_jsonl
-from tests.command import onecurve
+from tests.command import ROOT, onecurve
 from tests.small_folder import write_folder
 from trainer.cli import VERBS
 
@@ -39,7 +41,10 @@ def desk(tmp_path_factory) -> Path:
     for name, rows in FILES.items():
         write_jsonl(folder / name, rows)
     (folder / "plain.txt").write_text("Ada paints.\n" * 40)
-    (folder / "rewards.py").write_text("def backwards(rows):\n    return []\nnumber = 3\n")
+    (folder / "rewards.py").write_text(
+        "def backwards(rows):\n    return []\nnumber = 3\n"
+        "def silent(prompts, completions, rows):\n    return [None] * len(rows)\n"
+    )
     (folder / "runs").mkdir()
     (folder / "runs" / "notes.txt").write_text("no run")
     return folder
@@ -116,6 +121,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("neither steps nor epochs", [*SFT, "steps=null"], "give exactly one"),
     ("a run_dir that is something else", [*SFT, "run_dir=runs"], "run_dir=runs is not a run directory"),
     ("a run_dir that is a file", [*SFT, "run_dir=plain.txt"], "run_dir=plain.txt is not a run directory"),
+    ("a run_dir below a file", [*SFT, "run_dir=plain.txt/run"], "run_dir=plain.txt/run lies below plain.txt"),
+    ("a run_dir without end", [*SFT, f"run_dir={'r' * 300}"], "cannot be used (File name too long); use another"),
     # ---- models and tokenizers
     ("a hub id as a model", [*SFT, "model.path=HuggingFaceTB/SmolLM2-none"], "hf download HuggingFaceTB/SmolLM2-none"),
     ("a folder that is absent", [*SFT, "model.path=nowhere"], "model.path=nowhere: "),
@@ -198,3 +205,44 @@ def test_a_mistake_is_one_sentence_with_its_remedy(words, sentence, desk, monkey
     assert sentence in errors
     assert "Traceback" not in errors
     assert sorted(path for path in desk.rglob("*") if "__pycache__" not in str(path)) == before
+
+
+def test_a_first_step_without_any_score_is_one_sentence(desk, monkeypatch, tmp_path, clean_registries):
+    monkeypatch.syspath_prepend(desk)
+    silent = [*GRPO, "pipeline.reward.main.function=rewards.silent", "batch.size=8", "batch.micro=8"]
+    silent += ["pipeline.rollout.size=8", "pipeline.rollout.tokens=2", "evaluation.first=false"]
+    code, _, errors = onecurve(desk, "train", *silent, f"run_dir={tmp_path / 'r'}", f"data.cache={tmp_path / 'cache'}")
+    assert code == 2, errors
+    assert errors.count("\n") == 1
+    assert "guard.first_step=warn" in errors
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_one_sentence(desk, tmp_path, clean_registries):
+    words = ["train", *SFT, f"run_dir={tmp_path / 'r'}", f"data.cache={tmp_path / 'cache'}"]
+    assert onecurve(desk, *words)[0] == 0
+    (tmp_path / "r" / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")
+    code, _, errors = onecurve(desk, *words)
+    assert code == 2, errors
+    assert "is whole" in errors
+    assert "start afresh with resume=new" in errors
+    assert "Traceback" not in errors
+
+
+TRACED = {"RankError", "OutOfLanguageError", "WorkLimitError", "MalformedError"}
+"""What a fault of the program raises, or what is always caught."""
+
+
+def test_an_error_that_users_can_mend_or_wait_out_has_no_traceback():
+    from trainer.config import InputError, RunError
+
+    for file in sorted((ROOT / "trainer").rglob("*.py")):
+        for name in re.findall(r"^class (\w+Error)\(", file.read_text(), re.MULTILINE):
+            module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            assert name in TRACED or issubclass(getattr(importlib.import_module(module), name), InputError | RunError)
+
+
+def test_a_run_that_diverges_ends_in_one_sentence_with_exit_1(desk, tmp_path, clean_registries):
+    words = [*SFT[:-2], "steps=3", "schedule.warmup=0", "optimizer.lr=1e30", "guard.max_bad_steps=1"]
+    code, _, errors = onecurve(desk, "train", *words, f"run_dir={tmp_path / 'r'}", f"data.cache={tmp_path / 'cache'}")
+    assert (code, errors.count("\n")) == (1, 1), errors
+    assert "guard.max_bad_steps=1" in errors

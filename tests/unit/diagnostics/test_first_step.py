@@ -10,7 +10,7 @@ import torch
 from tests.command import TINY, Command
 from trainer.batch import Documents, PackedRows
 from trainer.diagnostics.first_step import FirstStep, validate_first_step
-from trainer.diagnostics.guard import FirstStepPolicy, TrainingError
+from trainer.diagnostics.guard import FirstStepError, FirstStepPolicy
 from trainer.parallel.precision import Compute
 from trainer.pipelines.base import Pipeline
 from trainer.pipelines.dpo import DPO
@@ -164,7 +164,7 @@ def test_an_end_of_turn_token_that_is_there_but_not_learnt_is_missed(caplog):
 
 def test_the_policy_decides_between_an_error_and_a_warning(caplog):
     validate_first_step([], FirstStepPolicy.error)
-    with pytest.raises(TrainingError, match=r"one thing; another \(guard.first_step=warn"):
+    with pytest.raises(FirstStepError, match=r"one thing; another \(guard.first_step=warn"):
         validate_first_step(["one thing", "another"], FirstStepPolicy.error)
     with caplog.at_level(logging.WARNING):
         validate_first_step(["one thing"], FirstStepPolicy.warn)
@@ -196,7 +196,7 @@ def test_a_run_that_starts_wrong_ends_after_its_first_step_and_only_a_fresh_one_
     settings = ["--config-dir", "conf", *TINY, "imports=[mine]", "pipeline=mine", "checkpoint.every=1", "run_dir=r"]
     _, output = Command(tmp_path, *settings, "steps=3", ranks=2).fail()
     assert "and it knows everything: let it learn" in output
-    assert "Stopped after step 1 of 3: TrainingError" in (tmp_path / "r" / "report.html").read_text()
+    assert "Stopped after step 1 of 3: FirstStepError" in (tmp_path / "r" / "report.html").read_text()
     output = Command(tmp_path, *settings, "steps=1", "guard.first_step=warn", "resume=new", ranks=2).finish()
     assert "and it knows everything: let it learn" in output
     assert "knows everything" not in Command(tmp_path, *settings, "steps=3", "run_dir=r-2", ranks=2).finish()
