@@ -250,6 +250,7 @@ def run(cfg: Run) -> dict[str, float]:
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
                 remarks = [*cfg.model.decided(load.config), *cfg.schedule.remarks(last)]
+                remarks += [world.attention] if world.attention else []
                 tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))

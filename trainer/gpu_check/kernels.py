@@ -8,6 +8,7 @@ from itertools import pairwise, product
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from trainer.batch import Branches, Documents
 from trainer.functional import cross_entropy, logits
@@ -15,6 +16,7 @@ from trainer.gpu_check.bench import Bench
 from trainer.models.attention import attend
 from trainer.models.load import Model, ModelLoader
 from trainer.models.transformer import Transformer
+from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.tracking.throughput import measured_flops, peak_flops
 
@@ -48,6 +50,13 @@ def copy_bandwidth(bench: Bench) -> float:
 
 def varlen(bench: Bench) -> None:
     """Attention over packed documents in bfloat16 against a dense float32 softmax: windows, groups, sizes, gradients."""
+    with distributed.session():  # as in a run, with FlashAttention 3 where it is taken
+        if not bench.reduced:
+            bench.figures["kernels"] = current_flash_attention_impl() or "FA2"
+        _compare_attention(bench)
+
+
+def _compare_attention(bench: Bench) -> None:
     heads = [(4, 4), (6, 1)] if bench.reduced else [(4, 4), (4, 2), (6, 1)]
     sizes = [64] if bench.reduced else [64, 128, 256]
     worst = {"output": 0.0, "gradient": 0.0}

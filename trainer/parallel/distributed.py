@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from trainer.batch import copy_to
 from trainer.config import InputError
 from trainer.parallel.determinism import deterministic
 from trainer.parallel.environment import device_index, place, variables
+from trainer.parallel.flash_attention import fastest_attention
 
 T = TypeVar("T")
 Json = TypeVar("Json", bound="str | float | bool | list[Any] | dict[str, Any] | None")
@@ -61,10 +62,12 @@ class World(Ranks):
     Args:
         local_rank: Its number on its machine.
         device: What it computes on.
+        attention: A line about the kernels that attention takes, where there is a choice.
     """
 
     local_rank: int
     device: torch.device
+    attention: str | None = None
 
     @property
     def data(self) -> Ranks:
@@ -132,7 +135,8 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False) -> Iterator[Wo
                 device_id=device if cuda else None,
             )  # fmt: skip
             _control = dist.new_group(backend="gloo", timeout=wait) if cuda else dist.group.WORLD
-        with deterministic(same_bytes):
+        with deterministic(same_bytes), fastest_attention(device, same_bytes=same_bytes) as attention:
+            _world = replace(_world, attention=attention)
             yield _world
     finally:
         if dist.is_initialized():
