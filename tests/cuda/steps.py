@@ -181,7 +181,7 @@ def layer() -> dict[str, Any]:
     with fake(), torch.autocast("cuda", torch.bfloat16):
         with CUDA:
             block = Transformer(a).model.layers[0]
-            x = torch.empty(2, LENGTH, a.hidden_size, requires_grad=True)
+            x = torch.empty(2, LENGTH, a.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             inverse = torch.empty(a.head_dim // 2)
         with Asked():
             documents = packed.to(CUDA)

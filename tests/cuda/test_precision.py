@@ -1,16 +1,18 @@
-"""What attention computes in, in every precision under every strategy, where DeepSpeed believes that it is on CUDA."""
+"""What attention and the residual stream are in, in every precision, where the code believes that it is on CUDA."""
 
 from functools import partial
 
+import pytest
 import torch
 
 from tests.cuda.emulated_varlen import emulated
 from tests.ranks import on_ranks
-from tests.unit.models.test_transformer import SMALL
+from tests.unit.models.test_transformer import SMALL, built, gradients
 from trainer.batch import Documents, PackedRows
 from trainer.functional import cross_entropy, logprobs
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
+from trainer.models import transformer
 from trainer.models.load import Model, ModelLoader
 from trainer.optim import AdamW
 from trainer.parallel import distributed
@@ -70,6 +72,33 @@ def test_attention_computes_in_the_chosen_format_under_every_strategy():
         for use in ("training", "twin", "generation", "wavelengths")
     }  # fmt: skip
     assert seen == expected
+
+
+def stream(autocast: torch.dtype | None) -> tuple[set[torch.dtype], dict[str, torch.Tensor]]:
+    """The formats that a block's input and output have, and a model's gradients."""
+    model, seen = built(), set()
+    for block in model.model.layers:
+        block.register_forward_hook(lambda _, inputs, out: seen.update({inputs[0].dtype, out.dtype}))
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        return seen, gradients(model)
+
+
+def test_the_residual_stream_is_bfloat16_where_products_are_with_the_same_gradient(monkeypatch):
+    wide, expected = stream(torch.bfloat16)
+    monkeypatch.setattr(transformer, "NARROW_STREAM", {"cpu"})
+    narrow, gradient = stream(torch.bfloat16)
+    assert (wide, narrow) == ({torch.float32}, {torch.bfloat16})
+    for name, exact in expected.items():
+        assert gradient[name].dtype is torch.float32
+        # Six sums are rounded to 8 bits on the way, there and back.
+        torch.testing.assert_close(gradient[name], exact, rtol=0, atol=3e-2 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_the_residual_stream_is_never_float16_nor_narrowed_in_float32(autocast, monkeypatch):
+    monkeypatch.setattr(transformer, "NARROW_STREAM", {"cpu"})
+    seen, _ = stream(autocast)
+    assert seen == {torch.float32}
 
 
 def test_deepspeed_takes_the_device_that_the_session_took():

@@ -63,7 +63,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 def angles(inverse: Tensor, factor: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``(B, T, 1, D / 2)`` of ``positions`` ``(B, T)``, computed in float32."""
     turned = (positions[..., None].float() * inverse)[:, :, None]
-    return (turned.cos() * factor).to(dtype), (turned.sin() * factor).to(dtype)
+    cos, sin = turned.cos(), turned.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 def _llama3(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:

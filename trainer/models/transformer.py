@@ -22,6 +22,9 @@ from trainer.models.cpu_kernels import embed
 from trainer.models.norm import RMSNorm
 from trainer.models.rope import angles, frequencies, rotate
 
+NARROW_STREAM = {"cuda"}
+"""Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
+there. Never float16, whose range is too small for a sum over all layers."""
 Read = Callable[[Tensor, Tensor], Any]
 Attend = Callable[[int, Tensor, Tensor, Tensor, int | None, float], Tensor]
 """(layer, q, k, v, window, scale) -> output, shapes as in `attention.attend`."""
@@ -111,7 +114,9 @@ class TokenEmbedding(nn.Embedding):
         self.tied = a.tie_word_embeddings and not a.scores
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embed(tokens, self.weight, tied=self.tied)
+        x = embed(tokens, self.weight, tied=self.tied)
+        narrow = x.device.type in NARROW_STREAM and working_dtype(x) is torch.bfloat16
+        return x.bfloat16() if narrow else x
 
 
 class Decoder(nn.Module):
