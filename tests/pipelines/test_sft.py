@@ -117,7 +117,9 @@ def test_the_base_of_a_begun_adapter_may_not_change(base, tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 256 * 128 + 10] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(AssertionError, match=r"the model changed since run was begun; restore it, or start afresh"):
+    with pytest.raises(
+        AssertionError, match=r"the model in model.path changed since run was begun; restore it, or start"
+    ):
         tuned(tmp_path / "copy", tmp_path, *KINDS["lora"], "steps=4")
 
 
