@@ -21,11 +21,13 @@ WORK = 3_000_000
 CHARACTERS = 20_000_000
 """Longest text or list that anything in a template may be."""
 INTEGER = 1_000_000
-"""Largest argument of a call or filter."""
+"""Largest argument of a filter, or of a method of texts and numbers: a width, a count."""
 BITS = 4096
 """Longest integer."""
 FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{6,}|\*)|\{[^{}]*(?:\d{6,}|\{)[^}]*\}")
 """Formats of more than 99,999 characters, or of a width that is computed."""
+FORMATTING = ("format", "format_map")
+"""Filters and methods of a text that is a format; of others it is what somebody wrote."""
 
 
 class WorkLimitError(jinja2.TemplateError):
@@ -81,14 +83,15 @@ def _limit_arguments(values: Iterable[Any]) -> None:
             _limit(abs(value), INTEGER)
 
 
-def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose numbers are not huge and whose results are bounded."""
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose numbers are not huge and whose results are bounded; what it is applied to may be any number."""
+    value = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
     def limited(*arguments: Any, **named: Any) -> Any:
-        _limit_arguments((*arguments, *named.values()))
-        if arguments and isinstance(arguments[0], str):
-            _limit_format(arguments[0])
+        _limit_arguments((*arguments[value + 1 :], *named.values()))
+        if name in FORMATTING:
+            _limit_format(str(arguments[value]))
         return bounded(function(*arguments, **named))
 
     return limited
@@ -136,7 +139,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=bounded, **options)
         self.globals.pop("lipsum")  # text of any length, which no conversation has
-        self.filters = {name: _limited(function) for name, function in self.filters.items()}
+        self.filters = {name: _limited(name, function) for name, function in self.filters.items()}
         self.filters |= {"_counted": _counted, "_bounded": bounded}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -158,8 +161,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *arguments: Any, **named: Any) -> Any:  # noqa: N805  (names may be anything)
-        _limit_arguments((*arguments, *named.values()))
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        if isinstance(owner := getattr(method, "__self__", None), str):
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str | bytes | int):
+            _limit_arguments((*arguments, *named.values()))
+        if isinstance(owner, str) and method.__name__ in FORMATTING:
             _limit_format(owner)
         return bounded(super().call(__context, __obj, *arguments, **named))

@@ -27,6 +27,10 @@ BOMBS = [
     "{{ '%*d' % (1000000000, 1) }}",
     "{{ '%1000000000d' | format(1) }}",
     "{{ '{:1000000000d}'.format(1) }}",
+    "{{ '{x:1000000000d}'.format_map({'x': 1}) }}",
+    "{{ ['%1000000000d'] | map('format', 1) | join }}",
+    "{% set f = '{:1000000000d}'.format %}{{ f(1) }}",
+    "{{ (1).to_bytes(10000000000, 'big') }}",
     "{{ 'x'.ljust(10000000000) }}",
     "{{ 'x' | center(10000000000) }}",
     "{{ 'x\\nx' | indent(10000000000) }}",
@@ -52,6 +56,16 @@ LOOPS = """\
 def test_a_conversation_is_rendered_as_without_limits():
     messages = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}]
     assert render(LOOPS, messages=messages) == "<user: a1/2,assistantassistant: b2/2007abab"
+
+
+TEXT = "100% of 1234567 {'city': {'id': 7000000}} %*d"
+NUMBERS = """\
+{% macro shown(n) %}{{ n | tojson }}{% endmacro %}{% set ns = namespace(n=n) %}{{ shown(n) }} {{ ns.n | string }}
+{{- ' ' ~ {}.get('n', n) }} {{ text | trim }} {{ text.split('!')[0].strip() }}{{ text | replace('x', 'y') | default(7) }}"""
+
+
+def test_numbers_and_texts_of_a_conversation_are_no_widths_and_formats():
+    assert render(NUMBERS, n=1790000000, text=TEXT) == f"1790000000 1790000000 1790000000 {TEXT} {TEXT}{TEXT}"
 
 
 def test_a_long_conversation_stays_far_from_the_limit():
