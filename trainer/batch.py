@@ -214,6 +214,8 @@ class TokenBatch(Batch):
 class PackedRows(TokenBatch):
     """Documents packed into rows of equal length; every position is an (input, next token) pair.
 
+    Where a document continues the beginning of another one, all rows lie end to end in a single one ``(1, B * T)``.
+
     ``targets`` ``(B, T)``: int64, the token that follows each.
     ``mask`` ``(B, T)``: float32, 1 where the target counts, 0 for context and padding.
     ``places`` ``(n,)``: int64, the flattened positions with a mask, where somebody counted them; None where nobody did.
@@ -221,7 +223,6 @@ class PackedRows(TokenBatch):
 
     unit: ClassVar[str] = "packed rows"
 
-    documents: Documents
     targets: Tensor
     mask: Tensor
     places: Tensor | None = None

@@ -14,9 +14,13 @@ from trainer.data.corpus import Corpus, Prompt, answer_in
 from trainer.data.messages import Chat, ChatError
 from trainer.data.row_formats import CHAT_FORMATS, columns_of, read_rows
 from trainer.data.rows import Encoded, RowStore, prepare_rows
+from trainer.data.shared_beginnings import branched
 from trainer.data.sources import DataSource
 from trainer.data.templates import EncodedChat, Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
+
+SHARING = "a shared beginning once"
+"""How samples of a conversation lie in a row: what was prepared otherwise is not used."""
 
 
 class TrainOn(StrEnum):
@@ -72,7 +76,17 @@ class ChatData(Conversations):
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> RowStore:
         template = self.open_template(tokenizer)
         content, rendering, on_bad_row, columns = self.cache_key(source, template)
-        key = ["chat", content, rendering, self.train_on, self.truncation, on_bad_row, columns, str(self.answer)]
+        key = [
+            "chat",
+            SHARING,
+            content,
+            rendering,
+            self.train_on,
+            self.truncation,
+            on_bad_row,
+            columns,
+            str(self.answer),
+        ]
         return prepare_rows(
             self.cache_folder / "rows",
             key,
@@ -92,6 +106,7 @@ class ChatData(Conversations):
             except (ChatError, TemplateError) as error:
                 source.reject(where, str(error))
                 continue
+            learnt = list[Encoded]()
             for sample in samples:
                 if sample.lost and not any(sample.trained):
                     continue  # counted as lost
@@ -102,7 +117,8 @@ class ChatData(Conversations):
                         f"{where}: nothing to learn is left of its {len(sample.ids):,} tokens in a row of {length}"
                     )
                     continue
-                yield Encoded(ids, trained, len(sample.ids) - len(ids))
+                learnt.append(Encoded(ids, trained, len(sample.ids) - len(ids)))
+            yield from branched(learnt, length)
 
     def samples(self, chat: Chat, template: Template) -> list[EncodedChat]:
         """What is learnt from a conversation: one sample, or several where turns are generated otherwise than remembered.

@@ -56,6 +56,14 @@ def segments_of(offsets: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.i
     return starts.astype(np.int64), lengths.astype(np.int32)
 
 
+def pack_groups(lengths: NDArray[np.int32], begins: NDArray[np.bool_], capacity: int) -> Iterator[list[int]]:
+    """As `pack`, with segments that stay together in a row, in their order: a group from each that ``begins`` one on."""
+    first = np.flatnonzero(begins)
+    ends = [*first[1:].tolist(), len(lengths)]
+    for row in pack(np.add.reduceat(lengths, first), capacity):
+        yield [segment for group in row for segment in range(int(first[group]), ends[group])]
+
+
 def pack(lengths: NDArray[np.int32], capacity: int) -> Iterator[list[int]]:
     """Rows of segment numbers, window by window."""
     for first in range(0, len(lengths), WINDOW):

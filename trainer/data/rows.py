@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.batch import Documents, PackedRows
-from trainer.data.packing import pack, segments_of
+from trainer.batch import Branches, Documents, PackedRows
+from trainer.data.packing import pack, pack_groups, segments_of
 from trainer.data.sources import DataError, DataSource
 from trainer.data.store import (
     Span,
@@ -37,11 +37,13 @@ class Encoded(NamedTuple):
 
     ``trained``: whether each is learnt as a target; None = all of them.
     ``cut``: ids that were cut off.
+    ``shared``: inputs that come before its ids; they are the first ones of the document before, and computed there.
     """
 
     ids: Sequence[int]
     trained: Sequence[bool] | None = None
     cut: int = 0
+    shared: int = 0
 
 
 class Segment(NamedTuple):
@@ -49,10 +51,12 @@ class Segment(NamedTuple):
 
     ``ids`` ``(n + 1,)``: n inputs and their targets.
     ``trained`` ``(n + 1,)``: whether each id is learnt as a target; None = all of them.
+    ``shared``: inputs that come before these; they are the first ones of the segment before in the row.
     """
 
     ids: NDArray[np.int64]
     trained: NDArray[np.bool_] | None = None
+    shared: int = 0
 
 
 class RowStore:
@@ -71,6 +75,7 @@ class RowStore:
         self._starts = np.load(folder / "starts.npy", mmap_mode="r")
         self._lengths = np.load(folder / "lengths.npy", mmap_mode="r")
         self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+        self._shared = np.load(folder / "shared.npy", mmap_mode="r") if self.facts.get("shared") else None
 
     def __len__(self) -> int:
         return len(self._rows) - 1
@@ -78,12 +83,13 @@ class RowStore:
     def unit(self, number: int) -> list[Segment]:
         """The segments in a row, each one id longer than its targets."""
         span = slice(int(self._rows[number]), int(self._rows[number + 1]))
-        sizes = zip(self._starts[span].tolist(), self._lengths[span].tolist(), strict=True)
-        return [self._segment(start, start + n + 1) for start, n in sizes]
+        starts, lengths = self._starts[span].tolist(), self._lengths[span].tolist()
+        shared = [0] * len(starts) if self._shared is None else self._shared[span].tolist()
+        return [self._segment(start, start + n + 1, s) for start, n, s in zip(starts, lengths, shared, strict=True)]
 
-    def _segment(self, start: int, end: int) -> Segment:
+    def _segment(self, start: int, end: int, shared: int) -> Segment:
         trained = None if self._trained is None else np.array(self._trained[start:end])
-        return Segment(self._tokens[start:end].astype(np.int64), trained)
+        return Segment(self._tokens[start:end].astype(np.int64), trained, shared)
 
     def join(self, units: Sequence[Any], numbers: Sequence[int]) -> PackedRows:
         return collate(units, numbers, self.length, self.pad)
@@ -96,7 +102,14 @@ class RowStore:
         return {"prompt": "", "completion": tokenizer.decode(ids)}
 
     def spans(self, number: int) -> list[Span]:
-        return [Span("", s.ids.tolist(), None if s.trained is None else s.trained.tolist()) for s in self.unit(number)]
+        return [
+            Span(
+                f"behind the first {s.shared:,} tokens of the one before" if s.shared else "",
+                s.ids.tolist(),
+                None if s.trained is None else s.trained.tolist(),
+            )
+            for s in self.unit(number)
+        ]
 
     def counts(self) -> dict[str, int]:
         f = self.facts
@@ -113,8 +126,9 @@ class RowStore:
         f = self.facts
         learnt = f", {f['trained']:,} of them learnt" if f["masked"] else ""
         form = f" ({f['form']})" if f["form"] else ""
+        shared = f", {f['shared']:,} more in beginnings that are computed once" if f.get("shared") else ""
         line = (
-            f"{name}: {f['documents']:,} {f['unit']}s{form}, {f['tokens']:,} tokens{learnt} "
+            f"{name}: {f['documents']:,} {f['unit']}s{form}, {f['tokens']:,} tokens{learnt}{shared} "
             f"in {f['rows']:,} rows of {f['length']} ({100 * f['padding']:.1f}% padding, "
             f"{f['cut_documents']:,} {f['unit']}s cut; median {f['median']:,}, longest {f['longest']:,} tokens)"
         )
@@ -126,10 +140,11 @@ def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: i
     tokens = torch.full((len(rows), length), pad, dtype=torch.int64)
     targets, mask = tokens.clone(), torch.zeros(len(rows), length)
     lengths: list[int] = []
-    real = 0
+    real, branching = 0, False
     for row, segments in enumerate(rows):
         at = 0
-        for ids, trained in segments:
+        for ids, trained, shared in segments:
+            branching |= shared > 0
             segment, end = torch.from_numpy(ids), at + len(ids) - 1
             tokens[row, at:end], targets[row, at:end] = segment[:-1], segment[1:]
             mask[row, at:end] = 1 if trained is None else torch.from_numpy(trained[1:]).float()
@@ -138,11 +153,29 @@ def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: i
         real += at
         if at < length:
             lengths.append(length - at)
-    documents = Documents.from_lengths(lengths, len(rows))
+    documents: Documents | Branches = Documents.from_lengths(lengths, len(rows))
+    if branching:
+        documents = _branches(rows, length)
+        tokens, targets, mask = (t.view(1, -1) for t in (tokens, targets, mask))
     count = torch.tensor(real, dtype=torch.float64)
     # Here, because on a device nobody can count them without waiting for it.
     places = mask.flatten().nonzero().squeeze(1)
     return PackedRows(torch.tensor(list(numbers)), tokens, documents, count, targets, mask, places)
+
+
+def _branches(rows: Sequence[Sequence[Segment]], length: int) -> Branches:
+    """The sequences in rows that are laid end to end, padding as one of its own."""
+    sequences: list[list[int]] = []
+    for row, segments in enumerate(rows):
+        at, end = row * length, (row + 1) * length
+        for segment in segments:
+            own = range(at, at + len(segment.ids) - 1)
+            before = sequences[-1][: segment.shared] if segment.shared else []
+            sequences.append([*before, *own])
+            at = own.stop
+        if at < end:
+            sequences.append([*range(at, end)])
+    return Branches.of(sequences, len(rows) * length)
 
 
 def prepare_rows(
@@ -165,17 +198,18 @@ def prepare_rows(
     """
 
     def write(folder: Path, fingerprint: str) -> None:
-        full_lengths, learnt, masked = [], 0, False
+        full_lengths, all_shared, learnt, masked = [], list[int](), 0, False
         with TokenWriter(folder, tokenizer) as out:
-            for ids, trained, cut in documents():
+            for ids, trained, cut, shared in documents():
                 out.add(ids, trained)
-                full_lengths.append(len(ids) + cut)
+                full_lengths.append(shared + len(ids) + cut)
+                all_shared.append(shared)
                 if trained is not None:
                     masked, learnt = True, learnt + sum(trained[1:])
         skipped = [] if source is None else source.skipped
         if not full_lengths:
             raise DataError(_nothing_to_learn("the data" if source is None else source.path, unit, skipped))
-        targets, rows = _pack(folder, out.offsets, length)
+        targets, rows = _pack(folder, out.offsets, np.asarray(all_shared, dtype=np.int32), length)
         save_json(
             folder / "facts.json",
             {
@@ -188,6 +222,7 @@ def prepare_rows(
                 "tokens": targets,
                 "rows": rows,
                 "padding": 1 - targets / (rows * length),
+                "shared": sum(all_shared),
                 **source_facts(source),
                 "unit": unit,
                 "masked": masked,
@@ -206,11 +241,15 @@ def _nothing_to_learn(path: str, unit: str, skipped: Sequence[str]) -> str:
     return f"{path} has no {unit} left to learn from ({len(skipped)} were left out, the first: {skipped[0]})"
 
 
-def _pack(folder: Path, offsets: NDArray[np.int64], length: int) -> tuple[int, int]:
+def _pack(folder: Path, offsets: NDArray[np.int64], shared: NDArray[np.int32], length: int) -> tuple[int, int]:
     """Write which segments make up each row; gives the number of targets and of rows."""
     starts, lengths = segments_of(offsets, length)
-    rows = list(pack(lengths, length))
+    sharing = bool(shared.any())
+    # Documents that share a beginning fit a row together, so that each is one segment.
+    rows = list(pack_groups(lengths, shared == 0, length) if sharing else pack(lengths, length))
     order = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    if sharing:
+        save_array(folder / "shared.npy", shared[order])
     save_array(folder / "starts.npy", starts[order])
     save_array(folder / "lengths.npy", lengths[order])
     save_array(folder / "rows.npy", np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]))

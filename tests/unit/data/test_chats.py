@@ -38,7 +38,7 @@ def encoded(tmp_path, rows, length=512, **settings) -> list[str]:
     chats = data(tmp_path, rows, **settings)
     [source] = chats.sources(chats.train)
     found = chats.encoded(source, chats.open_template(TOKENIZER), length)
-    return [marked(TOKENIZER, ids, trained) for ids, trained, _ in found]
+    return [marked(TOKENIZER, ids, trained) for ids, trained, *_ in found]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,33 @@
+"""Samples of one conversation, each laid down from where it leaves the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from trainer.data.rows import Encoded
+
+
+def branched(samples: Sequence[Encoded], length: int) -> Iterator[Encoded]:
+    """``samples`` of a conversation, the last one first, without the beginnings that are computed with the one before.
+
+    The last sample has all turns as later ones remember them, and learns those that were generated so: what it shares with
+    an earlier sample is learnt with it. Where the earlier one does learn something of that, it shares what is before only.
+    Samples stay together in a row of ``length`` positions; where there is no room left, one is laid down in full.
+    """
+    before, room = None, 0
+    for sample in reversed(samples):
+        shared = 0 if before is None else _shared(before, sample)
+        if not shared or len(sample.ids) - 1 - shared > room:
+            shared, room = 0, length
+        room -= len(sample.ids) - 1 - shared
+        trained = None if sample.trained is None else sample.trained[shared:]
+        yield Encoded(sample.ids[shared:], trained, sample.cut, shared)
+        before = sample
+
+
+def _shared(before: Encoded, sample: Encoded) -> int:
+    """How many inputs of ``before`` serve ``sample`` as well, which learns none of their targets and has one of its own."""
+    most = min(len(before.ids) - 1, len(sample.ids) - 2)
+    learnt = [True] * len(sample.ids) if sample.trained is None else sample.trained
+    common = next((n for n in range(most) if before.ids[n] != sample.ids[n]), most)
+    return next((n for n in range(common) if learnt[n + 1]), common)
