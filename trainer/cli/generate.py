@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from trainer.cli.parsing import add_sampling_arguments, parser_of
+from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of
 from trainer.data.messages import Chat, as_messages
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
     parser.add_argument("prompts", nargs="?", help="a file of prompts, as GRPO reads them")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--template", help="a built-in chat template instead of the folder's own")
+    add_template_arguments(parser)
     parser.add_argument("--batch", type=int, default=64, help="prompts that are completed at once")
     add_sampling_arguments(parser, temperature=1.0, tokens=256)
     a = parser.parse_args(arguments)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     if a.prompts is not None:
         questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
         asked = [(dict(question.row), question.chat) for _, question in questions]
-    model, sampling = ChatModel.open(a.model, a.template), Sampling(a.tokens, a.temperature)
+    model, sampling = ChatModel.open(a.model, a.template, dict(a.template_settings)), Sampling(a.tokens, a.temperature)
     numbered = iter(enumerate(asked))
     while group := list(islice(numbered, a.batch)):
         keys = [(a.seed, number) for number, _ in group]

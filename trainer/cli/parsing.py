@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+import yaml
 
 from trainer.compose import compose
 from trainer.run import Run
@@ -26,6 +29,26 @@ def compose_run(parser: argparse.ArgumentParser, arguments: Sequence[str], name:
     """Parse the arguments, wherever overrides stand among them, and compose the run that they describe."""
     parsed = parser.parse_intermixed_args(arguments)
     return parsed, compose(parsed.overrides, config_dirs=parsed.config_dir, name=name)
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a verb take a chat template and its settings."""
+    parser.add_argument("--template", help="a built-in chat template, or a file of Jinja, instead of the folder's own")
+    parser.add_argument(
+        "--template-settings", type=_setting, action="append", default=[], metavar="NAME=VALUE",
+        help="the chat template's own variable, such as enable_thinking=false; may be repeated",
+    )  # fmt: skip
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A name and its value, written as in YAML."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE; write enable_thinking=false")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"the value of {text} is no YAML; quote it") from None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: float, tokens: int) -> None:

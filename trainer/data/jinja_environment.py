@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -46,6 +46,17 @@ def compiled(source: str) -> jinja2.Template:
         jinja2.TemplateError: if it is no valid Jinja.
     """
     return _environment().from_string(source)
+
+
+@functools.cache
+def variables(source: str) -> frozenset[str]:
+    """What a template reads that it does not set itself: what it is rendered with, and its own settings.
+
+    Raises:
+        jinja2.TemplateError: if it is no valid Jinja.
+    """
+    environment = _environment()
+    return frozenset(meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys())
 
 
 @functools.cache

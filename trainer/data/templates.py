@@ -18,7 +18,7 @@ from trainer.config import InputError
 from trainer.data.answer_spans import NONCHARACTERS, Message, Passage, place, places
 from trainer.data.built_in_templates import BUILT_IN, NEEDED
 from trainer.data.control_tokens import ControlTokens
-from trainer.data.jinja_environment import CLOSE, FAILURES, OPEN, clock, compiled, with_defaults
+from trainer.data.jinja_environment import CLOSE, FAILURES, OPEN, clock, compiled, variables, with_defaults
 from trainer.data.jinja_limits import rendered
 from trainer.data.lost_texts import holds, lost_texts
 from trainer.data.marks import Span, inside, marked_spans, marks_in, reached_into
@@ -88,6 +88,10 @@ class Template:
             compiled(self.with_tools or "")
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template is invalid Jinja ({error})") from None
+        read = sorted((variables(source) | variables(with_tools or "")).difference(RESERVED))
+        if unread := [name for name in settings or {} if name not in read]:
+            offer = f"which reads {', '.join(read)}; name one of these" if read else "which has none; leave it out"
+            raise TemplateError(f"{unread[0]} is no setting of the chat template, {offer}")
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The conversation as text; ``prompt``: with the beginning of the assistant's next turn.

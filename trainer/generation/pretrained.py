@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,18 @@ class ChatModel:
     template: Template
 
     @classmethod
-    def open(cls, folder: Path, template: str | None = None) -> ChatModel:
+    def open(cls, folder: Path, template: str | None = None, settings: Mapping[str, Any] | None = None) -> ChatModel:
         """Load it onto the GPU in bf16 if there is one, else onto the CPU in float32.
+
+        ``template``: another one than the folder's own. ``settings``: of the template.
 
         Raises:
             FormatError: if the folder holds no model of a known family.
-            TemplateError: if there is no template, or none that fits the tokenizer.
+            TemplateError: if there is no template, or none that fits the tokenizer, or one without these settings.
         """
         read_shape(folder)  # a folder that is no model is named as such, not by the tokenizer that it lacks
         tokenizer = open_tokenizer(folder)
-        chat = open_template(template, tokenizer)
+        chat = open_template(template, tokenizer, settings=settings)
         tokenizer.stops = tuple(dict.fromkeys((*chat.stops, *tokenizer.stops)))
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
         return cls(_on_device(model), tokenizer, chat)

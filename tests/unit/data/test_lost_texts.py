@@ -72,6 +72,7 @@ def test_settings_of_a_template_are_its_defaults_in_the_export_too(tmp_path):
     exported = open_template(None, open_tokenizer(tmp_path))
     assert exported.render([ASK]) == "1+1?{'depth': [1, None, True]}<|im_end|>"
     assert Template(tokenizer.chat_template, tokenizer, settings=settings).source == tokenizer.chat_template
+    assert Template(tokenizer.chat_template, tokenizer, settings={"think": 7}).render([ASK]) == "1+1?7<|im_end|>"
 
 
 def test_a_template_that_is_no_file_or_variable_is_refused(tmp_path):
