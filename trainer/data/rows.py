@@ -128,8 +128,8 @@ class RowStore:
         form = f" ({f['form']})" if f["form"] else ""
         shared = f", {f['shared']:,} more in beginnings that are computed once" if f.get("shared") else ""
         line = (
-            f"{name}: {f['documents']:,} {f['unit']}s{form}, {f['tokens']:,} tokens{learnt}{shared} "
-            f"in {f['rows']:,} rows of {f['length']} ({100 * f['padding']:.1f}% padding, "
+            f"{name}: {f['documents']:,} {f['unit']}s{form}, {f['tokens']:,} tokens{learnt} "
+            f"in {f['rows']:,} rows of {f['length']}{shared} ({100 * f['padding']:.1f}% padding, "
             f"{f['cut_documents']:,} {f['unit']}s cut; median {f['median']:,}, longest {f['longest']:,} tokens)"
         )
         return [line, *source_summary(name, f)]

@@ -12,14 +12,16 @@ def branched(samples: Sequence[Encoded], length: int) -> Iterator[Encoded]:
 
     The last sample has all turns as later ones remember them, and learns those that were generated so: what it shares with
     an earlier sample is learnt with it. Where the earlier one does learn something of that, it shares what is before only.
-    Samples stay together in a row of ``length`` positions; where there is no room left, one is laid down in full.
+    Samples that share stay together in a row of ``length`` positions, in half of one where they can: groups of more would
+    leave much of each row empty. Where there is no room left, a sample is laid down in full.
     """
     before, room = None, 0
     for sample in reversed(samples):
+        inputs = len(sample.ids) - 1
         shared = 0 if before is None else _shared(before, sample)
-        if not shared or len(sample.ids) - 1 - shared > room:
-            shared, room = 0, length
-        room -= len(sample.ids) - 1 - shared
+        if not shared or inputs - shared > room:
+            shared, room = 0, length // 2 if inputs <= length // 2 else length
+        room -= inputs - shared
         trained = None if sample.trained is None else sample.trained[shared:]
         yield Encoded(sample.ids[shared:], trained, sample.cut, shared)
         before = sample

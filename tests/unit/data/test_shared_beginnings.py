@@ -14,7 +14,7 @@ from trainer.data.shared_beginnings import branched
 from trainer.functional import cross_entropy
 
 TOKENIZER = byte_tokenizer("<|im_end|>")
-LENGTH = 16
+LENGTH = 24
 
 
 def sample(ids: list[int], *learnt: int) -> Encoded:
@@ -66,8 +66,9 @@ def test_a_beginning_ends_where_the_second_sample_learns():
 
 
 def test_a_sample_that_finds_no_room_in_the_row_is_laid_down_in_full():
-    assert [e.shared for e in branched([THOUGHT, REMEMBERED], 9)] == [0, 2]
-    assert list(branched([THOUGHT, REMEMBERED], 8)) == [REMEMBERED, THOUGHT]
+    # Nine positions together: half of a row, or more of one where the first takes more than half of it.
+    assert [[e.shared for e in branched([THOUGHT, REMEMBERED], n)] for n in (18, 11, 9)] == [[0, 2]] * 3
+    assert [list(branched([THOUGHT, REMEMBERED], n)) for n in (17, 8)] == [[REMEMBERED, THOUGHT]] * 2
 
 
 def test_rows_hold_every_sample_with_what_it_learns(tmp_path):
@@ -78,8 +79,8 @@ def test_rows_hold_every_sample_with_what_it_learns(tmp_path):
     inputs = [[*e.ids[:-1]] for c in CONVERSATIONS for e in c]
     assert [ids for ids, _ in sequences(batch)] == [ids for ids, _ in sequences(alone)] == sorted(inputs)
     assert batch.weight == alone.weight == separate.facts["trained"] == rows.facts["trained"]
-    assert rows.facts["shared"] == separate.facts["tokens"] - rows.facts["tokens"] == 2 + 3 + 1
-    assert "6 more in beginnings that are computed once" in rows.summary("x")[0]
+    assert rows.facts["shared"] == separate.facts["tokens"] - rows.facts["tokens"] == 2 + 3 + 1 + 2
+    assert "8 more in beginnings that are computed once" in rows.summary("x")[0]
     assert batch.seen == rows.facts["tokens"]
 
 
