@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -23,3 +24,14 @@ OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
 def without_password(text: str) -> str:
     """A text whose URLs have no user and password (``https://user:password@host``) any more."""
     return re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/?#'\"]+@", r"\1***@", text)
+
+
+def written_passwords(words: Iterable[str], where: str) -> Iterator[str]:
+    """A sentence for every word of a command line that would bring a password to ``where`` it is written to be run again."""
+    for word in words:
+        if (shown := without_password(word)) != word:
+            key = shown.partition("=")[0]
+            yield (
+                f"{shown} holds a user or password, which {where} would hold, too; put the URL into an environment variable "
+                f"and write {key}='${{oc.env:NAME}}'"
+            )

@@ -38,6 +38,14 @@ def test_everything_wrong_with_a_job_and_its_run_is_said_at_once():
     assert "seed=-1 must be at least 0" in text
 
 
+def test_a_password_that_a_script_would_hold_is_refused_unless_a_variable_has_it(monkeypatch):
+    monkeypatch.setenv("CACHE", "http://me:hunter2@host/x")
+    [problem] = refused(run=("data.cache=http://me:hunter2@host/x",))
+    assert problem.startswith("data.cache=http://***@host/x holds a user or password, which job.sbatch would hold, too")
+    assert problem.endswith("write data.cache='${oc.env:NAME}'")
+    assert "hunter2" not in script(run=("data.cache=${oc.env:CACHE}",))
+
+
 def test_the_run_is_checked_with_the_ranks_of_the_job():
     assert refused("nodes=3", "gpus_per_node=8", "time=60") == [
         "batch.size=8 is not a multiple of 96 (24 ranks x batch.micro=4); use 96, or a smaller batch.micro"

@@ -150,3 +150,8 @@ class Odd(Pretrain):
         metrics.mean("height", height, 1.0)
         return loss, metrics
 '''
+
+
+def test_a_password_that_the_points_would_record_is_refused():
+    [problem] = sweep.problems(["--multirun", "seed=1,2", "data.cache=http://me:hunter2@host/x"])
+    assert problem.startswith("data.cache=http://***@host/x holds a user or password, which the record of every point")

@@ -21,8 +21,8 @@ from trainer.secrets import without_password
 
 KIND = "kind"
 FREE_TO_CHANGE = (
-    "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "batch.micro", "tracking", "checkpoint",
-    "evaluation", "export", "profile", "watchdog", "preflight",
+    "name", "run_dir", "resume", "steps", "epochs", "imports", "strategy", "deterministic", "batch.micro", "tracking",
+    "checkpoint", "evaluation", "export", "profile", "watchdog", "preflight",
     "estimate", "sweep", "data.cache", "guard.max_bad_steps", "guard.first_step",
     "model.compile",
     "model.activation_checkpointing",

@@ -34,7 +34,7 @@ from trainer.compose import compose
 from trainer.config import ConfigError, InputError, setting
 from trainer.parallel.environment import imagined
 from trainer.run import Run
-from trainer.secrets import without_password
+from trainer.secrets import without_password, written_passwords
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = (
@@ -260,6 +260,7 @@ def parse_job(mine: Sequence[str], overrides: Sequence[str]) -> tuple[Job, Run]:
             f"resume={cfg.resume} does not let a requeued job continue; leave it at auto and give another run_dir, or "
             "requeue=false"
         )
+    problems += written_passwords([*mine, *overrides], "job.sbatch")
     problems += [*unwritable("name", cfg.name), *unwritable("run_dir", str(Path(cfg.run_dir).absolute()))]
     if problems:
         raise ConfigError(problems, "This job")

@@ -38,6 +38,7 @@ from trainer.config import ConfigError, parse
 from trainer.disk import read_objects, write_text
 from trainer.jobs.process import places, run_ranks
 from trainer.parallel.environment import place
+from trainer.secrets import written_passwords
 
 WORST = 1e30
 """What an optimiser is told of a point without a value: large, but finite, or the search would end."""
@@ -84,6 +85,7 @@ def problems(arguments: Sequence[str]) -> Iterator[str]:
             f"--multirun on {place().size} ranks would run every point on each; start it as one process, with sweep.ranks=N "
             "or hydra/launcher=slurm hydra.launcher.tasks_per_node=N"
         )
+    yield from written_passwords(arguments, "the record of every point")
     for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key in ("run_dir", "resume"):
