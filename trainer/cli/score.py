@@ -18,7 +18,7 @@ from typing import Any
 from trainer.cli.parsing import parser_of
 from trainer.data.row_formats import CHAT_FORMATS, read_rows
 from trainer.data.sources import DataSource
-from trainer.generation.pretrained import RewardModel
+from trainer.generation.pretrained import RewardModel, validate_scoring
 
 BATCH = 16
 """Rows that are scored at once."""
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
+    validate_scoring(a.model)
     chats = list(read_rows(DataSource(str(a.answers)), CHAT_FORMATS))  # all of them before a model is loaded
     model = RewardModel.open(a.model)
     rows = zip(DataSource(str(a.answers)).rows(), chats, strict=True)

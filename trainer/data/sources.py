@@ -128,8 +128,11 @@ class DataSource:
         """Every row with its place (file and line), in the order of the files, with columns under our names as well.
 
         Raises:
-            DataError: for a damaged file, and for the first row that cannot be read, unless such rows are skipped.
+            DataError: for what cannot be opened, a damaged file, and the first row that cannot be read unless such rows
+                are skipped.
         """
+        if problem := self.problem():
+            raise DataError(problem)
         if not self.local:
             yield from self._usable(self._hub(), nulls=True)
         elif Path(self.path).is_dir():

@@ -85,8 +85,7 @@ class RewardModel:
         Raises:
             FormatError: if the folder holds no model that scores.
         """
-        if problem := scoring_problem(folder):
-            raise FormatError(f"{folder}: {problem}")
+        validate_scoring(folder)
         tokenizer = open_tokenizer(folder)
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=True).load().eval()
         return cls(_on_device(model), tokenizer, open_template(None, tokenizer), *score_statistics(folder))
@@ -102,6 +101,16 @@ class RewardModel:
         ids = [encode(chat, self.template).ids for chat in chats]
         values = score(self.model, ids, next(self.model.parameters()).device)
         return values if raw else [(value - self.mean) / self.std for value in values]
+
+
+def validate_scoring(folder: Path) -> None:
+    """Read the headers of a reward model.
+
+    Raises:
+        FormatError: if the folder holds no model that scores.
+    """
+    if problem := scoring_problem(folder):
+        raise FormatError(f"{folder}: {problem}")
 
 
 def scoring_problem(folder: Path) -> str | None:

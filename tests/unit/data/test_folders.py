@@ -96,3 +96,8 @@ def test_a_saved_data_set_that_is_not_all_there_is_refused(tmp_path):
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train_sft", "train_gen"]}')
     with pytest.raises(DataError, match="has the splits train_sft, train_gen; name one of them"):
         DataSource(str(tmp_path / "all")).files()
+
+
+def test_a_name_that_is_no_file_is_not_asked_of_the_hub():
+    with pytest.raises(DataError, match=r"^chats\.jsonl does not exist; give a file, a folder, or a hub id"):
+        next(DataSource("chats.jsonl").rows())
