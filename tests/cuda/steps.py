@@ -20,7 +20,7 @@ from trainer.data.pairs import AnswerBatch, Pair, collate, collate_shared_prefix
 from trainer.data.rows import Encoded, Segment
 from trainer.data.rows import collate as collate_rows
 from trainer.diagnostics.guard import Guard, GuardSettings
-from trainer.functional import cross_entropy
+from trainer.functional import cross_entropy, logprobs
 from trainer.generation.completion import Completion
 from trainer.loop import train_step
 from trainer.models.actor_critic import ActorCritic
@@ -163,8 +163,8 @@ def saved() -> dict[str, Any]:
     return asked.report()
 
 
-def loss() -> dict[str, Any]:
-    """The loss of 32,768 tokens of 128,256 pieces, with its gradients."""
+def vocabulary() -> dict[str, Any]:
+    """The loss and the log-probabilities of 32,768 tokens of 128,256 pieces, with their gradients."""
     with fake(), torch.autocast("cuda", torch.bfloat16):
         with CUDA:
             hidden = torch.empty(8, 4096, 64, requires_grad=True)
@@ -172,7 +172,9 @@ def loss() -> dict[str, Any]:
             targets = torch.empty(8, 4096, dtype=torch.int64)
         with Asked() as asked:
             cross_entropy(hidden, weight, targets=targets, mask=mask)[0].backward()
-    return asked.report()
+        with Asked() as read:
+            logprobs(hidden, weight, targets=targets)[0].sum().backward()
+    return {"loss": asked.report(), "logprobs": read.report()}
 
 
 def layer() -> dict[str, Any]:
@@ -215,7 +217,7 @@ def main() -> None:
         "ppo": step(PPO(), rollout, actor_critic),
     }
     print(
-        json.dumps({"steps": done, "rescored": rescored(), "saved": saved(), "loss": loss(), "layer": layer()}),
+        json.dumps({"steps": done, "rescored": rescored(), "saved": saved(), **vocabulary(), "layer": layer()}),
         flush=True,
     )
     # The device's thread of autograd never ends.

@@ -59,7 +59,7 @@ def in_place(request, chunks, monkeypatch):
     if request.param == "compiled":
         block.compile(backend="eager")
     monkeypatch.setattr(objective, "IN_PLACE", {"cpu"})
-    monkeypatch.setattr(objective, "_gradient", block)
+    monkeypatch.setattr(objective, "differentiate_block", block)
 
 
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.02, 0.3)])
@@ -120,6 +120,19 @@ def test_logprobs_and_entropies_and_their_gradients_are_the_plain_ones(chunks, t
     torch.testing.assert_close(entropies.double(), uncertain, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(found, (hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_where_logits_stay_in_place_are_the_plain_ones(in_place, temperature):
+    test_logprobs_and_entropies_and_their_gradients_are_the_plain_ones(None, temperature)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_gradient_of_logprobs_in_the_place_of_logits_is_the_plain_one(
+    in_place, kept, dtype, tolerance, monkeypatch
+):
+    test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kept(kept, dtype, tolerance, monkeypatch)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import trainer.functional.objective as objective
 from trainer.functional.chunks import LogitsBuffer, blocks, groups
+from trainer.functional.objective import tempered
 
 
 class LogProbs(torch.autograd.Function):
@@ -18,28 +20,11 @@ class LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
         compute = weight.detach().to(dtype)
         probabilities = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keep else None
+        read = _read_in_place if hidden.device.type in objective.IN_PLACE else _read_blocks
         with torch.autocast(hidden.device.type, enabled=False):
-            logits_of = LogitsBuffer(len(ids), weight, dtype)
-            for part in blocks(len(ids), weight):
-                target = ids[part, None]
-                scores = logits_of(hidden[part].detach().to(dtype), compute)
-                if temperature != 1.0:
-                    scores.div_(temperature)
-                top = scores.amax(1, keepdim=True)
-                scores.sub_(top)
-                chosen, p = scores.gather(1, target), scores.exp()
-                total = p.sum(1, keepdim=True)
-                norm = total.log()
-                values[part] = (chosen - norm).squeeze(1)
-                # H = log sum exp s - E[s], for s = logits less their largest.
-                entropies[part] = (norm - scores.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
-                lses[part] = (norm + top).squeeze(1)
-                if probabilities is not None:
-                    # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
-                    probabilities[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            values, entropies, lses = read(hidden.detach(), compute, ids, temperature, probabilities)
         ctx.save_for_backward(hidden, weight, ids, lses, entropies, probabilities)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.dtype = temperature, dtype
@@ -57,22 +42,93 @@ class LogProbs(torch.autograd.Function):
                 grad_hidden = ((probabilities @ compute) * factor).to(hidden.dtype)
                 grad_weight = probabilities.T @ (hidden * factor).to(dtype)
             return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        in_place = up_entropies is None and hidden.device.type in objective.IN_PLACE
         up_entropies = torch.zeros_like(lses) if up_entropies is None else up_entropies
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits_of = LogitsBuffer(len(ids), weight, dtype)
+            buffer = None if in_place else LogitsBuffer(len(ids), weight, dtype)
             for group in groups(len(ids), weight, dtype):
                 states = hidden[group].to(dtype)
-                gradient = states.new_empty(len(states), weight.shape[0])
-                for part in blocks(len(states), weight):
-                    lse, entropy, target = lses[group][part, None], entropies[group][part, None], ids[group][part, None]
-                    up_value, up_entropy = up_values[group][part, None], up_entropies[group][part, None]
-                    log_p = logits_of(states[part], compute).div_(ctx.temperature).sub_(lse)
-                    p = log_p.exp()
-                    # d entropy / d logit = -p (log p + H); d logprob / d logit = onehot - p.
-                    scores = p.mul_(log_p.add_(entropy).mul_(up_entropy).add_(up_value).neg_())
-                    scores.scatter_add_(1, target, up_value)
-                    gradient[part] = scores.div_(ctx.temperature)
+                if buffer is None:
+                    gradient = states @ compute.T
+                    scale = up_values[group] / -ctx.temperature
+                    objective.differentiate_block(gradient, ids[group, None], scale, 0.0, 0.0, ctx.temperature)
+                else:
+                    columns = [t[group, None] for t in (ids, lses, entropies, up_values, up_entropies)]
+                    gradient = _gradient_of_both(states, compute, buffer, columns, ctx.temperature)
                 grad_hidden[group] = gradient @ compute
                 grad_weight += gradient.T @ states
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _read_blocks(
+    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, probabilities: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of ``ids`` ``(n,)``, entropies and lse, float32.
+
+    ``probabilities`` ``(n, V)``: filled with them, less 1 at the ids.
+    """
+    values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
+    logits_of = LogitsBuffer(len(ids), compute, compute.dtype)
+    for part in blocks(len(ids), compute):
+        target = ids[part, None]
+        scores = logits_of(hidden[part].to(compute.dtype), compute)
+        if temperature != 1.0:
+            scores.div_(temperature)
+        top = scores.amax(1, keepdim=True)
+        scores.sub_(top)
+        chosen, p = scores.gather(1, target), scores.exp()
+        total = p.sum(1, keepdim=True)
+        norm = total.log()
+        values[part] = (chosen - norm).squeeze(1)
+        # H = log sum exp s - E[s], for s = logits less their largest.
+        entropies[part] = (norm - scores.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
+        lses[part] = (norm + top).squeeze(1)
+        if probabilities is not None:
+            # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
+            probabilities[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+    return values, entropies, lses
+
+
+def _read_in_place(
+    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, probabilities: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_read_blocks`: logits stay in the compute format, and what is to be kept takes their place."""
+    chosen, lses, expected = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
+    for group in groups(len(ids), compute, compute.dtype):
+        scores, target = hidden[group].to(compute.dtype) @ compute.T, ids[group, None]
+        chosen[group] = tempered(scores.gather(1, target).squeeze(1), temperature)
+        top, place = scores.max(1, keepdim=True)
+        top, lse, mean = tempered(top, temperature), lses[group], expected[group]
+        for part in blocks(len(scores), compute):
+            wide = tempered(scores[part], temperature)
+            p = torch.softmax(wide, 1, dtype=torch.float32)
+            # The largest one is at least 1 / V, so its logarithm is exact where a target's own may be that of 0.
+            torch.sub(top[part, 0], p.gather(1, place[part]).squeeze(1).log(), out=lse[part])
+            torch.sum(wide * p, 1, out=mean[part])
+            if probabilities is not None:
+                scores[part] = p
+        if probabilities is not None:
+            # From float32: near 1 the difference of p and 1 is lost to a shorter format.
+            at_target = torch.expm1(chosen[group] - lse)
+            probabilities[group] = scores.scatter_(1, target, at_target[:, None].to(scores.dtype))
+    return chosen - lses, lses - expected, lses
+
+
+def _gradient_of_both(
+    states: Tensor, compute: Tensor, logits_of: LogitsBuffer, columns: list[Tensor], temperature: float
+) -> Tensor:
+    """The gradient of logits ``(n, V)`` for upstream gradients of log-probabilities and of entropies.
+
+    ``columns``, ``(n, 1)`` each: ids, lse, entropies, and both upstream gradients.
+    """
+    gradient = states.new_empty(len(states), len(compute))
+    for part in blocks(len(states), compute):
+        target, lse, entropy, up_value, up_entropy = (column[part] for column in columns)
+        log_p = logits_of(states[part], compute).div_(temperature).sub_(lse)
+        p = log_p.exp()
+        # d entropy / d logit = -p (log p + H); d logprob / d logit = onehot - p.
+        scores = p.mul_(log_p.add_(entropy).mul_(up_entropy).add_(up_value).neg_())
+        scores.scatter_add_(1, target, up_value)
+        gradient[part] = scores.div_(temperature)
+    return gradient

@@ -108,7 +108,7 @@ class Objective:
     def differentiate_in_place(self, group: slice, scores: Tensor) -> None:
         """As `differentiate`, of logits in the compute format, whose place the gradient takes."""
         target, scale = self.ids[group, None], self.weights[group]
-        lse, chosen, mean = _gradient(scores, target, scale, self.z_loss, self.smoothing)
+        lse, chosen, mean = differentiate_block(scores, target, scale, self.z_loss, self.smoothing)
         self.lse[group], self.chosen[group] = lse, chosen
         if self.smoothing:
             self.mean[group] = mean
@@ -125,17 +125,21 @@ class Objective:
         return loss, lse - chosen, lse_squares
 
 
-def eager_gradient(scores: Tensor, target: Tensor, scale: Tensor, z: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def eager_gradient(
+    scores: Tensor, target: Tensor, scale: Tensor, z: float, s: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Replace logits ``(n, V)`` by the gradient of `Objective`; gives lse, the chosen logits, and their mean, float32.
 
-    ``target`` ``(n, 1)``; ``scale`` ``(n,)``: the weights; ``z``, ``s``: of the z-loss and the smoothing.
+    ``target`` ``(n, 1)``; ``scale`` ``(n,)``: the weights; ``z``, ``s``: of the z-loss and the smoothing. With a
+    ``temperature`` all of it is of the logits that were divided by it.
     """
-    chosen = scores.gather(1, target).squeeze(1).float()
-    mean = scores.mean(1, dtype=torch.float32) if s else chosen
+    chosen = tempered(scores.gather(1, target).squeeze(1), temperature).float()
+    mean = tempered(scores, temperature).mean(1, dtype=torch.float32) if s else chosen
     top, place = scores.max(1, keepdim=True)
+    top = tempered(top, temperature)
     lse, even = torch.empty_like(scale), scale * (-s / scores.shape[1])
     for part in blocks(len(scores), scores.T):
-        probabilities = torch.softmax(scores[part], 1, dtype=torch.float32)
+        probabilities = torch.softmax(tempered(scores[part], temperature), 1, dtype=torch.float32)
         # The largest one is at least 1 / V, so its logarithm is exact where a target's own may be that of 0.
         torch.sub(top[part, 0], probabilities.gather(1, place[part]).squeeze(1).log(), out=lse[part])
         factor = (1 + 2 * z * lse[part]) * scale[part] if z else scale[part]
@@ -149,9 +153,16 @@ def eager_gradient(scores: Tensor, target: Tensor, scale: Tensor, z: float, s: f
     return lse, chosen, mean
 
 
-def fused_gradient(scores: Tensor, target: Tensor, scale: Tensor, z: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+def tempered(scores: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature, in float32: a shorter format would round them again."""
+    return scores if temperature == 1.0 else scores.float().div_(temperature)
+
+
+def fused_gradient(
+    scores: Tensor, target: Tensor, scale: Tensor, z: float, s: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `eager_gradient`, in a form of which the compiler makes two passes over the logits."""
-    wide = scores.float()
+    wide = scores.float() / temperature
     chosen = wide.gather(1, target).squeeze(1)
     mean = wide.mean(1) if s else chosen
     lse = wide.logsumexp(1)
@@ -175,9 +186,9 @@ class GradientBlock:
         return self._function(*inputs)  # type: ignore[no-any-return]
 
 
-_gradient = GradientBlock()
+differentiate_block = GradientBlock()
 
 
 def compile_loss(backend: str | Callable[..., Any]) -> None:
-    """Compile what `CrossEntropy` makes of logits where they stay in place."""
-    _gradient.compile(backend)
+    """Compile what becomes of logits where they stay in place."""
+    differentiate_block.compile(backend)
