@@ -23,7 +23,8 @@ PPO = ["pipeline=ppo", "data=prompts"]
 BESIDE = {
     "pipeline/dpo": ["data=preference"], "pipeline/kto": ["data=labelled"],
     "pipeline/reward": ["data=preference"], "pipeline/ppo": ["data=prompts"],
-    **{f"reward/{kind}": PPO for kind in ("model", "function", "exact_match", "judge")},
+    **{f"reward/{kind}": PPO for kind in ("model", "function", "judge")},
+    "reward/exact_match": [*PPO, "pipeline.critic=policy"],
 }  # fmt: skip
 """What a choice only works with."""
 

@@ -130,7 +130,9 @@ def test_the_export_opens_in_transformers_with_nothing_missing_or_unexpected(who
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(whole / "export")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    text = tokenizer.decode(model.generate(**tokenizer("Two friends.", return_tensors="pt"), max_new_tokens=4)[0])
+    prompt = tokenizer("Two friends.", return_tensors="pt")
+    assert prompt["input_ids"][0, 0] == tokenizer.bos_token_id  # documents were trained behind it
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=4)[0], skip_special_tokens=True)
     assert text.startswith("Two friends.")
 
 
