@@ -19,7 +19,7 @@ def launched(folder, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_torchrun_and_deepspeed_give_the_same_losses(strategy, tmp_path):
     torchrun = launched(
         tmp_path, ROOT / "launch" / "local.sh", "-n", "2", "--", "run_dir=a", *RUN, f"strategy={strategy}"
