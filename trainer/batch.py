@@ -30,11 +30,15 @@ def copy_to(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def packed(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
     """The bytes of all ``tensors`` in one tensor of the host, which ``pin`` keeps from being swapped out."""
-    starts, size = _starts(tensors)
-    memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-    for start, tensor in zip(starts, tensors, strict=True):
-        _view(memory, start, tensor).copy_(tensor)
+    memory = room_for(tensors, pin=pin)
+    for view, tensor in zip(unpacked(memory, tensors), tensors, strict=True):
+        view.copy_(tensor)
     return memory
+
+
+def room_for(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
+    """Memory of the host for the bytes of all ``tensors``, which ``pin`` keeps from being swapped out."""
+    return torch.empty(_starts(tensors)[1], dtype=torch.uint8, pin_memory=pin)
 
 
 def unpacked(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from trainer.checkpoint.folder import (
     verify,
     write_manifest,
 )
-from trainer.checkpoint.saving import Copies, Save, Written, owned
+from trainer.checkpoint.saving import Copies, Save, Written, in_files
 from trainer.config import InputError, Node, schema, setting
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, owned_spans
@@ -101,15 +101,16 @@ class Checkpointer:
         unfinished = Path(distributed.run_on_main(lambda: self._begin(step)))
         fragments = [*self.engine.fragments(owned=True), *self._tensors_of_parts()]
         save = Save(step, unfinished, distributed.world().name, {f.name: list(f.shape) for f in fragments})
+        save.manifest = self._facts_of(step)
+        copying = (Copies(together) for together in in_files(fragments))
         if self.config.asynchronous:
-            copies, places = Copies([f.tensor for f in fragments]), [(f.name, f.state, f.start) for f in fragments]
-            self.engine.before_next_update(copies.wait)
-            save.manifest = self._facts_of(step)
-            save.start(lambda: ((*place, t) for place, t in zip(places, copies.tensors(), strict=True)))
+            copies = list(copying)
+            for together in copies:
+                self.engine.before_next_update(together.wait)
+            save.start(copies)
             self._writing = save
         else:
-            save.manifest = self._facts_of(step)
-            save.write(lambda: ((f.name, f.state, f.start, owned(f.tensor)) for f in fragments))
+            save.write(copying)
             self._finish(save)
 
     def advance(self, *, wait: bool = False) -> None:

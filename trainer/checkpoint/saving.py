@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.batch import ALIGNMENT
+from trainer.batch import room_for, unpacked
 from trainer.checkpoint.folder import Stored, write_fragments
+from trainer.parallel.engine import Fragment
 
 FILE_BYTES = 2**30
 """A rank's fragments are written in files of about this size, so that a save needs little memory beside the model."""
@@ -53,26 +54,21 @@ class Save:
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
-    def start(self, pieces: Callable[[], Any]) -> None:
+    def start(self, copies: Iterable[Copies]) -> None:
         """Write in a thread, which talks to no other rank."""
-        self._thread = threading.Thread(target=self.write, args=(pieces,), name="checkpoint")
+        self._thread = threading.Thread(target=self.write, args=(copies,), name="checkpoint")
         self._thread.start()
 
-    def write(self, pieces: Callable[[], Any]) -> None:
-        """Write ``(name, state, start, tensor)`` pieces; a failure is kept for `result`."""
+    def write(self, copies: Iterable[Copies]) -> None:
+        """Write each of ``copies`` into a file of its own; a failure is kept for `result`."""
         try:
-            pending: dict[str, Tensor] = {}
-            size = 0
-            for name, state, start, tensor in pieces():
-                if pending and size + tensor.nbytes > FILE_BYTES:
-                    self._write_file(pending)
-                    pending, size = {}, 0
-                key = str(len(self._written.fragments))
-                pending[key] = tensor
-                size += tensor.nbytes
-                self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
-            if pending:
-                self._write_file(pending)
+            for together in copies:
+                tensors: dict[str, Tensor] = {}
+                for name, state, start, tensor in together.pieces():
+                    key = str(len(self._written.fragments))
+                    tensors[key] = tensor
+                    self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
+                self._write_file(tensors)
         except Exception as error:
             self._error = error
 
@@ -105,22 +101,24 @@ class Save:
 
 
 class Copies:
-    """Copies in CPU memory that nobody else writes to, made while the device goes on.
+    """Copies of fragments in CPU memory that nobody else writes to, made while the device goes on.
 
-    From CUDA into pinned memory and on a stream of their own. What writes to the tensors has to wait for them: see `wait`.
+    From CUDA into pinned memory and on a stream of their own. What writes to the fragments has to wait for them: see `wait`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        self._places = [(f.name, f.state, f.start) for f in fragments]
+        tensors = [f.tensor.detach() for f in fragments]
         self._copied: torch.cuda.Event | None = None
         if not any(tensor.is_cuda for tensor in tensors):
-            self._tensors = [owned(tensor) for tensor in tensors]
+            self._tensors = [tensor.to("cpu", copy=True).contiguous() for tensor in tensors]
             return
+        self._tensors = unpacked(room_for(tensors, pin=True), tensors)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._tensors = list(_pinned(tensors))
             for copy, tensor in zip(self._tensors, tensors, strict=True):
-                copy.copy_(tensor.detach(), non_blocking=True)
+                copy.copy_(tensor, non_blocking=True)
         self._copied = stream.record_event()
 
     def wait(self, *_: Any) -> None:
@@ -128,24 +126,23 @@ class Copies:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def tensors(self) -> list[Tensor]:
-        """The copies, once they are complete."""
+    def pieces(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """(name, state, start, copy) of every fragment, once the copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._tensors
+        for place, tensor in zip(self._places, self._tensors, strict=True):
+            yield *place, tensor
 
 
-def _pinned(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Memory for every tensor, in few allocations: each is rounded up to a power of two, as `FILE_BYTES` is one."""
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    memory, used, left = torch.empty(0, dtype=torch.uint8), 0, sum(sizes)
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if used + size > len(memory):
-            memory, used = torch.empty(max(size, min(left, FILE_BYTES)), dtype=torch.uint8, pin_memory=True), 0
-        yield memory[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        used, left = used + size, left - size
-
-
-def owned(tensor: Tensor) -> Tensor:
-    """A copy in CPU memory that nobody else writes to."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def in_files(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
+    """Fragments in their order, as many together as make a file."""
+    together: list[Fragment] = []
+    size = 0
+    for fragment in fragments:
+        if together and size + fragment.tensor.nbytes > FILE_BYTES:
+            yield together
+            together, size = [], 0
+        together.append(fragment)
+        size += fragment.tensor.nbytes
+    if together:
+        yield together
