@@ -34,6 +34,7 @@ from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Adapter, Full, LoRA
+from trainer.models.transformer import narrow_stream
 from trainer.models.vocabulary import refuse_foreign_tokenizer
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
@@ -177,6 +178,7 @@ class Run(Node):
         layout = Layout(
             stage=self.strategy.stage, ranks=ranks or distributed.ranks(), cuda=cuda,
             low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
+            stream=2 if narrow_stream("cuda" if cuda else "cpu", self.precision.dtype) else 4,
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
             auxiliary=tuple(self.pipeline.auxiliary_models(a)),

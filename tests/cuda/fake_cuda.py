@@ -7,6 +7,7 @@ counted is exact: kernels launched, copies and questions that wait for the devic
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +30,16 @@ COUNTS_ELEMENTS = {"nonzero", "masked_select", "unique_dim", "_unique2", "is_non
 """Operations whose result's shape depends on values: they wait for the device."""
 
 
+asking: list[Asked] = []
+"""What counts now."""
+
+
+def waited(what: str) -> None:
+    """The host waits for the device."""
+    if asking:
+        asking[-1].stalls[f"{what} at {where()}"] += 1
+
+
 class Event:
     """Stands in for `torch.cuda.Event`, and for streams."""
 
@@ -42,7 +53,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        pass
+        waited("a stream or event")
 
     def wait_stream(self, _: Any) -> None:
         pass
@@ -83,7 +94,9 @@ def pretend() -> None:
     cuda: Any = torch.cuda
     cuda._lazy_init = lambda: None
     cuda.Event = cuda.Stream = Event
-    cuda.current_stream, cuda.stream = Event, nullcontext
+    cuda.current_stream = cuda.default_stream = Event
+    cuda.stream, cuda.synchronize = nullcontext, lambda *_: waited("the device")
+    cuda.current_device, cuda.set_device, cuda.empty_cache = (lambda: 0), (lambda *_: None), (lambda: None)
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.amp.common.amp_definitely_not_available = lambda: False
     cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0)
@@ -104,10 +117,26 @@ class Asked(TorchDispatchMode):
         self.copies: Counter[str] = Counter()
         self.unpinned: Counter[str] = Counter()
         self.mixed: Counter[str] = Counter()
+        self._bytes = self._most = self._before = 0
+        self._alive: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._memory: list[Any] = []
 
+    def __enter__(self) -> Asked:
+        asking.append(self)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        asking.pop()
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._hold((args, kwargs), before=True)
+        out = self._answer(func, args, kwargs)
+        self._hold(out, before=False)
+        return out
+
+    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name.partition("::")[2]
         if kwargs.pop("pin_memory", None):
@@ -152,6 +181,21 @@ class Asked(TorchDispatchMode):
         self._launched(func, name)
         return func(*args, **kwargs)
 
+    def _hold(self, values: Any, *, before: bool) -> None:
+        """Count the bytes of what lives on the device, until it dies; what an operation is given was there before."""
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda":
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive[storage._cdata] = size = storage.nbytes()
+                    self._before += size if before else 0
+                    self._bytes += 0 if before else size
+                    self._most = max(self._most, self._bytes)
+                    weakref.finalize(storage, self._died, storage._cdata)
+
+    def _died(self, storage: int) -> None:
+        self._bytes -= self._alive.pop(storage)
+
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         self._pinned.add(tensor.untyped_storage()._cdata)
         self._memory.append(tensor)
@@ -194,6 +238,7 @@ class Asked(TorchDispatchMode):
             "mixed": dict(self.mixed),
             "by_line": dict(self.launches.most_common(12)),
             "operations": dict(self.operations.most_common(30)),
+            "peak_bytes": self._most + self._before,
         }
 
 

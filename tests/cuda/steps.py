@@ -31,6 +31,7 @@ from trainer.models.transformer import Transformer, _attend_packed
 from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.engine import Fragment
 from trainer.parallel.precision import Compute, Precision
 from trainer.pipelines.base import Models
 from trainer.pipelines.dpo import DPO
@@ -115,18 +116,23 @@ def lora() -> Transformer:
 
 
 def step(
-    pipeline: Any, batch: Callable[[], Batch], module: Callable[[], Any] | None = None, optimizer: Any = None
+    pipeline: Any,
+    batch: Callable[[], Batch],
+    module: Callable[[], Any] = lambda: Transformer(shape()),
+    optimizer: Any = None,
+    strategy: Any = None,
+    precision: Precision = BF16,
 ) -> dict[str, Any]:
-    """The second of two steps of two micro-batches under DDP in bfloat16: by then optimizer states exist."""
-    build = module or (lambda: Transformer(shape()))
+    """The second of two steps of two micro-batches, by default under DDP in bfloat16: by then optimizer states exist."""
+    strategy = strategy or DDP()
     with fake():
-        with CUDA:
-            trained = build()
-        engine = DDP().wrap(trained, optimizer or AdamW(lr=1e-3), BF16)
+        with CUDA, strategy.construction():
+            trained = module()
+        engine = strategy.wrap(trained, optimizer or AdamW(lr=1e-3), precision)
         frozen = {}
         if getattr(pipeline, "uses_reference", False):
             with CUDA:
-                frozen["reference"] = DDP().freeze(Transformer(shape()), BF16)
+                frozen["reference"] = strategy.freeze(Transformer(shape()), precision)
         models = Models(engine.model, None, "", frozen)  # type: ignore[arg-type]
         guard, watch = Guard(GuardSettings(spike_deviations=8.0), CUDA), Stopwatch(CUDA)
         for number in range(2):
@@ -154,12 +160,12 @@ def rescored() -> dict[str, Any]:
 
 
 def saved() -> dict[str, Any]:
-    """What an asynchronous checkpoint asks of the device before training goes on."""
+    """What a checkpoint asks of the device before anybody waits for it."""
     with fake():
         with CUDA:
-            tensors = [torch.empty(size) for size in (7, 1000)]
+            fragments = [Fragment(str(size), "param", (size,), 0, torch.empty(size)) for size in (7, 1000)]
         with Asked() as asked:
-            Copies(tensors).wait()
+            Copies(fragments).wait()
     return asked.report()
 
 
@@ -216,10 +222,8 @@ def main() -> None:
         "reward": step(RewardModelling(), pairs, lambda: Transformer(shape(scores=True))),
         "ppo": step(PPO(), rollout, actor_critic),
     }
-    print(
-        json.dumps({"steps": done, "rescored": rescored(), "saved": saved(), **vocabulary(), "layer": layer()}),
-        flush=True,
-    )
+    done = {"steps": done, "rescored": rescored(), "saved": saved(), **vocabulary(), "layer": layer()}
+    print(json.dumps(done), flush=True)
     # The device's thread of autograd never ends.
     os._exit(0)
 

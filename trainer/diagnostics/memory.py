@@ -32,6 +32,7 @@ class Layout:
         ranks: Data-parallel ranks.
         low_precision_weights: The working copy of the weights is bfloat16 instead of float32 under autocast.
         compute: Bytes of an activation, 2 or 4.
+        stream: Bytes of an element of the residual stream, 2 or 4.
         micro: Rows of a forward.
         length: Tokens of a row.
         recompute: Activations that the backward computes again.
@@ -50,6 +51,7 @@ class Layout:
     recompute: Recompute = Recompute.none
     offload: str = "none"
     cuda: bool = True
+    stream: int = 4
     adapters: int = 0
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
 
@@ -134,32 +136,38 @@ def frozen(a: Architecture, layout: Layout) -> float:
 
 def activations(a: Architecture, layout: Layout) -> float:
     """Bytes that the forward of a micro-batch keeps for the backward."""
-    c, inputs = layout.compute, 4 * a.hidden_size
+    c, inputs = layout.compute, layout.stream * a.hidden_size
     heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     products = c * (2 * heads + 2 * groups + 2 * a.hidden_size)
     stored = {
-        Recompute.none: _block(a, c),
+        Recompute.none: _block(a, layout),
         Recompute.selective: inputs + products + 2 * c * a.intermediate_size,
         Recompute.full: inputs,
     }[layout.recompute]
-    return float(layout.micro * layout.length * (a.num_hidden_layers * stored + 8 * a.hidden_size))
+    return float(layout.micro * layout.length * (a.num_hidden_layers * stored + _norm(layout) * a.hidden_size))
 
 
 def backward(a: Architecture, layout: Layout) -> float:
     """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
-    again = 0 if layout.recompute is Recompute.none else _block(a, layout.compute)
-    gradients = 8 * a.hidden_size + 2 * layout.compute * a.intermediate_size
+    again = 0 if layout.recompute is Recompute.none else _block(a, layout)
+    gradients = 2 * layout.stream * a.hidden_size + 2 * layout.compute * a.intermediate_size
     return float(layout.micro * layout.length * (again + gradients))
 
 
-def _block(a: Architecture, c: int) -> int:
+def _block(a: Architecture, layout: Layout) -> int:
     """Bytes that a block keeps of a token.
 
-    Two residuals and two normalised states in float32; two norms' outputs, queries, keys, values and attention's output, and
-    four tensors of the MLP's width in the compute format.
+    What two norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
+    of the MLP's width; and queries and keys before their own norms.
     """
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    return 16 * a.hidden_size + c * (2 * a.hidden_size + 2 * heads + 2 * groups + 4 * a.intermediate_size)
+    c, heads, groups = layout.compute, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    projected = (2 + a.qk_norm) * heads + (2 + a.qk_norm) * groups
+    return 2 * _norm(layout) * a.hidden_size + c * (2 * a.hidden_size + projected + 4 * a.intermediate_size)
+
+
+def _norm(layout: Layout) -> int:
+    """Bytes that a norm keeps of an element of the residual stream: that element, and on CPU the float32 normalised one."""
+    return layout.stream + (0 if layout.cuda else 4)
 
 
 def loss(a: Architecture, layout: Layout) -> float:

@@ -106,6 +106,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
+def narrow_stream(device: str, working: torch.dtype) -> bool:
+    """Whether the residual stream is bfloat16 on a kind of device where matrix products compute in ``working``."""
+    return device in NARROW_STREAM and working is torch.bfloat16
+
+
 class TokenEmbedding(nn.Embedding):
     """The input embedding. It reads its weight in its own forward, where a sharded weight is whole."""
 
@@ -115,8 +120,7 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = embed(tokens, self.weight, tied=self.tied)
-        narrow = x.device.type in NARROW_STREAM and working_dtype(x) is torch.bfloat16
-        return x.bfloat16() if narrow else x
+        return x.bfloat16() if narrow_stream(x.device.type, working_dtype(x)) else x
 
 
 class Decoder(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 
 from tests.command import onecurve
 from trainer.cli.estimate import DEVICE_GB
+from trainer.compose import compose
 from trainer.diagnostics.memory import Layout, advice, fit, host_memory, memory, parameters_of, seconds_per_step, states
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer
@@ -44,6 +45,19 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
     assert wide.parameters == pytest.approx(4 * tables + 2 * (count - tables) + 4 * 10_000_000)
     sharded = memory(SEVEN, layout(ranks=8, stage=3, adapters=10_000_000))
     assert sharded.parameters == pytest.approx(2 * (count + 10_000_000) / 8)
+
+
+def test_a_run_counts_the_residual_stream_in_the_format_that_a_gpu_keeps_it_in():
+    # A token of a layer in bf16: two residuals and two norms' outputs of 4096, query and output of 4096, keys and
+    # values of 1024, four tensors of 14336; the final norm's input.
+    bf16 = compose(["precision=bf16", "batch.micro=1", "batch.length=2048"]).layout(SEVEN, 1, cuda=True)
+    assert memory(SEVEN, bf16).activations == 2048 * (32 * 2 * (6 * 4096 + 2 * 1024 + 4 * 14336) + 2 * 4096)
+    # Residuals are float32 in fp16, whose range is too small for them, and on CPU, where norms keep what they normalised.
+    fp16 = compose(["precision=fp16", "batch.micro=1", "batch.length=2048"])
+    wide = memory(SEVEN, fp16.layout(SEVEN, 1, cuda=True)).activations - memory(SEVEN, bf16).activations
+    assert wide == 2048 * (32 * 2 + 1) * 2 * 4096
+    on_cpu = memory(SEVEN, fp16.layout(SEVEN, 1, cuda=False)).activations - memory(SEVEN, bf16).activations
+    assert on_cpu == wide + 2048 * (32 * 2 + 1) * 4 * 4096
 
 
 def test_models_beside_the_policy_take_their_share():
