@@ -44,17 +44,22 @@ def guard() -> Path:
     return library
 
 
-@pytest.fixture(scope="module")
-def asked() -> dict:
-    """Everything that `steps.py` counts."""
+def counts_of(module: str) -> dict:
+    """What a module prints that counts on fake CUDA."""
     libraries = {"LD_PRELOAD": str(guard()), "LD_LIBRARY_PATH": str(TORCH / "lib")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.cuda.steps"],
+        [sys.executable, "-W", "ignore", "-m", module],
         env={**os.environ, **libraries, "OMP_NUM_THREADS": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict:
+    """Everything that `steps.py` counts."""
+    return counts_of("tests.cuda.steps")
 
 
 @pytest.mark.parametrize("pipeline", LAUNCHES)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainer.config import schema, setting
 from trainer.optim import Muon, Optimizer
-from trainer.parallel import distributed, zero_state
+from trainer.parallel import distributed, zero_state, zero_waits
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Decision, Engine, Fragment, Outcome, digest_of
 from trainer.parallel.precision import Compute, Precision
@@ -230,42 +230,39 @@ class ZeroEngine(Engine):
         self.model = engine
         self._engine: Any = engine
         self.zero = engine.optimizer
+        zero_waits.leave_norm_on_device(self.zero, self.stage)
         self.zero.unscale_and_clip_grads = self._on_norm
         self._limit: Tensor | None = None
         self._decision: Decision | None = None
         self.state_of = zero_state.reader(module, inner, self.zero, self.stage)
+        # What lives in CPU memory is stepped by the host, which has to wait for its gradients.
+        waits = self.device.type != "cuda" or strategy.offload is not Offload.none
+        self._awaited = nullcontext if waits else partial(zero_waits.exchange_awaited_on_device, self.zero)
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._awaited():
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, limit: Tensor | None = None) -> Outcome:
-        self._limit, self._decision = limit, None
+        self._limit = limit
         self._engine.step()
-        decision = self._decision_of_step()
-        if decision is None:
-            # DeepSpeed found an overflow and applied nothing.
-            norm = torch.full((), torch.inf, device=self.device)
-            applied = torch.zeros((), dtype=torch.bool, device=self.device)
-        else:
-            norm, applied, _ = decision
+        assert self._decision is not None
+        (norm, applied, _), self._decision = self._decision, None
         self.scale.update(~torch.isfinite(norm))
         return Outcome(norm, applied)
-
-    def _decision_of_step(self) -> Decision | None:
-        return None if bool(getattr(self.zero, "overflow", False)) else self._decision
 
     def _on_norm(self, _: Any, total_norm: Any) -> None:
         """Stands where DeepSpeed would unscale and clip, for every partition that it is about to update.
 
-        Takes its global norm, -1 after an overflow, and tells the fused AdamW what to do with the gradient.
+        Takes its global norm, infinite after an overflow, and tells the fused AdamW what to do with the gradient.
         """
         if self._decision is None:
             norm = torch.as_tensor(total_norm, dtype=torch.float32, device=self.device)
-            self._decision = self.decide(torch.where(norm >= 0, norm, torch.inf), self._limit)
+            self._decision = self.decide(norm, self._limit)
             partitions = self.state_of.device
             self.inner.grad_scale = self._decision.divisor.to(partitions)
             self.inner.found_inf = (~self._decision.applied).float().to(partitions)

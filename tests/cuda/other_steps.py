@@ -1,0 +1,145 @@
+"""On fake CUDA, beside the steps of the pipelines: a decoded token, a step's memory, and steps under ZeRO.
+
+Prints, as JSON, what each asked of the device. Run by `test_other_steps.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.cuda.fake_cuda import CUDA, Asked, fake, pretend
+from tests.cuda.steps import BF16, rows, shape, step
+from trainer.batch import Batch, Documents, PackedRows
+from trainer.diagnostics.memory import Layout, memory
+from trainer.generation.decode_graph import FixedDecoder
+from trainer.generation.decoding import Decoding
+from trainer.generation.sampling import Sampling
+from trainer.models.architecture import Architecture
+from trainer.models.transformer import Recompute, Transformer, narrow_stream
+from trainer.parallel import distributed
+from trainer.parallel.precision import Compute, Precision
+from trainer.parallel.zero import Zero1, Zero2, Zero3
+from trainer.pipelines.pretrain import Pretrain
+
+
+class CountedDecoder(FixedDecoder):
+    """Counts what a graph of the decode step would hold, and replays nothing."""
+
+    asked: Asked
+
+    def _captured(self, model: nn.Module, span: int) -> Any:
+        with Asked() as self.asked:
+            self._compute(model, span)
+        return lambda _: None
+
+
+def decoded(**filters: float) -> dict[str, Any]:
+    """What the graph of a decode step holds, and what a token asks of the device beside it."""
+    asked: dict[int, Asked] = {}
+    for tokens in (4, 12):
+        sampling = Sampling(tokens, **filters)  # type: ignore[arg-type]
+        with fake(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            with CUDA:
+                model = Transformer(shape()).eval()
+            steps = Decoding(model, [[5, 6], [5, 7]], sampling, stops=(), max_concurrent=2, fixed=True)
+            decoder = steps._decoder = CountedDecoder(model, 2, 2 + tokens, sampling)
+            decoder.load_weights(model)
+            steps.cache = decoder.cache
+            with Asked() as asked[tokens]:
+                for _ in steps:
+                    pass
+    # Both have the same prompts and one graph, so they differ by eight tokens.
+    beside = {
+        what: (getattr(asked[12], what).total() - getattr(asked[4], what).total()) / 8
+        for what in ("launches", "stalls")
+    }
+    return {"graph": decoder.asked.report(), **beside}
+
+
+def used(recompute: Recompute, precision: Precision, *, qk_norm: bool = False) -> dict[str, float]:
+    """The most bytes that lived on the device in a step, and the estimate of them."""
+    a = Architecture(
+        num_hidden_layers=4, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, vocab_size=8192, qk_norm=qk_norm,
+    )  # fmt: skip
+    size, length = 8, 512
+
+    def batch() -> Batch:
+        ids, documents = torch.zeros(size, length, dtype=torch.int64), Documents.from_lengths([length] * size, size)
+        real = torch.tensor(float(size * length), dtype=torch.float64)
+        return PackedRows(torch.arange(size), ids, documents, real, ids, torch.ones(size, length))
+
+    asked = step(Pretrain(), batch, lambda: Transformer(a, recompute), precision=precision)
+    layout = Layout(
+        stage=0, ranks=1, low_precision_weights=False, compute=precision.dtype.itemsize, micro=size, length=length,
+        recompute=recompute, stream=2 if narrow_stream("cuda", precision.dtype) else 4,
+    )  # fmt: skip
+    return {"used": asked["peak_bytes"], "estimate": memory(a, layout).total}
+
+
+class Exchanged:
+    """An exchange with a rank that is not there."""
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+
+def pretend_another_rank() -> None:
+    """Make this process the first of two; nothing comes from the second."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    distributed._world = distributed.World(0, 2, 0, CUDA)
+    for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "barrier", "broadcast", "reduce_scatter_tensor"):
+        setattr(dist, name, lambda *_, **__: Exchanged())
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    answers = {
+        "available_memory": 10**9, "device_count": 2, "is_available": True, "memory_stats": {}, "range_pop": None,
+        "range_push": None, "reset_peak_memory_stats": None,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(CUDA_Accelerator, name, lambda *_, answer=answer, **__: answer)
+    # What ranks compare while they learn in which order layers come, before the step that is counted.
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
+    # DeepSpeed asks where its partitions begin.
+    FakeTensor.data_ptr = lambda self: 0  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, _: None  # type: ignore[method-assign, assignment]
+
+
+def main() -> None:
+    pretend()
+    distributed._world = distributed.World(0, 1, 0, CUDA)
+    fp16 = Precision(compute=Compute.fp16)
+    done: dict[str, Any] = {
+        "decoded": {
+            "greedy": decoded(temperature=0.0),
+            "sampled": decoded(),
+            "filtered": decoded(top_k=50, top_p=0.9, min_p=0.05),
+        },
+        "memory": {
+            "none": used(Recompute.none, BF16), "selective": used(Recompute.selective, BF16),
+            "full": used(Recompute.full, BF16), "fp16": used(Recompute.none, fp16),
+            "qk_norm": used(Recompute.none, BF16, qk_norm=True),
+        },
+    }  # fmt: skip
+    pretend_another_rank()
+    done["zero"] = {
+        f"{kind.__name__.lower()}_{precision.compute}": step(Pretrain(), rows, strategy=kind(), precision=precision)
+        for kind in (Zero1, Zero2, Zero3) for precision in (BF16, fp16)
+    }  # fmt: skip
+    print(json.dumps(done), flush=True)
+    # The device's thread of autograd never ends.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
