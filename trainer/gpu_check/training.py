@@ -20,6 +20,7 @@ from trainer.checkpoint import Checkpointer, Checkpoints
 from trainer.compose import compose
 from trainer.diagnostics import preflight
 from trainer.gpu_check.bench import SMALL, TINYWORLD, Bench, Training
+from trainer.jobs.stages import stage_environment
 from trainer.parallel import distributed
 from trainer.run import run
 
@@ -173,7 +174,9 @@ def launcher(bench: Bench) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
     overrides = [*QUIET_RUN, *SMALL, *TINYWORLD, f"data.cache={bench.folder / 'cache'}", "run_dir=run", "steps=3"]
     command = [*torchrun, *overrides, "strategy=zero2", "precision=bf16", "profile.steps=2-3"]
-    done = subprocess.run(command, cwd=bench.folder, capture_output=True, text=True, timeout=180)
+    # From another folder, where a relative PYTHONPATH would lead nowhere.
+    environment = stage_environment(1)
+    done = subprocess.run(command, cwd=bench.folder, env=environment, capture_output=True, text=True, timeout=180)
     print(done.stdout, done.stderr)  # to the section's log
     errors = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if "Error" in line]
     reason = errors[0].strip()[:300] if errors else "its log says more"
