@@ -11,6 +11,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from trainer.data import charsmap
+
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -95,9 +97,13 @@ def _normalizer(model: Any) -> Any:
     rules = model.normalizer_spec
     steps: list[Any] = []
     if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+        steps += charsmap.normalizers_of(rules.precompiled_charsmap)
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # Spaces alone: `Strip` takes newlines, too.
+        steps += [
+            normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -23,7 +23,8 @@ from trainer.data.jinja_limits import rendered
 from trainer.data.lost_texts import holds, lost_texts
 from trainer.data.marks import Span, inside, marked_spans, marks_in, reached_into
 from trainer.data.message_forms import Forms
-from trainer.data.tokenizer import ROLES, Tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer_files import ROLES
 from trainer.data.turns import Turns
 
 SUFFIX = ".jinja"

@@ -18,15 +18,10 @@ import torch
 from torch import Tensor
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.data import sentencepiece_format, tekken_format
 from trainer.data.hub import absence, folder_of
-from trainer.data.sentencepiece_format import definition_of, with_added_tokens
+from trainer.data.tokenizer_files import INHERITED, ROLES, locate, settings_of
 
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-INHERITED = (
-    "model_max_length", "padding_side", "truncation_side", "add_bos_token", "add_eos_token", "model_input_names",
-    "additional_special_tokens", "extra_special_tokens",
-)  # fmt: skip
-"""Settings of a folder's ``tokenizer_config.json`` that its exports have, too, as far as it has them."""
 ENDS = ("add_bos_token", "add_eos_token")
 GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers of which ``transformers`` heeds the definition alone, not `ENDS`."""
@@ -38,7 +33,7 @@ class TokenizerChoice(Node):
     """Which tokenizer."""
 
     path: str | None = setting(
-        None, "a folder with tokenizer.json or tokenizer.model; null = model.path's, or the data's"
+        None, "a folder with tokenizer.json, tokenizer.model or tekken.json; null = model.path's, or the data's"
     )
     add: list[str] = setting(
         list, "new special tokens, such as <|im_start|>; a loaded model's embeddings grow by a trained row for each"
@@ -55,7 +50,7 @@ class TokenizerChoice(Node):
             yield f"tokenizer.path={self.path}: {absent}"
         elif self.path is not None:
             try:
-                _locate(Path(self.path))
+                locate(Path(self.path))
             except ConfigError as error:
                 yield from error.problems
 
@@ -246,18 +241,20 @@ def _backend_of(definition: str) -> tokenizers.Tokenizer:
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a folder (``tokenizer.json``, else ``tokenizer.model``), or in one such file.
+    """The tokenizer in a folder (``tokenizer.json``, else ``tokenizer.model``, else ``tekken.json``), or in one such file.
 
     Raises:
         ConfigError: if there is none, or it cannot be read.
     """
-    file = _locate(Path(path))
-    stored = _settings(file.parent)
-    added = stored.pop("added_tokens")
+    file = locate(Path(path))
+    stored = settings_of(file.parent)
+    added, tekken = stored.pop("added_tokens"), tekken_format.is_tekken(file)
     try:
         if file.suffix == ".model":
-            definition, settings = definition_of(file)
-            definition = with_added_tokens(definition, added)
+            definition, settings = sentencepiece_format.definition_of(file)
+            definition = sentencepiece_format.with_added_tokens(definition, added)
+        elif tekken:
+            definition, settings = tekken_format.definition_of(file)
         else:
             definition, settings = file.read_text(), {}
     except UnicodeDecodeError as error:
@@ -265,7 +262,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # a damaged tokenizer.model ends in protobuf's own
         raise ConfigError([f"{file}: {error}"]) from None
     settings.update(stored)
-    if file.suffix == ".json" and settings.pop("tokenizer_class", None) in GENERIC:
+    if file.suffix == ".json" and not tekken and settings.pop("tokenizer_class", None) in GENERIC:
         if not added and '"byte_fallback":true' in definition and all(settings.get(key) is False for key in ENDS):
             settings["add_bos_token"] = True  # so said release 0.1 of all, and put BOS before documents
         elif '"TemplateProcessing"' not in definition or not settings.get("add_bos_token"):
@@ -292,59 +289,3 @@ def _with_ends(definition: str, settings: Mapping[str, Any]) -> str:
     single, pair = " ".join(filter(None, (bos, "$A", eos))), " ".join(filter(None, (bos, "$A", eos, bos, "$B:1", eos)))
     backend.post_processor = tokenizers.processors.TemplateProcessing(single, pair, special_tokens=ends)
     return str(backend.to_str())
-
-
-def _locate(path: Path) -> Path:
-    if path.is_file() and path.suffix in (".json", ".model"):
-        return path
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
-    raise ConfigError(
-        [f"tokenizer.path={path} holds no tokenizer; give a folder with tokenizer.json or tokenizer.model"]
-    )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer, in whichever files a folder has.
-
-    Names of the special tokens, what exports inherit, templates, ids that end a generation; and under
-    ``added_tokens``, by id, the name of each token beside a ``tokenizer.model`` and whether it is special.
-    """
-    settings: dict[str, Any] = {}
-    added = {number: (name, True) for name, number in _stored(folder / "added_tokens.json").items()}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        stored = _stored(folder / file)
-        roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
-        settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
-        settings |= {
-            k: stored[k] for k in ("chat_template", "tokenizer_class", *INHERITED) if stored.get(k) is not None
-        }
-        decoder = stored.get("added_tokens_decoder") or {}
-        added |= {int(number): (token["content"], bool(token.get("special"))) for number, token in decoder.items()}
-    if (folder / "chat_template.jinja").is_file():
-        settings["chat_template"] = (folder / "chat_template.jinja").read_text()
-    named: dict[str, str] = {}
-    if isinstance(settings.get("chat_template"), list):
-        named = {t["name"]: t["template"] for t in settings["chat_template"]}
-        settings["chat_template"] = named.pop("default", None)
-    named |= {f.stem: f.read_text() for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    return {**settings, "named_templates": named, "stops": _stops(folder), "added_tokens": added}
-
-
-def _stops(folder: Path) -> list[int]:
-    """The ids that end a generation, as the model of the same folder has them."""
-    ends = _stored(folder / "generation_config.json").get("eos_token_id")
-    return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]
-
-
-def _stored(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError([f"{file} is not JSON ({error}); was its download cut off?"]) from None
-    if not isinstance(stored, dict):
-        raise ConfigError([f"{file} holds no settings by name; was its download cut off?"])
-    return stored

@@ -245,7 +245,7 @@ def test_a_byte_level_tokenizer_counts_bytes_too(smollm2):
 
 def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
     assert list(TokenizerChoice(str(tmp_path)).problems()) == [
-        f"tokenizer.path={tmp_path} holds no tokenizer; give a folder with tokenizer.json or tokenizer.model"
+        f"tokenizer.path={tmp_path} holds no tokenizer; give a folder with tokenizer.json, tokenizer.model or tekken.json"
     ]
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ConfigError, match="is no tokenizer that can be read"):
