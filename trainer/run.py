@@ -251,7 +251,7 @@ def run(cfg: Run) -> dict[str, float]:
                 cfg.profile.recording(folder / "profile", done + 1) as profiler,
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
-                remarks = [*cfg.model.decided(load.config), *cfg.schedule.remarks(last)]
+                remarks = [*cfg.model.decided(load.config), *load.remarks(), *cfg.schedule.remarks(last)]
                 remarks += [world.attention] if world.attention else []
                 tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)

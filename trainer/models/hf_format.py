@@ -18,6 +18,8 @@ from torch import Tensor
 from trainer.config import InputError
 from trainer.disk import digest, save_tensors, sync
 from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
+from trainer.models.text_part import left_out, text_config, text_names
+from trainer.models.unread_folders import absent, quantized, without_safetensors
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
 INDEX = "model.safetensors.index.json"
@@ -42,14 +44,14 @@ def read_architecture(folder: Path) -> Architecture:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise FormatError(_absent(folder))
-    config = read_object(file)
+        raise FormatError(absent(folder))
+    config = text_config(read_object(file))
     _validate_values(file, config)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
-        raise FormatError(f"{file}: the weights are quantized; use a folder of plain weights")
+        raise FormatError(f"{file}: {quantized(folder, config['quantization_config'])}")
     if config.get("hidden_act", "silu") != "silu":
         raise FormatError(f"{file}: hidden_act={config['hidden_act']} is not supported; only silu is")
     family = FAMILIES[kind]
@@ -106,14 +108,6 @@ def _validate_values(file: Path, config: Mapping[str, Any]) -> None:
         for key in keys:
             if config.get(key) is not None and not holds(config[key]):
                 raise FormatError(f"{file}: {key}={json.dumps(config[key])[:80]} is not {words}; correct the file")
-
-
-def _absent(folder: Path) -> str:
-    if folder.is_dir():
-        return f"{folder} has no config.json; name a Hugging Face folder, such as the export/ of a run"
-    hub = not folder.is_absolute() and len(folder.parts) == 2
-    download = f"; for a model of the hub: hf download {folder} --local-dir models/{folder.name}" if hub else ""
-    return f"{folder} does not exist{download or '; name a Hugging Face folder, such as the export/ of a run'}"
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -175,12 +169,19 @@ def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | 
 
 
 class WeightFiles:
-    """The tensors of a folder by name, mapped from its files and read only where asked for."""
+    """The tensors of a folder by name, mapped from its files and read only where asked for.
+
+    ``files``: the file of each tensor, by the name that a model that reads text has for it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
-        self.files = self._locate()
+        stored = self._locate()
+        self._names = text_names(stored)
+        self.files = {name: stored[origin] for name, origin in self._names.items()}
+        self.left_out = left_out(stored, self._names.values())
+        """One sentence for the tensors that no model that reads text has; None where there are none."""
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -198,7 +199,7 @@ class WeightFiles:
             return named
         single = self.folder / "model.safetensors"
         if not single.is_file():
-            raise FormatError(f"{self.folder} has neither model.safetensors nor {INDEX}; other formats are not read")
+            raise FormatError(without_safetensors(self.folder, INDEX))
         return dict.fromkeys(self._handle(single.name).keys(), single.name)
 
     def _handle(self, file: str) -> Any:
@@ -216,16 +217,16 @@ class WeightFiles:
         return hashlib.sha256(json.dumps(every).encode()).hexdigest()[:24]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle = self._handle(self.files[name])
-        if name not in handle.keys():  # noqa: SIM118 - it is no dictionary
+        handle, stored = self._handle(self.files[name]), self._names[name]
+        if stored not in handle.keys():  # noqa: SIM118 - it is no dictionary
             raise FormatError(
-                f"{self.folder / self.files[name]} lacks {name}, which {INDEX} says it holds; download it again"
+                f"{self.folder / self.files[name]} lacks {stored}, which {INDEX} says it holds; download it again"
             )
-        return tuple(handle.get_slice(name).get_shape())
+        return tuple(handle.get_slice(stored).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in the format that it is stored in."""
-        tensor: Tensor = self._handle(self.files[name]).get_tensor(name)
+        tensor: Tensor = self._handle(self.files[name]).get_tensor(self._names[name])
         return tensor
 
 

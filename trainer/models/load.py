@@ -173,6 +173,11 @@ class ModelLoader:
         yield from self.adapter.validate_compiled()
         yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture.head_dim)
 
+    def remarks(self) -> Iterator[str]:
+        """A sentence for what of the folder is not read."""
+        if self.files is not None and self.files.left_out is not None:
+            yield f"model.path={self.config.path}: {self.files.left_out}"
+
     @cached_property
     def files(self) -> WeightFiles | None:
         """The tensors that the model starts from, if it starts from a folder."""

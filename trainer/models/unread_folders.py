@@ -1,0 +1,47 @@
+"""Why a folder is not read, and how to get one that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DEQUANTIZED = (
+    "python -c 'from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; "
+    'M.from_pretrained("{0}", quantization_config=C(dequantize=True), dtype="bfloat16").save_pretrained("{0}-bf16")\''
+)
+"""The command that writes a folder of bfloat16 weights beside one of fp8 weights."""
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def quantized(folder: Path, settings: Any) -> str:
+    """Of weights that are quantized, by the ``quantization_config`` of their configuration."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    remedy = "use the folder of plain weights that it was made from"
+    if method == "fp8":
+        remedy += f", often without FP8 in its name, or write one: {DEQUANTIZED.format(folder)}"
+    return f"the weights are quantized (quant_method={method}), which nothing is trained from; {remedy}"
+
+
+def without_safetensors(folder: Path, index: str) -> str:
+    """Of weights in other formats, or none."""
+    pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds {pickles[0]}, a pickle, which may run any program when it is opened, so nothing opens it here; "
+            "get safetensors of it: many models of the hub have them in a pull request "
+            "(hf download OWNER/NAME --revision refs/pr/N --local-dir DIR), and its space safetensors/convert makes one"
+        )
+    if any(folder.glob("consolidated*.safetensors")):
+        return (
+            f"{folder} holds weights in Mistral's own layout; download the model*.safetensors of the same release, too"
+        )
+    return f"{folder} has neither model.safetensors nor {index}; other formats are not read"
+
+
+def absent(folder: Path) -> str:
+    """Of a folder that does not exist, or holds no model."""
+    if folder.is_dir():
+        return f"{folder} has no config.json; name a Hugging Face folder, such as the export/ of a run"
+    hub = not folder.is_absolute() and len(folder.parts) == 2
+    download = f"; for a model of the hub: hf download {folder} --local-dir models/{folder.name}" if hub else ""
+    return f"{folder} does not exist{download or '; name a Hugging Face folder, such as the export/ of a run'}"
