@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of
+from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of, template_options
 from trainer.generation.pretrained import ChatModel
 from trainer.generation.sampling import Sampling
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("chat", __doc__)
     parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
     parser.add_argument("--system", help="the system prompt")
-    add_template_arguments(parser)
+    add_template_arguments(parser, date=None)
     add_sampling_arguments(parser, temperature=0.7, tokens=512)
     parser.add_argument("--top-k", type=int, default=0, help="draw from that many of the likeliest tokens; 0 = all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this share")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        talk(Conversation(ChatModel.open(a.model, a.template, dict(a.template_settings)), sampling, a.seed, a.system))
+        talk(Conversation(ChatModel.open(a.model, a.template, **template_options(a)), sampling, a.seed, a.system))
     except (KeyboardInterrupt, EOFError):
         print()
     return 0

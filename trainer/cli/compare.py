@@ -22,15 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.cli.parsing import add_sampling_arguments, parser_of
+from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of, template_options
 from trainer.config import InputError
 from trainer.data.messages import Chat
-from trainer.data.prompts import PROMPT_FORMATS, Question
+from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
-from trainer.data.templates import TemplateError
+from trainer.data.templates import TOOL_USE, TemplateError, open_template
+from trainer.data.tokenizer import open_tokenizer
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
+from trainer.models.header import read_shape
 from trainer.rl.functions import load_reward
 
 Row = dict[str, Any]
@@ -41,23 +43,28 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("compare", __doc__)
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("prompts", help="a file of prompts, as GRPO reads them")
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exports, or other Hugging Face folders")
+    parser.add_argument(
+        "models", nargs="+", type=_named, metavar="NAME=FOLDER", help="exports, or other Hugging Face folders"
+    )
     parser.add_argument("--function", help="scores the answers: package.module.name, or file.py:name")
     parser.add_argument(
         "--reward", type=Path, help="a reward model's export, which scores them where there is no function"
     )
-    parser.add_argument("--template", help="a built-in chat template, for models that have none")
     parser.add_argument("--rows", type=int, default=None, help="so many prompts; default all")
+    add_template_arguments(parser, instead="for models that have none")
     add_sampling_arguments(parser, temperature=1.0, tokens=128)
     a = parser.parse_args(arguments)
     if a.out.exists():
         raise InputError(f"{a.out} exists already; name another folder")
-    questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
-    written = compared([question for _, question in islice(questions, a.rows)], a)
+    names = [name for name, _ in a.models]
+    if len(set(names)) < len(names):
+        parser.error(f"two models have one name ({', '.join(names)}); give each its own")
+    questions = list(islice(read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True), a.rows))
+    written = compared([chat for _, chat, _ in questions], [dict(row) for _, _, row in questions], a)
     partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     (partial / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
-    metrics = {name.partition("=")[0]: measured(written, name.partition("=")[0]) for name in a.models}
+    metrics = {name: measured(written, name) for name in names}
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     partial.rename(a.out)
     for name, values in metrics.items():
@@ -65,16 +72,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def compared(questions: Sequence[Question], a: argparse.Namespace) -> list[Row]:
+def compared(chats: Sequence[Chat], rows: Sequence[Row], a: argparse.Namespace) -> list[Row]:
     """Every prompt with its answers and their scores, by model."""
-    chats = [question.chat for question in questions]
-    rows = [dict(question.row) for question in questions]
     sampling = Sampling(a.tokens, a.temperature)
+    templates = [chosen_template(folder, a) for _, folder in a.models]  # before a model is loaded
     score = scorer(a)
     written: list[Row] = [{"prompt": c.messages[-1]["content"], "answers": {}, "scores": {}} for c in chats]
-    for named in a.models:
-        name, _, folder = named.partition("=")
-        model = opened(Path(folder), a.template)
+    for (name, folder), template in zip(a.models, templates, strict=True):
+        model = ChatModel.open(folder, template, **template_options(a))
         texts = model.complete(chats, sampling, [(a.seed, n) for n in range(len(rows))])
         scores = score(rows, chats, texts) if score is not None else [None] * len(rows)
         for row, text, value in zip(written, texts, scores, strict=True):
@@ -83,14 +88,27 @@ def compared(questions: Sequence[Question], a: argparse.Namespace) -> list[Row]:
     return written
 
 
-def opened(folder: Path, template: str | None) -> ChatModel:
-    """A model with its own template; with ``template`` where it has none."""
+def _named(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=FOLDER; write sft=runs/sft/export")
+    return name, Path(folder)
+
+
+def chosen_template(folder: Path, a: argparse.Namespace) -> str | None:
+    """The template that the arguments name, for a model that has none of its own; else None.
+
+    Raises:
+        TemplateError: naming the folder, if its template is none that fits the arguments.
+    """
+    read_shape(folder)  # a folder that is no model is named as such
+    tokenizer = open_tokenizer(folder)
+    name = None if tokenizer.chat_template or TOOL_USE in tokenizer.named_templates else a.template
     try:
-        return ChatModel.open(folder)
-    except TemplateError:
-        if template is None:
-            raise
-        return ChatModel.open(folder, template)
+        open_template(name, tokenizer, **template_options(a))
+    except TemplateError as error:
+        raise TemplateError(f"{folder}: {error}") from None
+    return name
 
 
 def scorer(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of
+from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of, template_options
 from trainer.data.messages import Chat, as_messages
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("give either a file of prompts, or --prompt TEXT")
     asked = [({"prompt": text}, Chat(as_messages(text, "--prompt", "user"), 1)) for text in a.prompt]
     if a.prompts is not None:
-        questions = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
-        asked = [(dict(question.row), question.chat) for _, question in questions]
-    model, sampling = ChatModel.open(a.model, a.template, dict(a.template_settings)), Sampling(a.tokens, a.temperature)
+        rows = read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True)
+        asked = [(dict(row), chat) for _, chat, row in rows]
+    model = ChatModel.open(a.model, a.template, **template_options(a))
+    sampling = Sampling(a.tokens, a.temperature)
     numbered = iter(enumerate(asked))
     while group := list(islice(numbered, a.batch)):
         keys = [(a.seed, number) for number, _ in group]

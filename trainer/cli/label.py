@@ -19,14 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.cli.parsing import add_sampling_arguments, parser_of
+from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of, template_options
 from trainer.config import InputError
 from trainer.data.messages import Chat
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.disk import read_lines, write_bytes
-from trainer.generation.pretrained import ChatModel, RewardModel
+from trainer.generation.pretrained import ChatModel, RewardModel, validate_scoring
 from trainer.generation.sampling import Sampling
 from trainer.rl.judge import Endpoint, compare
 
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     judge.add_argument("--reward", type=Path, help="an exported reward model")
     judge.add_argument("--judge", help="the URL of an OpenAI-compatible endpoint, up to /v1")
     parser.add_argument("--judge-model", help="the model's name at the endpoint")
+    add_template_arguments(parser)
     add_sampling_arguments(parser, temperature=1.0, tokens=256)
     parser.add_argument("--batch", type=int, default=16, help="prompts that are answered and judged at once")
     a = parser.parse_args(arguments)
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str]) -> int:
 def label(a: argparse.Namespace) -> None:
     """Append a pair for every prompt where one answer is found better."""
     asked = list(read(a.prompts))  # all of them before a model is loaded
-    model = ChatModel.open(a.model)
+    if a.reward:
+        validate_scoring(a.reward)
+    model = ChatModel.open(a.model, a.template, **template_options(a))
     judge = reward_judge(RewardModel.open(a.reward)) if a.reward else endpoint_judge(Endpoint(a.judge, a.judge_model))
     sampling, counts = Sampling(a.tokens, a.temperature), Counter[str]()
     prompts, done = enumerate(asked), finished(a.out)
@@ -117,10 +120,10 @@ def endpoint_judge(endpoint: Endpoint) -> Judge:
 
 def read(file: Path) -> Iterator[Prompt]:
     """Every row's prompt."""
-    for where, question in read_rows(DataSource(str(file)), PROMPT_FORMATS, "prompt", mixed=True):
-        if question.chat.tools:
+    for where, chat, _ in read_rows(DataSource(str(file)), PROMPT_FORMATS, "prompt", mixed=True):
+        if chat.tools:
             raise InputError(f"{where}: tools are not offered to the model that answers; leave such rows out")
-        yield question.chat.messages
+        yield chat.messages
 
 
 def finished(out: Path) -> int:

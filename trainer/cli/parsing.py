@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import yaml
 
 from trainer.compose import compose
+from trainer.data.jinja_environment import TRAINING_DAY, midnight
 from trainer.run import Run
 
 
@@ -31,13 +33,31 @@ def compose_run(parser: argparse.ArgumentParser, arguments: Sequence[str], name:
     return parsed, compose(parsed.overrides, config_dirs=parsed.config_dir, name=name)
 
 
-def add_template_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a verb take a chat template and its settings."""
-    parser.add_argument("--template", help="a built-in chat template, or a file of Jinja, instead of the folder's own")
+def add_template_arguments(
+    parser: argparse.ArgumentParser, *, date: str | None = TRAINING_DAY, instead: str = "instead of the folder's own"
+) -> None:
+    """Let a verb take a chat template and its settings, for `template_options`; ``date``: None = the moment of rendering."""
+    parser.add_argument("--template", help=f"a built-in chat template, or a file of Jinja, {instead}")
     parser.add_argument(
         "--template-settings", type=_setting, action="append", default=[], metavar="NAME=VALUE",
         help="the chat template's own variable, such as enable_thinking=false; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--template-date", type=_day, default=date, metavar="YYYY-MM-DD",
+        help=f"the day that strftime_now gives to the template; default {date or 'today'}",
+    )  # fmt: skip
+
+
+def template_options(a: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of a `Template`."""
+    return {"settings": dict(a.template_settings), "now": a.template_date}
+
+
+def _day(text: str) -> datetime:
+    try:
+        return midnight(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no date; write it as YYYY-MM-DD") from None
 
 
 def _setting(text: str) -> tuple[str, Any]:

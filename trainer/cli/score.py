@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.cli.parsing import parser_of
+from trainer.cli.parsing import add_template_arguments, parser_of, template_options
 from trainer.data.row_formats import CHAT_FORMATS, read_rows
 from trainer.data.sources import DataSource
 from trainer.generation.pretrained import RewardModel, validate_scoring
@@ -30,6 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("model", type=Path, help="an exported reward model")
     parser.add_argument("answers", type=Path, help="JSON lines")
     parser.add_argument("--raw", action="store_true", help="not normalised")
+    add_template_arguments(parser)
     a = parser.parse_args(arguments)
     for row, score in scored(a):
         print(json.dumps({**row, "score": score}, ensure_ascii=False), flush=True)
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
     validate_scoring(a.model)
-    chats = list(read_rows(DataSource(str(a.answers)), CHAT_FORMATS))  # all of them before a model is loaded
-    model = RewardModel.open(a.model)
-    rows = zip(DataSource(str(a.answers)).rows(), chats, strict=True)
-    while group := list(islice(rows, BATCH)):
-        scores = model.score([chat for _, (_, chat) in group], raw=a.raw)
-        yield from ((dict(row), score) for ((_, row), _), score in zip(group, scores, strict=True))
+    rows = list(read_rows(DataSource(str(a.answers)), CHAT_FORMATS))  # all of them before a model is loaded
+    model = RewardModel.open(a.model, a.template, **template_options(a))
+    for first in range(0, len(rows), BATCH):
+        group = rows[first : first + BATCH]
+        scores = model.score([chat for _, chat, _ in group], raw=a.raw)
+        yield from ((dict(row), score) for (_, _, row), score in zip(group, scores, strict=True))

@@ -99,7 +99,7 @@ class ChatData(Conversations):
 
     def encoded(self, source: DataSource, template: Template, length: int) -> Iterator[Encoded]:
         """Ids and masks of every conversation that has something to learn, cut to ``length`` positions."""
-        for where, chat in read_rows(source, CHAT_FORMATS):
+        for where, chat, _ in read_rows(source, CHAT_FORMATS):
             try:
                 samples = self.samples(chat, template)
                 self.account_for_lost(samples, source)
@@ -114,7 +114,8 @@ class ChatData(Conversations):
                 if not any(trained[1:]):
                     # Too long is no mistake of the row: left out and counted, whatever on_bad_row says.
                     source.skipped.append(
-                        f"{where}: nothing to learn is left of its {len(sample.ids):,} tokens in a row of {length}"
+                        f"{where}: nothing to learn is left of its {len(sample.ids):,} tokens in a row of {length}; "
+                        "use a larger batch.length, or another data.truncation"
                     )
                     continue
                 learnt.append(Encoded(ids, trained, len(sample.ids) - len(ids)))
@@ -156,7 +157,7 @@ class ChatData(Conversations):
     def _prompts(self, template: Template) -> Iterator[Prompt]:
         """Held-out prompts with their right answers: ``ideal``, else what the pattern finds in the completion."""
         for source in self.sources(self.eval, heldout=True):
-            for _, chat in read_rows(source, CHAT_FORMATS):
+            for _, chat, _ in read_rows(source, CHAT_FORMATS):
                 before = chat.messages[: chat.assistant_turns[-1]]
                 ideal = list(chat.ideal)
                 if not ideal and self.answer is not None:

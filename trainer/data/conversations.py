@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
 from enum import StrEnum, auto
-from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, setting
 from trainer.data.built_in_templates import BUILT_IN
 from trainer.data.corpus import Corpus, Files
+from trainer.data.jinja_environment import TRAINING_DAY, midnight
 from trainer.data.messages import ROLES
 from trainer.data.sources import LOST, DataSource
-from trainer.data.templates import RESERVED, SUFFIX, TOOL_USE, EncodedChat, Template, TemplateError, open_template
+from trainer.data.templates import (
+    RESERVED,
+    SUFFIX,
+    TOOL_USE,
+    EncodedChat,
+    Template,
+    TemplateError,
+    open_template,
+    unknown_template,
+)
 from trainer.data.tokenizer import Tokenizer
 
 READING = 2
@@ -41,7 +49,7 @@ class Conversations(Files):
     template_settings: dict[str, Any] = setting(
         dict, "defaults of the template's own variables, such as enable_thinking; the export's template has them, too"
     )
-    template_date: str = setting("2024-07-26", "the day that strftime_now gives to the template, as YYYY-MM-DD")
+    template_date: str = setting(TRAINING_DAY, "the day that strftime_now gives to the template, as YYYY-MM-DD")
     train_empty_thinking: bool = setting(
         False, "learn the empty <think></think> that a template writes before an answer without reasoning"
     )
@@ -54,10 +62,8 @@ class Conversations(Files):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        file = self.template is not None and self.template.endswith(SUFFIX)
-        if self.template is not None and not (Path(self.template).is_file() if file else self.template in BUILT_IN):
-            known = f"use {', '.join(BUILT_IN)}, a file FILE{SUFFIX}, or null for the tokenizer's own"
-            yield f"data.template={self.template} {'does not exist' if file else 'is not known'}; {known}"
+        if self.template is not None and (problem := unknown_template(self.template)):
+            yield f"data.template={problem}"
         for name, role in self.roles.items():
             if role not in ROLES:
                 yield f"data.roles.{name}={role} is not a role; use {', '.join(ROLES)}"
@@ -65,7 +71,7 @@ class Conversations(Files):
             if not name.isidentifier() or name in RESERVED:
                 yield f"data.template_settings.{name} is no variable that can be set; name one that the template reads"
         try:
-            date.fromisoformat(self.template_date)
+            midnight(self.template_date)
         except ValueError:
             yield f"data.template_date={self.template_date} is no date; write it as YYYY-MM-DD"
 
@@ -97,7 +103,7 @@ class Conversations(Files):
                 self.template,
                 tokenizer,
                 settings=self.template_settings,
-                now=datetime.combine(date.fromisoformat(self.template_date), time()),
+                now=midnight(self.template_date),
                 train_empty_thinking=self.train_empty_thinking,
                 control_tokens_in_answers=self.control_tokens_in_answers,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import date, datetime, time
 from typing import Any
 
 import jinja2
@@ -17,6 +17,8 @@ from trainer.data.jinja_limits import LimitedEnvironment
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters (Unicode 23.7: in no text) around what ``{% generation %}`` marks, while a text is rendered."""
+TRAINING_DAY = "2024-07-26"
+"""What ``strftime_now`` says in training unless it is set: data is prepared alike, and models answer alike, on any day."""
 
 FAILURES = (
     jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError
@@ -67,6 +69,15 @@ def _environment() -> LimitedEnvironment:
     return environment
 
 
+def midnight(day: str) -> datetime:
+    """The beginning of a day, which is written as YYYY-MM-DD.
+
+    Raises:
+        ValueError: if it is no such day.
+    """
+    return datetime.combine(date.fromisoformat(day), time())
+
+
 def clock(now: datetime | None) -> Callable[[str], str]:
     """``strftime_now`` of a template: always ``now``, or the moment of the call."""
     return lambda form: (now or datetime.now()).strftime(form)
@@ -86,7 +97,7 @@ def _literal(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)  # a date of YAML
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any) -> str:

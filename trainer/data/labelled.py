@@ -56,13 +56,12 @@ class LabelledStore(PairStore):
         return LabelledBatch(**vars(matched), labels=labels, mismatched=mismatched)
 
     def preview(self, number: int, tokenizer: Tokenizer) -> dict[str, str]:
-        label = "desirable" if self.unit(number).margin == DESIRABLE else "undesirable"
+        label = _label(self.unit(number))
         return {**super().preview(number, tokenizer), "rejected": "", "label": label}
 
     def spans(self, number: int) -> list[Span]:
         pair = self.unit(number)
-        label = "desirable" if pair.margin == DESIRABLE else "undesirable"
-        return [Span(label, *pair.chosen[:2]), Span("with the next row's answer", *pair.rejected[:2])]
+        return [Span(_label(pair), *pair.chosen[:2]), Span("with the next row's answer", *pair.rejected[:2])]
 
     def summary(self, name: str) -> list[str]:
         f, desirable = self.facts, int((self._margins == DESIRABLE).sum())
@@ -77,6 +76,10 @@ class LabelledStore(PairStore):
             else []
         )
         return [line, *alone, *source_summary(name, f)]
+
+
+def _label(pair: Pair) -> str:
+    return "desirable" if pair.margin == DESIRABLE else "undesirable"
 
 
 def _answers(answers: Sequence[Encoded], reference: Sequence[float], numbers: Sequence[int]) -> AnswerBatch:
@@ -112,7 +115,7 @@ class LabelledData(JudgedAnswers):
         self, source: DataSource, template: Template, length: int, dropped: Counter[str]
     ) -> Iterator[tuple[Encoded, float]]:
         seen: set[bytes] = set()
-        for where, row in read_rows(source, LABELLED_FORMATS, "labelled completion"):
+        for where, row, _ in read_rows(source, LABELLED_FORMATS, "labelled completion"):
             try:
                 [answer] = self.encode([row.chat], template, source)
             except (ChatError, TemplateError) as error:

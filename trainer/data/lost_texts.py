@@ -41,13 +41,16 @@ def lost_texts(
     return lost
 
 
-def holds(value: Any, characters: Any) -> bool:
-    """Whether any text in a value (lists, objects, keys) holds one of the characters that a pattern finds."""
-    if isinstance(value, str):
-        return characters.search(value) is not None
+def leaves(value: Any) -> Iterator[Any]:
+    """What lists and objects hold at last: every value that is neither, and every key."""
     if isinstance(value, Mapping):
-        return any(holds(k, characters) or holds(v, characters) for k, v in value.items())
-    return isinstance(value, list | tuple) and any(holds(v, characters) for v in value)
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inside in value:
+            yield from leaves(inside)
+    else:
+        yield value
 
 
 def _tool_names(tools: Any) -> Iterator[str]:
@@ -67,20 +70,9 @@ def _lost_of(call: Message, text: str) -> Iterator[str]:
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-    if not all(_in(leaf, text) for leaf in _leaves(arguments)):
+    values = (leaf if isinstance(leaf, str) else json.dumps(leaf) for leaf in leaves(arguments) if leaf is not None)
+    if not all(_in(value, text) for value in values):
         yield "arguments"
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, inside in value.items():
-            yield str(key)
-            yield from _leaves(inside)
-    elif isinstance(value, list):
-        for inside in value:
-            yield from _leaves(inside)
-    elif value is not None:
-        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _in(core: str, text: str) -> bool:

@@ -15,9 +15,10 @@ from trainer.config import schema, setting
 from trainer.data.chats import Truncation
 from trainer.data.conversations import Conversations
 from trainer.data.messages import Chat, ChatError, Row, tools_of, type_in_words, validate_messages
-from trainer.data.pairs import Pair, PairBatch, PairStore, prepare_pairs
+from trainer.data.pairs import Pair, PairBatch, PairStore, answer_start, prepare_pairs
 from trainer.data.row_formats import QUESTION_FORMATS, REPEATED, RowFormat, answered, columns_of, read_rows
 from trainer.data.rows import Encoded
+from trainer.data.shared_beginnings import common_length
 from trainer.data.sources import DataSource
 from trainer.data.templates import EncodedChat, Template, TemplateError
 from trainer.data.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class PreferenceData(JudgedAnswers):
     def encoded(self, source: DataSource, template: Template, length: int, dropped: Counter[str]) -> Iterator[Pair]:
         """Ids of every pair; what teaches nothing (equal answers, repeated pairs, too long) is counted in ``dropped``."""
         seen: set[bytes] = set()
-        for where, preference in read_rows(source, PREFERENCE_FORMATS, "preference"):
+        for where, preference, _ in read_rows(source, PREFERENCE_FORMATS, "preference"):
             try:
                 chosen, rejected = self.encode((preference.chosen, preference.rejected), template, source)
             except (ChatError, TemplateError) as error:
@@ -150,11 +151,8 @@ def encode(chat: Chat, template: Template) -> EncodedChat:
 
 def shared_prefix(first: Encoded, second: Encoded) -> int:
     """How many ids both begin with before either learns one; at least one of each stays outside."""
-    assert first.trained is not None and second.trained is not None  # noqa: PT018
-    limit = min(len(first.ids), len(second.ids)) - 1
-    columns = zip(first.ids, second.ids, first.trained, second.trained, strict=False)
-    differing = (n for n, (a, b, *learnt) in enumerate(columns) if a != b or any(learnt))
-    return min(limit, next(differing, limit))
+    before_learnt = min(answer_start(first), answer_start(second))
+    return min(common_length(first.ids, second.ids), before_learnt, len(first.ids) - 1, len(second.ids) - 1)
 
 
 @dataclass(frozen=True)
@@ -196,9 +194,7 @@ def _shared_beginning(row: Row) -> Preference:
 def _beginning(row: Row, chosen: Chat, rejected: Chat) -> Preference:
     """Two whole conversations: what they have in common is the prompt."""
     first, second = chosen.messages, rejected.messages
-    shared = 0
-    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
-        shared += 1
+    shared = min(common_length(first, second), len(first) - 1, len(second) - 1)
     if not shared:
         raise ChatError("chosen and rejected begin differently, so they answer no common prompt")
     for side, messages in zip(SIDES, (first, second), strict=True):

@@ -147,8 +147,7 @@ class PromptData(Conversations):
         return PromptStore(open_prepared(self.cache_folder / "rows", key, tokenizer, length, write))
 
     def _encoded(self, source: DataSource, template: Template) -> Iterator[Prompt]:
-        for where, asked in read_rows(source, PROMPT_FORMATS, "prompt", mixed=True):
-            chat = asked.chat
+        for where, chat, row in read_rows(source, PROMPT_FORMATS, "prompt", mixed=True):
             try:
                 encoded = template.encode_prompt(chat.messages, chat.tools)
                 self.account_for_lost([encoded], source)
@@ -162,7 +161,7 @@ class PromptData(Conversations):
                 ideal,
                 self.answer,
                 chat.messages,
-                dict(asked.row),
+                dict(row),
             )
 
 
@@ -197,29 +196,16 @@ def _write(
     }
 
 
-@dataclass(frozen=True)
-class Question:
-    """A conversation to answer, with the row that a reward may look at."""
-
-    chat: Chat
-    row: Row
-
-    @property
-    def chats(self) -> tuple[Chat]:
-        """The conversation."""
-        return (self.chat,)
-
-
-def _question(read: Callable[[Row], Chat], row: Row) -> Question:
-    """What the row asks, without the answer that follows the last question."""
+def _question(read: Callable[[Row], Chat], row: Row) -> Chat:
+    """What a row asks, without the answer that follows the last question."""
     chat = read(row)
     last = max((n for n, m in enumerate(chat.messages) if m["role"] != "assistant"), default=-1)
     if last < 0:
         raise ChatError("no turn asks anything")
-    return Question(replace(chat, messages=chat.messages[: last + 1]), row)
+    return replace(chat, messages=chat.messages[: last + 1])
 
 
-PROMPT_FORMATS: list[RowFormat[Question]] = [
+PROMPT_FORMATS: list[RowFormat[Chat]] = [
     RowFormat(form.name, form.columns, partial(_question, form.read), form.optional) for form in QUESTION_FORMATS
 ]
 """How rows of prompts are written; the first whose columns a row has reads it."""

@@ -64,8 +64,8 @@ def columns_of(formats: Sequence[RowFormat[Any]]) -> tuple[str, ...]:
 
 def read_rows(
     source: DataSource, formats: Sequence[RowFormat[T]], what: str = "conversation", *, mixed: bool = False
-) -> Iterator[tuple[str, T]]:
-    """Every row of ``source`` with its place (file and line).
+) -> Iterator[tuple[str, T, Row]]:
+    """The place (file and line) of every row of ``source``, what it means, and the row.
 
     ``what``: the word for a row's content in messages.
     ``mixed``: each row may be of another format; else the first one decides for all of them.
@@ -85,7 +85,7 @@ def read_rows(
             source.reject(where, str(error))
             continue
         source.notes.update({note for chat in meaning.chats for note in _notes(chat)})
-        yield where, meaning
+        yield where, meaning, given
 
 
 def _notes(chat: Chat) -> Iterator[str]:

@@ -29,7 +29,12 @@ def branched(samples: Sequence[Encoded], length: int) -> Iterator[Encoded]:
 
 def _shared(before: Encoded, sample: Encoded) -> int:
     """How many inputs of ``before`` serve ``sample`` as well, which learns none of their targets and has one of its own."""
-    most = min(len(before.ids) - 1, len(sample.ids) - 2)
     learnt = [True] * len(sample.ids) if sample.trained is None else sample.trained
-    common = next((n for n in range(most) if before.ids[n] != sample.ids[n]), most)
+    common = min(common_length(before.ids, sample.ids), len(before.ids) - 1, len(sample.ids) - 2)
     return next((n for n in range(common) if learnt[n + 1]), common)
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -20,7 +20,7 @@ from trainer.data.built_in_templates import BUILT_IN, NEEDED
 from trainer.data.control_tokens import ControlTokens
 from trainer.data.jinja_environment import CLOSE, FAILURES, OPEN, clock, compiled, variables, with_defaults
 from trainer.data.jinja_limits import rendered
-from trainer.data.lost_texts import holds, lost_texts
+from trainer.data.lost_texts import leaves, lost_texts
 from trainer.data.marks import Span, inside, marked_spans, marks_in, reached_into
 from trainer.data.message_forms import Forms
 from trainer.data.tokenizer import Tokenizer
@@ -198,7 +198,7 @@ class Template:
 
     def _as_text(self, messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any]:
         """Messages and tools in the forms that the template takes, in which names of control tokens are text."""
-        if holds([messages, tools], NONCHARACTERS):
+        if any(isinstance(leaf, str) and NONCHARACTERS.search(leaf) for leaf in leaves([messages, tools])):
             raise TemplateError("a text holds one of the noncharacters U+FDD0 to U+FDEF, which are for no text")
         quoted = [self._quoted(message) for message in self._forms.apply(messages)]
         return quoted, self._controls.as_text(tools)
@@ -304,10 +304,12 @@ def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Tem
     ``options``: of the `Template`.
 
     Raises:
-        TemplateError: if there is none, or the tokenizer lacks the special tokens that it writes.
+        TemplateError: if there is none, or none of that name, or the tokenizer lacks the special tokens that it writes.
     """
     if name is None:
         return _tokenizers_own(tokenizer, options)
+    if problem := unknown_template(name):
+        raise TemplateError(f"the chat template {problem}")
     if name.endswith(SUFFIX):
         return Template(Path(name).read_text(), tokenizer, **options)
     lacking = [token for token in NEEDED.get(name, ()) if token not in tokenizer.specials]
@@ -318,6 +320,15 @@ def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Tem
         )
     source = BUILT_IN[name] if tokenizer.adds_bos else BUILT_IN[name].replace("{{- bos_token }}\n", "")
     return Template(source, tokenizer, **options)
+
+
+def unknown_template(name: str) -> str | None:
+    """Why there is no template of that name, with the names that there are; None if there is one."""
+    file = name.endswith(SUFFIX)
+    if Path(name).is_file() if file else name in BUILT_IN:
+        return None
+    remedy = f"use {', '.join(BUILT_IN)}, a file FILE{SUFFIX}, or leave it out for the tokenizer's own"
+    return f"{name} {'does not exist' if file else 'is not known'}; {remedy}"
 
 
 def _tokenizers_own(tokenizer: Tokenizer, options: Mapping[str, Any]) -> Template:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from trainer.data.answer_spans import STANDIN, Passage, stand_in
 from trainer.data.control_tokens import ControlTokens, pattern
+from trainer.data.shared_beginnings import common_length
 
 Probe = Callable[..., str | None]
 ASK, ANSWER, AGAIN, CALL, RESULT, THOUGHT = map(stand_in, range(6))
@@ -81,7 +82,7 @@ class Turns:
         plain, prompt = probe([USER]) or "", probe([USER], prompt=True) or ""
         headers = [h for m in ([USER, ASSISTANT], [USER, ASSISTANT, {**USER, "content": AGAIN}, ASSISTANT])
                    for h in _before(probe(m), ANSWER)]  # fmt: skip
-        opening = prompt[shared_length(plain, prompt) :].lstrip()
+        opening = prompt[common_length(plain, prompt) :].lstrip()
         size = min((next((n for n in range(len(opening), 0, -1) if opening[:n] in h), 0) for h in headers), default=0)
         header = opening[:size]
         bare = next((header[: m.start()] for m in pattern(self._controls.pairs).finditer(header)), header)
@@ -109,7 +110,7 @@ class Turns:
         called = _after(probe([USER, CALLED], tools=TOOLS), CALL)
         followed = _after(probe([USER, CALLED, TOOL, ASSISTANT], tools=TOOLS), CALL)
         tokens = self._controls.turns.findall(called)[-1:]
-        tail = called if tokens else followed[shared_length(called, followed) :]
+        tail = called if tokens else followed[common_length(called, followed) :]
         tokens = tokens or self._controls.turns.findall(tail)[:1]
         if tokens and not known.search(tail):
             ends, stops = ends + tokens, stops + tokens
@@ -118,7 +119,7 @@ class Turns:
     def _found_closing(self, probe: Probe) -> set[str]:
         """What a template without a token that ends turns writes behind each answer."""
         last, earlier = self._afters(probe)
-        closing = last[: shared_length(last, earlier)]
+        closing = last[: common_length(last, earlier)]
         return {closing.strip() or closing} - {""}
 
     def _afters(self, probe: Probe) -> tuple[str, str]:
@@ -134,12 +135,6 @@ class Turns:
             tokens.append(match[0])
             at = match.end()
         return tokens
-
-
-def shared_length(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _before(text: str | None, standing: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.data.jinja_environment import TRAINING_DAY, midnight
 from trainer.data.messages import Chat
 from trainer.data.preferences import encode
 from trainer.data.templates import Template, open_template
@@ -34,10 +35,10 @@ class ChatModel:
     template: Template
 
     @classmethod
-    def open(cls, folder: Path, template: str | None = None, settings: Mapping[str, Any] | None = None) -> ChatModel:
+    def open(cls, folder: Path, template: str | None = None, **options: Any) -> ChatModel:
         """Load it onto the GPU in bf16 if there is one, else onto the CPU in float32.
 
-        ``template``: another one than the folder's own. ``settings``: of the template.
+        ``template``: another one than the folder's own. ``options``: of the `Template`, such as its settings.
 
         Raises:
             FormatError: if the folder holds no model of a known family.
@@ -45,7 +46,7 @@ class ChatModel:
         """
         read_shape(folder)  # a folder that is no model is named as such, not by the tokenizer that it lacks
         tokenizer = open_tokenizer(folder)
-        chat = open_template(template, tokenizer, settings=settings)
+        chat = open_template(template, tokenizer, **options)
         tokenizer.stops = tuple(dict.fromkeys((*chat.stops, *tokenizer.stops)))
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
         return cls(_on_device(model), tokenizer, chat)
@@ -79,16 +80,17 @@ class RewardModel:
     std: float = 1.0
 
     @classmethod
-    def open(cls, folder: Path) -> RewardModel:
-        """Load it, like `ChatModel.open`.
+    def open(cls, folder: Path, template: str | None = None, **options: Any) -> RewardModel:
+        """Load it, like `ChatModel.open`; its template writes the day of training.
 
         Raises:
             FormatError: if the folder holds no model that scores.
         """
         validate_scoring(folder)
         tokenizer = open_tokenizer(folder)
+        chat = open_template(template, tokenizer, **{"now": midnight(TRAINING_DAY), **options})
         model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=True).load().eval()
-        return cls(_on_device(model), tokenizer, open_template(None, tokenizer), *score_statistics(folder))
+        return cls(_on_device(model), tokenizer, chat, *score_statistics(folder))
 
     def score(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
         """The score of each conversation's last answer, in deviations from the mean unless ``raw``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from trainer.checkpoint.record import FREE_TO_CHANGE, Setting, differences, is_free, plain, settings
 from trainer.compose import compose, compose_raw
 from trainer.config import ConfigError
+from trainer.data.lost_texts import leaves
 from trainer.disk import digest
 from trainer.jobs.recipe import Recipe, Stage
 
@@ -72,7 +73,7 @@ def made_of(stage: Stage, recipe: Recipe, parents: Mapping[str, str]) -> Made:
     else:
         # What cannot be resolved yet stays as it is written.
         every = [one for one in settings(compose_raw(arguments, name="stage")) if not is_free(one.name, FREE)]
-        texts = {text for one in every for text in _texts(one.used)}
+        texts = {leaf for one in every for leaf in leaves(one.used) if isinstance(leaf, str)}
     inputs = {text: fingerprint(Path(text)) for text in sorted(texts) if _is_input(text)}
     return Made(every, inputs, {name: parents[name] for name in stage.parents})
 
@@ -92,14 +93,6 @@ def fingerprint(path: Path) -> str:
     """Of the names and all of the content of a file, or of the files in a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return hashlib.sha256(json.dumps([[file.name, digest(file)] for file in files]).encode()).hexdigest()[:DIGITS]
-
-
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping | list):
-        for value in node.values() if isinstance(node, Mapping) else node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
 
 
 def _is_input(text: str) -> bool:

@@ -19,7 +19,8 @@ from torch import nn
 from trainer.config import InputError, Node, schema, setting
 from trainer.data.corpus import answer_in
 from trainer.data.hub import absence, folder_of
-from trainer.data.messages import Chat
+from trainer.data.jinja_environment import TRAINING_DAY, midnight
+from trainer.data.messages import Chat, tools_of
 from trainer.data.preferences import encode
 from trainer.data.templates import Template, TemplateError, open_template
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
@@ -96,7 +97,7 @@ class ModelReward(Reward):
             load, config=Model(path=self.path), vocab_size=own.vocab_size, adapter=Full(), new_tokens=0, scores=True
         )
         same = own.ids_as(tokenizer) and own.chat_template == tokenizer.chat_template
-        template = None if same else open_template(None, own)
+        template = None if same else open_template(None, own, now=midnight(TRAINING_DAY))
         return _ModelScorer(loader.frozen(), loader.computing, template, mean, std)
 
 
@@ -127,7 +128,8 @@ class _ModelScorer:
             return response.prompt.ids + response.ids
         before = response.prompt.messages or [{"role": "user", "content": response.prompt.text}]
         try:
-            chat = Chat([*before, {"role": "assistant", "content": response.text}], len(before))
+            answer = {"role": "assistant", "content": response.text}
+            chat = Chat([*before, answer], len(before), tools_of(response.prompt.row))
             return list(encode(chat, self.template).ids)
         except TemplateError as error:
             raise RewardError(f"{describe(response)}: the reward model's template cannot render it ({error})") from None

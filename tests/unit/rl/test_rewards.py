@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.chats import byte_tokenizer
 from tests.endpoint import serving
+from tests.small_folder import SHAPE, write_folder
 from trainer.data.corpus import Prompt
 from trainer.generation.completion import Response
+from trainer.models.load import ModelLoader
+from trainer.parallel.ddp import DDP
 from trainer.rl.judge import JudgeReward
-from trainer.rl.rewards import FunctionReward, RewardError, exact_match
+from trainer.rl.rewards import FunctionReward, ModelReward, RewardError, exact_match
 from trainer.rl.scoring import RewardSum
 
 ANSWERS = [
@@ -131,6 +135,18 @@ def test_a_sum_weighs_its_parts_and_is_missing_where_one_of_them_is():
     assert found["score"] == [7.0, None, 21.0]
     assert found["b"] == [10.0, 20.0, 30.0]
     assert RewardSum({"a": parts["a"]}, {"a": 2.0})(ANSWERS) == {"score": [2.0, None, 6.0]}
+
+
+def test_a_reward_models_own_template_writes_tools_and_the_day_of_training(tmp_path):
+    template = (
+        "{{ strftime_now('%d.%m.%Y') }}{% if tools %} {{ tools[0].function.name }} {% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    folder, policy = write_folder(tmp_path / "judge", scores=True, template=template), byte_tokenizer()
+    scorer = ModelReward(path=str(folder)).open(ModelLoader(SHAPE, DDP(), 0, policy.vocab_size), policy)
+    for row, tool in (({"tools": [{"name": "paint"}]}, " paint "), ({}, "")):
+        prompt = Prompt([1], "Who?", messages=[{"role": "user", "content": "Who?"}], row=row)
+        assert policy.decode(scorer._ids(Response(prompt, [2], "Ada.", 0))) == f"26.07.2024{tool}Who?Ada."
 
 
 def judge(url: str, **settings) -> JudgeReward:
