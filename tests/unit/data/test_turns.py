@@ -74,13 +74,29 @@ def test_an_end_token_that_takes_in_the_newline_behind_it_is_learnt():
     assert stops == ["<|end|>", "</s>"]
 
 
-def test_the_next_turns_opening_is_no_end():
-    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '[end]\n' }}{% endfor %}" + PROMPT
+@pytest.mark.parametrize(("end", "rest"), [("[end]", "\n"), ("\n", "")])
+def test_the_next_turns_opening_is_no_end(end, rest):
+    written = json.dumps(end + rest)
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + " + written + " }}{% endfor %}" + PROMPT
+    )
     [sample] = shown(source, MANY)
     assert sample == (
-        "<|im_start|>user\n1+1?[end]\n<|im_start|>assistant\n⟦2[end]⟧\n"
-        "<|im_start|>user\n2+2?[end]\n<|im_start|>assistant\n⟦4[end]⟧\n⟦<|im_end|>⟧"
+        f"<|im_start|>user\n1+1?{end}{rest}<|im_start|>assistant\n⟦2{end}⟧{rest}"
+        f"<|im_start|>user\n2+2?{end}{rest}<|im_start|>assistant\n⟦4{end}⟧{rest}⟦<|im_end|>⟧"
+    ).replace("⟧⟦", "")
+
+
+def test_the_last_turn_may_end_with_another_token_than_earlier_ones():
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '</s>' if loop.last else '<|im_end|>\n' }}{% endfor %}" + PROMPT
     )
+    template = Template(source, byte_tokenizer())
+    encoded = template.encode(MANY)
+    text = marked(template.tokenizer, encoded.ids, encoded.trained)
+    assert "⟦2<|im_end|>⟧\n" in text
+    assert text.endswith("⟦4</s>⟧")
 
 
 def test_a_header_behind_the_end_is_not_learnt():
