@@ -45,6 +45,7 @@ def test_calls_and_tools_that_a_template_knows_nothing_of_are_an_error(kind, tmp
 def test_what_is_lost_is_counted_and_an_empty_answer_is_not_learnt(tmp_path):
     corpus = opened(ChatData, tmp_path, on_lost_text=OnLostText.warn)
     assert "rows: a text is lost that the template does not write (2 rows)" in "\n".join(corpus.summary)
+    assert "left out" not in "\n".join(corpus.summary)
     template = open_template("plain", byte_tokenizer())
     calling, answering = template.samples(CALLS["messages"], TOOLS)
     assert not any(calling.trained)
@@ -59,6 +60,7 @@ def test_the_built_in_templates_write_tools_calls_and_reasoning():
         text = marked(template.tokenizer, sample.ids, sample.trained)
         assert '⟦<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|' in text
         assert "⟦<think>\none and one\n</think>\n\nIt is 2.<|" in text
+        assert f"<tools>\n{json.dumps(TOOLS[0])}\n</tools>" in text
 
 
 def test_settings_of_a_template_are_its_defaults_in_the_export_too(tmp_path):
@@ -73,6 +75,18 @@ def test_settings_of_a_template_are_its_defaults_in_the_export_too(tmp_path):
     assert exported.render([ASK]) == "1+1?{'depth': [1, None, True]}<|im_end|>"
     assert Template(tokenizer.chat_template, tokenizer, settings=settings).source == tokenizer.chat_template
     assert Template(tokenizer.chat_template, tokenizer, settings={"think": 7}).render([ASK]) == "1+1?7<|im_end|>"
+
+
+def test_every_exported_template_is_the_one_that_was_trained_with(tmp_path):
+    source = "{{ level | default(1) }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    tokenizer = byte_tokenizer("<|im_end|>", template=source)
+    tokenizer.named_templates = {"tool_use": source + "!", "rag": source}
+    settings = {"template_settings": {"level": 2}, "on_lost_text": OnLostText.warn}
+    opened(PromptData, tmp_path, tokenizer, template=None, **settings)
+    written = [tokenizer.chat_template, tokenizer.named_templates["tool_use"]]
+    assert [Template(text, tokenizer).render([ASK]) for text in written] == ["21+1?<|im_end|>", "21+1?<|im_end|>!"]
+    opened(PromptData, tmp_path, tokenizer, template="chatml")
+    assert tokenizer.named_templates == {"rag": source}
 
 
 def test_a_template_that_is_no_file_or_variable_is_refused(tmp_path):

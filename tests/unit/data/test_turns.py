@@ -145,15 +145,17 @@ def test_a_call_is_learnt_whole_in_the_form_that_the_template_takes(between):
     assert f"assistant\n⟦<tool_call>{call}</tool_call><|im_end|>⟧\n<|im_start|>tool\n3<|im_end|>" in sample
 
 
-def test_several_marked_blocks_make_up_a_turn():
+@pytest.mark.parametrize("end", ["<|im_end|>", "[{{ loop.index }}]<|im_end|>"])
+def test_several_marked_blocks_make_up_a_turn(end):
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+        "{% generation %}" + end + "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
         "{% endif %}{{ '\n' }}{% endfor %}" + PROMPT
     )
     [sample] = shown(source, MANY)
-    assert sample.count("⟦2<|im_end|>⟧") == sample.count("⟦4<|im_end|>⟧") == 1
+    for number in (2, 4):
+        assert sample.count(f"⟦{number}{end.replace('{{ loop.index }}', str(number))}⟧") == 1
 
 
 def test_a_token_that_reaches_over_a_turns_beginning_is_not_lost():
