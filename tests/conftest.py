@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def clean_registries(tmp_path_factory) -> Iterator[None]:
     """What a test registers, and the modules that it imports from temporary folders, are gone afterwards."""
     with restored(tmp_path_factory.getbasetemp()):
         yield
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Gives every file of this process room for so many bytes, as a disk does that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.config import InputError, RunError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+BROKEN = {errno.EIO, errno.ESTALE}
 LARGE = 64_000_000
 """Bytes from which on a file's digest is remembered."""
 SETTLED = 2.0
 """Seconds after which a file that changes again has another time of change on every file system."""
 
 
+class DiskError(RunError):
+    """A file that cannot be written or read now: the disk is full or broken, and may be well at another attempt."""
+
+
+class AccessError(DiskError, InputError):
+    """A file that may not be written or read, as it may not be at another attempt."""
+
+
+def disk_error(error: Exception, file: Path | str | None = None) -> DiskError | None:
+    """A sentence about a disk that is full, closed or broken, with the file's name; None for an error of another kind.
+
+    ``file``: what was written; None = as the error names it.
+    """
+    # safetensors has an exception of its own, which holds the number in words.
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    name = file or getattr(error, "filename", None) or "a file"
+    if code in FULL:
+        return DiskError(f"{name} could not be written ({os.strerror(code)}); free space there, then run again")
+    if code in BROKEN:
+        return DiskError(f"{name} could not be written or read ({os.strerror(code)}); look at its disk, then run again")
+    if code in REFUSED and name != "a file":
+        return AccessError(f"{name} cannot be used ({os.strerror(code)}); allow it, or name another place")
+    return None
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Within it, a disk that is full, closed or broken is an error that names ``file``: what fails to write does not.
+
+    Raises:
+        DiskError: a sentence with the remedy.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if (known := disk_error(error, file)) is None:
+            raise
+        raise known from error
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's list of names, are on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with writing(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -40,12 +91,13 @@ def write_bytes(file: Path, content: bytes) -> None:
     # A new name: nothing that lies there, such as a link to elsewhere, is written to.
     partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        with partial.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-        sync(file.parent)
+        with writing(file):
+            with partial.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+            sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,7 +147,7 @@ def digest(file: Path) -> str:
             if not entry.is_file():
                 write_text(entry, _digest(file))
             return entry.read_text()
-    except OSError:  # a home that cannot be written to
+    except (OSError, DiskError):  # a home that cannot be written to
         return _digest(file)
 
 
@@ -106,5 +158,6 @@ def _digest(file: Path) -> str:
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, readable by whoever may read its folder: safetensors itself gives it to its owner alone."""
-    save_file(dict(tensors), file, metadata=metadata)
+    with writing(file):
+        save_file(dict(tensors), file, metadata=metadata)
     file.chmod(file.parent.stat().st_mode & 0o666)

@@ -29,7 +29,7 @@ from trainer.checkpoint.folder import (
     write_manifest,
 )
 from trainer.checkpoint.saving import Copies, Save, Written, in_files
-from trainer.config import InputError, Node, schema, setting
+from trainer.config import InputError, Node, RunError, schema, setting
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, owned_spans
 
@@ -143,7 +143,7 @@ class Checkpointer:
                     distributed.run_on_all_ranks(partial(self._load, step))
                 except InputError as error:
                     raise RestoreError(str(error)) from error
-                except distributed.RankError as error:
+                except (RunError, distributed.RankError) as error:
                     raise CheckpointError(f"{folder_name(step)} could not be restored ({error}); run again") from error
                 self._good.add(step)
                 return int(step)
@@ -211,7 +211,7 @@ class Checkpointer:
             every = distributed.run_on_all_ranks(lambda: save.result().as_json())
             written = [Written.from_json(part) for part in every]
             distributed.run_on_main(lambda: self._commit(save, written))
-        except distributed.RankError as error:
+        except (InputError, RunError, distributed.RankError) as error:
             distributed.run_on_main(lambda: shutil.rmtree(save.partial, ignore_errors=True))
             saved = steps_in(self.folder)
             still = f"the newest checkpoint is {folder_name(saved[0])}" if saved else "there is no checkpoint yet"

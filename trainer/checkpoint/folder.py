@@ -84,14 +84,11 @@ def write_fragments(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]
     """Write one file of fragments to the disk itself; gives its ``bytes`` and ``sha256``.
 
     Raises:
-        CheckpointError: naming the file and why it could not be written (a full disk, for one).
+        DiskError: naming the file and why it could not be written (a full disk, for one).
     """
-    try:
-        save_tensors(tensors, file)
-        sync(file)
-        return {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    except Exception as error:  # safetensors has its own exception for a full disk
-        raise CheckpointError(f"{file} could not be written ({error}); free space or choose another run_dir") from error
+    save_tensors(tensors, file)
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -103,11 +100,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     text = json.dumps(body, sort_keys=True)
     document = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}
-    try:
-        (folder / MANIFEST).write_text(json.dumps(document, sort_keys=True))
-        sync(folder / MANIFEST)
-    except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST} could not be written ({error}); free space") from error
+    write_text(folder / MANIFEST, json.dumps(document, sort_keys=True))
 
 
 def commit(partial: Path, folder: Path) -> None:

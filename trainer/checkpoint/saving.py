@@ -85,7 +85,7 @@ class Save:
         """What was written.
 
         Raises:
-            CheckpointError: if something could not be.
+            DiskError: if something could not be.
         """
         if self._error is not None:
             raise self._error

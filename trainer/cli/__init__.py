@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,21 +66,33 @@ def main(arguments: Sequence[str] | None = None, default: str | None = None) -> 
     if verb == "train":
         stopping.listen()  # before torch is imported, which takes seconds
     command = importlib.import_module(f"trainer.cli.{verb.replace('-', '_')}")
-    from trainer.config import ConfigError, InputError, RunError
+    from trainer.config import InputError, RunError
+    from trainer.disk import disk_error
 
     try:
         code: int = command.main(words)
-    except InputError as error:
-        print(refusal(error) if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
-        if marker := os.environ.get(REFUSED):
-            Path(marker).touch()
-        code = 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
+    except (InputError, RunError) as error:
+        code = ended_by(error)
+    except OSError as error:
+        if (known := disk_error(error)) is None:
+            raise
+        code = ended_by(known)
     if verb in COLLECTIVE:
         end_ranks(code)
     return code
+
+
+def ended_by(error: Exception) -> int:
+    """Say what ended a command; gives the exit code: 2 for what the user has to mend, 1 for what may pass by itself."""
+    from trainer.config import ConfigError, InputError
+
+    print(refusal(error) if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
+    if not isinstance(error, InputError):
+        return 1
+    if marker := os.environ.get(REFUSED):
+        with suppress(OSError):
+            Path(marker).touch()
+    return 2
 
 
 def end_ranks(code: int) -> None:

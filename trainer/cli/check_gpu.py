@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from trainer.cli.parsing import parser_of
+from trainer.disk import writing
 from trainer.gpu_check.sections import SECTIONS, run_sections
 
 
@@ -40,6 +41,6 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{outcome.line()}\n{outcome.json()}", flush=True)
             failed += outcome.status != "ok"
             if a.out is not None:
-                with a.out.open("a") as file:
+                with writing(a.out), a.out.open("a") as file:
                     file.write(f"{outcome.json()}\n")
     return 1 if failed else 0

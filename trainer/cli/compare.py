@@ -30,6 +30,7 @@ from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.data.templates import TOOL_USE, TemplateError, open_template
 from trainer.data.tokenizer import open_tokenizer
+from trainer.disk import write_text
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
 from trainer.models.header import read_shape
@@ -63,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     written = compared([chat for _, chat, _ in questions], [dict(row) for _, _, row in questions], a)
     partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
-    (partial / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+    write_text(partial / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
     metrics = {name: measured(written, name) for name in names}
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(partial / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     partial.rename(a.out)
     for name, values in metrics.items():
         print(f"{name:12} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))

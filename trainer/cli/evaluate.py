@@ -19,6 +19,7 @@ from trainer.cli.export import compose_recorded, record_of, restored_step
 from trainer.cli.parsing import add_run_arguments, parser_of
 from trainer.compose import compose
 from trainer.config import ConfigError
+from trainer.disk import writing
 from trainer.parallel import distributed
 
 
@@ -51,5 +52,6 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{run_dir}: after step {step:,}")
             print("\n".join(f"{name:32} {value:.6g}" for name, value in metrics.items()))
             if a.out is not None:
-                a.out.write_text(json.dumps(metrics, indent=1) + "\n")
+                with writing(a.out):
+                    a.out.write_text(json.dumps(metrics, indent=1) + "\n")
     return 0

@@ -25,7 +25,7 @@ from trainer.data.messages import Chat
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
-from trainer.disk import read_lines, write_bytes
+from trainer.disk import read_lines, write_bytes, writing
 from trainer.generation.pretrained import ChatModel, RewardModel, validate_scoring
 from trainer.generation.sampling import Sampling
 from trainer.rl.judge import Endpoint, compare
@@ -69,7 +69,7 @@ def label(a: argparse.Namespace) -> None:
     sampling, counts = Sampling(a.tokens, a.temperature), Counter[str]()
     prompts, done = enumerate(asked), finished(a.out)
     waiting = islice(prompts, done, None)
-    with a.out.open("a") as out:
+    with writing(a.out), a.out.open("a") as out:
         while group := list(islice(waiting, a.batch)):
             twice = [(n, prompt, turn) for n, prompt in group for turn in (0, 1)]
             keys = [(a.seed, n, turn) for n, _, turn in twice]
@@ -132,7 +132,7 @@ def finished(out: Path) -> int:
     if damaged := [line for line, row in lines if row is None]:
         aside = out.with_name(f"{out.name}.damaged")
         print(f"{out}: {len(damaged)} damaged line(s) were moved to {aside}", file=sys.stderr)
-        with aside.open("ab") as file:
+        with writing(aside), aside.open("ab") as file:
             file.writelines(damaged)
         write_bytes(out, b"".join(line for line, row in lines if row is not None))
     rows = [row for _, row in lines if row is not None]

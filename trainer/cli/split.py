@@ -18,6 +18,7 @@ from trainer.cli.parsing import parser_of
 from trainer.config import InputError
 from trainer.data.sources import DataSource
 from trainer.data.splitting import prompt_text, split
+from trainer.disk import writing
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,4 +53,5 @@ def _share(text: str) -> float:
 
 
 def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    file.write_text("".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows))
+    with writing(file):
+        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows))

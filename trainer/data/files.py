@@ -20,6 +20,7 @@ import pyarrow.parquet
 import zstandard
 
 from trainer.config import InputError
+from trainer.disk import BROKEN, disk_error
 
 TEXT, TABLES = (".txt", ".text", ".md"), (".jsonl", ".json", ".parquet", ".arrow")
 SUFFIXES = (*TEXT, *TABLES)
@@ -83,6 +84,8 @@ def damage(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in BROKEN:  # which says nothing about what the file holds
+            raise disk_error(error, file) or error from None
         why = "is damaged or cut off" if error.errno is None else "cannot be read"
         raise DataError(f"{file} {why} ({_reason(error)}); get the file again") from None
     except (EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:

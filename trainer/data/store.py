@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trainer.batch import Batch
 from trainer.data.sources import LOST, DataSource
 from trainer.data.tokenizer import Tokenizer
+from trainer.disk import writing
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,10 @@ def open_prepared(
             partial = cache / f"{fingerprint}.tmp-{uuid.uuid4().hex[:8]}"
             partial.mkdir()
             try:
-                write(partial, fingerprint)
-                save_json(partial / SIZES, {p.name: p.stat().st_size for p in partial.iterdir()})
-                partial.rename(folder)
+                with writing(folder):
+                    write(partial, fingerprint)
+                    save_json(partial / SIZES, {p.name: p.stat().st_size for p in partial.iterdir()})
+                    partial.rename(folder)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

@@ -21,6 +21,7 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data import sentencepiece_format, tekken_format
 from trainer.data.hub import absence, folder_of
 from trainer.data.tokenizer_files import INHERITED, ROLES, locate, settings_of
+from trainer.disk import write_text
 
 ENDS = ("add_bos_token", "add_eos_token")
 GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -214,10 +215,9 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write the files that ``AutoTokenizer.from_pretrained(folder)`` reads."""
-        (folder / "tokenizer.json").write_text(self._definition)
-        inherited = (*ROLES, *INHERITED)
+        write_text(folder / "tokenizer.json", self._definition)
         settings = {
-            **{key: self._settings[key] for key in inherited if self._settings.get(key) is not None},
+            **{key: self._settings[key] for key in (*ROLES, *INHERITED) if self._settings.get(key) is not None},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "add_bos_token": self.adds_bos,
@@ -226,7 +226,7 @@ class Tokenizer:
             named = {"default": self.chat_template, **self.named_templates}
             every = [{"name": name, "template": text} for name, text in named.items()]
             settings["chat_template"] = every if self.named_templates else self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def _id(self, role: str) -> int | None:
         name = self._settings.get(role)

@@ -13,6 +13,7 @@ import sentencepiece
 
 from trainer.data.sentencepiece_format import definition_of
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.disk import write_bytes
 
 
 class ModelType(StrEnum):
@@ -71,7 +72,7 @@ def train(
     partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        (partial / "tokenizer.model").write_bytes(model.getvalue())
+        write_bytes(partial / "tokenizer.model", model.getvalue())
         definition, settings = definition_of(partial / "tokenizer.model")
         Tokenizer(definition, settings).save(partial)
         partial.rename(out)

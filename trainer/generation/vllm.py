@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.disk import write_text
 from trainer.generation.completion import Completion
 from trainer.generation.sampling import Sampling
 from trainer.models.architecture import Architecture
@@ -126,4 +127,4 @@ def _write_shape(folder: Path, architecture: Architecture, length: int, dtype: t
         scaling = {"original_max_position_embeddings": positions, **scaling}
     shape = dataclasses.replace(architecture, max_position_embeddings=max(positions, length), rope_scaling=scaling)
     config = config_json(shape, dtype, {})
-    (folder / "config.json").write_text(json.dumps(config))
+    write_text(folder / "config.json", json.dumps(config))

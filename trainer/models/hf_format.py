@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config import InputError
-from trainer.disk import digest, save_tensors, sync
+from trainer.disk import digest, save_tensors, sync, write_text
 from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
 from trainer.models.text_part import left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, without_safetensors
@@ -260,7 +260,6 @@ def write_weights(
         names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
     for number, name in enumerate(names):
         (folder / f"shard-{number}").rename(folder / name)
-        (folder / name).chmod(0o644)
     where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
@@ -335,4 +334,4 @@ def _generation_config(
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(file, json.dumps(value, indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.disk import digest, save_tensors, sync
+from trainer.disk import digest, save_tensors, sync, write_text
 from trainer.models.hf_format import FormatError, read_object
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -133,8 +133,8 @@ def write_adapter(
         tokenizer.save(partial)
         weights = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (partial / "onecurve.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
+        write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(partial / "onecurve.json", json.dumps(dict(facts), indent=2) + "\n")
         for file in [*partial.iterdir(), partial]:
             sync(file)
         partial.rename(folder)

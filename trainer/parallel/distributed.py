@@ -24,7 +24,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.batch import copy_to
-from trainer.config import InputError
+from trainer.config import InputError, RunError
+from trainer.disk import disk_error
 from trainer.parallel.determinism import deterministic
 from trainer.parallel.environment import device_index, place, variables
 from trainer.parallel.flash_attention import fastest_attention
@@ -98,7 +99,7 @@ just then need the lock to let go of a tensor: the rank hangs (2 of 60 two-rank 
 
 
 class RankError(RuntimeError):
-    """At least one rank failed in something that all ranks do together; the message names each."""
+    """At least one rank failed in something that all ranks do together, by a fault of the program; it names each."""
 
 
 def ranks() -> int:
@@ -216,18 +217,23 @@ def run_on_all_ranks(action: Callable[[], Json]) -> list[Json]:
 
     Raises:
         InputError: where each of them failed because of something that the user gave.
+        RunError: where each failed because of that, or of something that may be well at another attempt.
         RankError: naming every rank that failed and why.
     """
     error: Exception | None = None
     try:
-        outcome: list[Any] = [True, action(), None]
+        outcome: list[Any] = [True, action(), ""]
     except Exception as caught:
-        mendable = [str(caught)] if isinstance(caught, InputError) else None
-        error, outcome = caught, [False, f"{type(caught).__name__}: {caught}", mendable]
+        error = disk_error(caught) or caught
+        kind = "input" if isinstance(error, InputError) else "run" if isinstance(error, RunError) else ""
+        outcome = [False, str(error) if kind else f"{type(error).__name__}: {error}", kind]
     every = gather(outcome)
     failed = {rank: each for rank, each in enumerate(every) if not each[0]}
-    if failed and all(mendable is not None for _, _, mendable in failed.values()):
-        raise InputError("\n".join(dict.fromkeys(text for *_, texts in failed.values() for text in texts))) from error
+    kinds, texts = {kind for *_, kind in failed.values()}, dict.fromkeys(text for _, text, _ in failed.values())
+    if kinds == {"input"}:
+        raise InputError("\n".join(texts)) from error
+    if failed and "" not in kinds:
+        raise RunError("\n".join(texts)) from error
     if failed:
         raise RankError("; ".join(f"rank {rank}: {what}" for rank, (_, what, _) in failed.items())) from error
     return [value for _, value, _ in every]
@@ -237,7 +243,7 @@ def run_on_main(action: Callable[[], Json]) -> Json:
     """Run ``action`` on the main rank alone and give its result to all ranks; its failure is everyone's.
 
     Raises:
-        RankError: if it failed there.
+        InputError, RunError, RankError: as `run_on_all_ranks`, if it failed there.
     """
     return run_on_all_ranks(lambda: action() if _world.is_main else None)[0]  # type: ignore[return-value]
 
@@ -246,7 +252,7 @@ def sees_files_of_main(folder: Path) -> bool:
     """Whether this rank sees what the main rank writes to ``folder``, which is made if need be. Collective.
 
     Raises:
-        RankError: if the main rank cannot write there.
+        RunError: if the main rank cannot write there.
     """
 
     def leave() -> str:

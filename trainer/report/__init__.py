@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trainer.disk import write_text
 from trainer.report.catalogue import SECTIONS
 from trainer.report.charts import by_section, figures
 from trainer.report.comparison import comparison, title_of
@@ -83,7 +83,5 @@ def _tiles(run: Recording) -> dict[str, str]:
 
 def _replace(file: Path, text: str) -> Path:
     """Replace a file at once: whoever has it open sees the old one or the new one."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    write_text(file, text)
     return file

@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+from trainer.config import InputError
+from trainer.disk import write_text
 from trainer.tinyworld.tasks import SIZES, files
 
 
@@ -35,8 +37,12 @@ def main() -> None:
     ]:
         sys.exit(f"error: {', '.join(taken)} would be overwritten; name another folder")
     a.folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files(a.world, sizes):
-        (a.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        every = dict(files(a.world, sizes))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    for name, rows in every.items():
+        write_text(a.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{a.folder / name}  {len(rows)} rows")
 
 

@@ -16,6 +16,7 @@ from itertools import count, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from trainer.config import InputError
 from trainer.tinyworld.language import COLORS, DIGITS, MOODS, NAMES, PLACES, THINGS, VERBS
 
 Row = dict[str, Any]
@@ -151,7 +152,7 @@ def files(world: int, sizes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[st
     """Name and rows of every file. No held-out prompt comes anywhere else, and no row twice in a file.
 
     Raises:
-        ValueError: if more instructions are asked for than there are.
+        InputError: if more instructions are asked for than there are.
     """
     makers: dict[str, Callable[[int, int], Row]] = {
         "sft": sft_row,
@@ -160,7 +161,7 @@ def files(world: int, sizes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[st
     }
     wanted = sizes.get("prompts", (0, 0))[0] + sum(heldout for _, heldout in sizes.values())
     if wanted > 0.9 * INSTRUCTIONS:
-        raise ValueError(
+        raise InputError(
             f"tiny world has only {INSTRUCTIONS:,} instructions, too few for {wanted:,} different prompts; ask for fewer"
         )
     seen: set[str] = set()

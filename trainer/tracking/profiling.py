@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainer.config import Node, schema, setting
+from trainer.disk import write_text, writing
 from trainer.parallel import distributed
 
 RANGE = re.compile(r"(\d+)-(\d+)")
@@ -72,13 +73,14 @@ class Recorder:
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         stem = f"{distributed.world().name}-steps-{self.span[0]}-{self.span[1]}"
-        profiler.export_chrome_trace(str(self.folder / f"{stem}.trace.json.gz"))
+        with writing(self.folder):
+            profiler.export_chrome_trace(str(self.folder / f"{stem}.trace.json.gz"))
         averages = profiler.key_averages()
         cuda = torch.cuda.is_available()
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         memory = "self_cuda_memory_usage" if cuda else "self_cpu_memory_usage"
         tables = [averages.table(sort_by=order, row_limit=40), averages.table(sort_by=memory, row_limit=40)]
-        (self.folder / f"{stem}.operations.txt").write_text("\n\n".join(tables) + "\n")
+        write_text(self.folder / f"{stem}.operations.txt", "\n\n".join(tables) + "\n")
         if cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"{stem}.memory.pickle"))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from trainer.config import Node, schema, setting
-from trainer.disk import read_lines, write_bytes, write_text
+from trainer.disk import DiskError, disk_error, read_lines, write_bytes, write_text, writing
 from trainer.report.live import LiveReport
 from trainer.tracking.console import Console
 from trainer.tracking.wandb import BINS, WandB, WandBSink, wandb_mode
@@ -59,31 +60,38 @@ class JsonLines:
     def __init__(self, folder: Path, done: int) -> None:
         for name in ("metrics", "samples", "errors", "histograms"):
             _rewind(folder / f"{name}.jsonl", folder / f"{name}.replaced.jsonl", done)
-        self._metrics = (folder / "metrics.jsonl").open("a")
-        self._folder = folder
+        self._file, self._folder = folder / "metrics.jsonl", folder
+        with writing(self._file):
+            self._metrics = self._file.open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         counts = {name: int(values[name]) for name in COUNTS if name in values}
-        self._metrics.write(json.dumps({"step": step, **values, **counts}) + "\n")
-        self._metrics.flush()
+        with writing(self._file):
+            self._metrics.write(json.dumps({"step": step, **values, **counts}) + "\n")
+            self._metrics.flush()
 
     def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
         counts, edges = np.histogram(values, bins=BINS)
         line = {"step": step, "name": name, "edges": edges.tolist(), "counts": counts.tolist()}
         line["positive"] = int((np.asarray(values) > 0).sum())  # bins do not tell
-        with (self._folder / "histograms.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append("histograms", [line])
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (self._folder / f"{name}.jsonl").open("a", encoding="utf-8", errors="surrogatepass") as file:
-            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        self._append(name, [{"step": step, **row} for row in rows])
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        file = self._folder / f"{name}.jsonl"
+        with writing(file), file.open("a", encoding="utf-8", errors="surrogatepass") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk itself."""
-        os.fsync(self._metrics.fileno())
+        with writing(self._file):
+            os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        self._metrics.close()
+        with writing(self._file):
+            self._metrics.close()
 
 
 class TensorBoardSink:
@@ -92,6 +100,8 @@ class TensorBoardSink:
     def __init__(self, folder: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._thread_failed = threading.excepthook
+        threading.excepthook = self._unless_disk
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -107,7 +117,15 @@ class TensorBoardSink:
             self._writer.add_text(f"{name}/{number}", text, step)
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._thread_failed
+
+    def _unless_disk(self, failed: threading.ExceptHookArgs) -> None:
+        """What its thread fails by, it raises where it is called next: a full disk needs no traceback before."""
+        if not isinstance(failed.exc_value, Exception) or disk_error(failed.exc_value) is None:
+            self._thread_failed(failed)
 
 
 class Tracker:
@@ -163,11 +181,17 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.sync()
-        for sink in reversed(self._sinks):
-            sink.close()
+        failure = error
+        for close in (self.sync, *(sink.close for sink in reversed(self._sinks))):
+            try:
+                with writing(self._folder):
+                    close()
+            except DiskError as full:  # what ended the run first is what is said
+                failure = failure or full
         if self._report is not None:
-            self._report.close(error)
+            self._report.close(failure)
+        if failure is not None and error is None:
+            raise failure
         if error is None:
             left = [str(self._folder / name) for name in RESULTS if (self._folder / name).exists()]
             self.say([f"done: {', '.join(left)}"] if left else [])
@@ -187,14 +211,16 @@ class Tracker:
 
     def histograms(self, number: int, by_metric: Mapping[str, Sequence[float]]) -> None:
         """Log how a metric's values are distributed over examples."""
-        for name, values in by_metric.items():
-            for sink in self._sinks:
-                sink.histogram(number, name, values)
+        with writing(self._folder):
+            for name, values in by_metric.items():
+                for sink in self._sinks:
+                    sink.histogram(number, name, values)
 
     def table(self, number: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log a table of texts."""
-        for sink in self._sinks if rows else ():
-            sink.table(number, name, rows)
+        with writing(self._folder):
+            for sink in self._sinks if rows else ():
+                sink.table(number, name, rows)
 
     def report(self) -> None:
         """Write ``report.html`` anew, as far as the run has come."""
@@ -213,8 +239,9 @@ class Tracker:
             self._lines.sync()
 
     def _write(self, number: int, values: Mapping[str, float]) -> None:
-        for sink in self._sinks if values else ():  # an evaluation without data measures nothing
-            sink.scalars(number, values)
+        with writing(self._folder):
+            for sink in self._sinks if values else ():  # an evaluation without data measures nothing
+                sink.scalars(number, values)
 
 
 def _rewind(file: Path, aside: Path, done: int) -> None:
@@ -230,7 +257,7 @@ def _rewind(file: Path, aside: Path, done: int) -> None:
         return
     if damaged:
         log.warning("%s: %d damaged line(s) were moved to %s", file, damaged, aside.name)
-    with aside.open("ab") as out:
+    with writing(aside), aside.open("ab") as out:
         out.writelines(line if line.endswith(b"\n") else line + b"\n" for line in dropped)
         os.fsync(out.fileno())
     write_bytes(file, b"".join(keep))

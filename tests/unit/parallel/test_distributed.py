@@ -1,13 +1,17 @@
 """What a session of ranks leaves behind."""
 
+import errno
 import gc
 import math
 import weakref
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks import on_ranks
+from trainer.checkpoint.folder import CheckpointError
+from trainer.config import InputError, RunError
 from trainer.parallel import distributed
 
 
@@ -53,6 +57,26 @@ def refused() -> str:
     except distributed.RankError as error:
         return str(error)
     return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (InputError("a setting"), InputError, "a setting"),
+        (CheckpointError("a checkpoint"), RunError, "a checkpoint"),
+        (OSError(errno.ENOSPC, "full", "r/x"), RunError, "r/x could not be written (No space left on device); free"),
+        (OSError(errno.EACCES, "closed", "r/x"), InputError, "r/x cannot be used (Permission denied); allow it"),
+        (KeyError("a"), distributed.RankError, "rank 0: KeyError: 'a'"),
+    ],
+)
+def test_what_ranks_fail_by_keeps_its_kind(error, kind, text):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(kind) as failed:
+        distributed.run_on_main(fail)
+    assert str(failed.value).startswith(text)
+    assert isinstance(failed.value, InputError) == (kind is InputError)
 
 
 def test_the_failure_of_one_rank_is_everyones():

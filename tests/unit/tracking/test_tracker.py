@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from trainer.disk import read_objects
+from trainer.disk import DiskError, read_objects
 from trainer.tracking.tracker import Tracker, Tracking
 from trainer.tracking.wandb import Mode, WandB, wandb_mode
 
@@ -176,6 +176,45 @@ def test_wandb_is_online_only_with_a_key(mode, environment, expected, monkeypatc
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(mode) == expected
+
+
+ROW = {"prompt": "a", "completion": "b" * 100}
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("metrics", lambda t: t.step(1, STEP)),
+        ("samples", lambda t: t.table(1, "samples", [ROW])),
+        ("histograms", lambda t: t.histograms(1, {"eval/loss": [1.0, 2.0]})),
+    ],
+)
+def test_a_full_disk_is_named_with_the_file_that_was_written(name, write, room, tmp_path):
+    wanted = rf"^{tmp_path}/{name}.jsonl could not be written \(File too large\); free space there, then run again$"
+
+    def run():
+        with tracker(tmp_path, report=False) as t:
+            room(60)
+            write(t)
+
+    with pytest.raises(DiskError, match=wanted):
+        run()
+
+
+@pytest.mark.parametrize("first", [None, ValueError("what ended the run")])
+def test_a_disk_that_is_full_at_the_end_does_not_hide_what_ended_the_run(first, room, tmp_path):
+    wanted = (DiskError, rf"^{tmp_path} could not be written") if first is None else (ValueError, "what ended the run")
+
+    def run():
+        with tracker(tmp_path, report=False, tensorboard=True) as t:
+            room(300)  # for a line of metrics, not for TensorBoard's of the same step
+            t.step(1, STEP)
+            if first is not None:
+                raise first
+
+    with pytest.raises(wanted[0], match=wanted[1]):
+        run()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, **STEP}]
 
 
 def test_a_run_says_its_last_step_as_data(tmp_path):
