@@ -5,13 +5,31 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
+
 from trainer.config import InputError
+
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+"""Statuses of HTTP after which asking again may help."""
+CONNECTION = (ConnectionError, TimeoutError, socket.gaierror, httpx.TransportError)
+"""What ends a question to a server that is down, away or slow."""
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error may be gone at another attempt: a server did not answer, in whatever libraries made of it."""
+    while error is not None:
+        status = getattr(error, "code", getattr(getattr(error, "response", None), "status_code", None))
+        if isinstance(error, CONNECTION) or (isinstance(status, int) and status in RETRIED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load_reward(name: str) -> Callable[..., Any]:

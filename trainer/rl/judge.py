@@ -19,10 +19,8 @@ from trainer.config import InputError, RunError, schema, setting
 from trainer.data.tokenizer import Tokenizer
 from trainer.generation.completion import Response
 from trainer.models.load import ModelLoader
+from trainer.rl.functions import RETRIED
 from trainer.rl.rewards import Reward, RewardError, Scorer
-
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-"""Statuses after which asking again may help."""
 
 LONGEST_ANSWER = 1 << 20
 """Bytes of an answer; a verdict has a few hundred."""
@@ -178,12 +176,18 @@ class JudgeReward(Endpoint, Reward):
         def scorer(responses: Sequence[Response]) -> list[float | None]:
             if not responses:
                 return []
-            grades = [self.grade(text) for text in self.ask([self._question(r) for r in responses])]
-            missing = sum(grade is None for grade in grades)
-            if missing > self.max_missing * len(grades):
-                raise RewardError(
+            verdicts = self.ask([self._question(r) for r in responses])
+            grades = [self.grade(text) for text in verdicts]
+            missing, unanswered = grades.count(None), verdicts.count(None)
+            if missing > (allowed := self.max_missing * len(grades)):
+                wrong = (
                     f"{self.address} gave no grade for {missing} of {len(grades)} answers, more than the judge's "
-                    f"max_missing={self.max_missing:g} allows; can the model judge, and is the endpoint well?"
+                    f"max_missing={self.max_missing:g} allows"
+                )
+                if missing - unanswered > allowed:
+                    raise RewardError(f"{wrong}; can the model judge?")
+                raise JudgeError(
+                    f"{wrong}: {unanswered} questions were not answered; is it well? The same command goes on"
                 )
             return grades
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from trainer.config import InputError, Node, schema, setting
+from trainer.config import InputError, Node, RunError, schema, setting
 from trainer.data.corpus import answer_in
 from trainer.data.hub import absence, folder_of
 from trainer.data.jinja_environment import TRAINING_DAY, midnight
@@ -30,7 +30,7 @@ from trainer.generation.scoring import score
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Full
 from trainer.parallel import distributed
-from trainer.rl.functions import load_reward
+from trainer.rl.functions import load_reward, may_pass
 
 FAILURES = (Exception, SystemExit)
 """What a user's function may end with: a ``sys.exit`` in it must not end the run as if it had finished."""
@@ -38,6 +38,10 @@ FAILURES = (Exception, SystemExit)
 
 class RewardError(InputError):
     """A reward that could not be computed; the message names the row."""
+
+
+class UnansweredRewardError(RunError):
+    """A reward that could not be computed now, since what it asks did not answer."""
 
 
 class Scorer(Protocol):
@@ -174,6 +178,11 @@ class FunctionReward(Reward):
         try:
             values = self._call(function, responses)
         except FAILURES as error:
+            if may_pass(error):
+                raise UnansweredRewardError(
+                    f"{self.function} got no answer from what it asks, for {len(responses)} answers from "
+                    f"{describe(responses[0])} on: {_cause(error)}; is it up? The same command goes on"
+                ) from error
             for response in responses:
                 try:
                     self._call(function, [response])

@@ -1,6 +1,7 @@
 """Questions to an endpoint: patience, refusals, keys, and verdicts that hold in both orders."""
 
 import gzip
+import logging
 import socket
 import threading
 import time
@@ -129,6 +130,12 @@ def test_an_address_that_cannot_be_asked_is_refused(url):
 def test_a_password_in_the_address_is_in_no_message():
     with pytest.raises(JudgeError, match=r"^http://127.0.0.1:1/v1 answered none"):
         ask("http://user:hunter2@127.0.0.1:1/v1", "a", max_attempts=1)
+
+
+def test_no_question_is_a_line_of_the_log(caplog):
+    with serving(lambda question, before: (200, "x")) as (url, _), caplog.at_level(logging.INFO):
+        ask(url.replace("//", "//user:hunter2@"), "a")
+    assert caplog.text == ""
 
 
 def test_a_refusal_and_silence_are_errors():

@@ -6,7 +6,10 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -14,12 +17,13 @@ import torch
 from tests.chats import byte_tokenizer
 from tests.endpoint import serving
 from tests.small_folder import SHAPE, write_folder
+from trainer.config import InputError
 from trainer.data.corpus import Prompt
 from trainer.generation.completion import Response
 from trainer.models.load import ModelLoader
 from trainer.parallel.ddp import DDP
-from trainer.rl.judge import JudgeReward
-from trainer.rl.rewards import FunctionReward, ModelReward, RewardError, exact_match
+from trainer.rl.judge import JudgeError, JudgeReward
+from trainer.rl.rewards import FunctionReward, ModelReward, RewardError, UnansweredRewardError, exact_match
 from trainer.rl.scoring import RewardSum
 
 ANSWERS = [
@@ -64,6 +68,29 @@ def matrix(prompts, completions, rows):
     return [np.zeros(2)] * len(prompts)
 
 
+def asks_nobody(prompts, completions, rows):
+    urllib.request.urlopen("http://127.0.0.1:1/")
+
+
+def asks_a_busy_server(prompts, completions, rows):
+    raise httpx.HTTPStatusError("busy", request=httpx.Request("GET", "http://x"), response=httpx.Response(503))
+
+
+def wraps_a_timeout(prompts, completions, rows):
+    try:
+        raise TimeoutError
+    except TimeoutError as error:
+        raise RuntimeError("no verdict") from error
+
+
+def reads_nothing(prompts, completions, rows):
+    Path("nowhere").read_text()
+
+
+def asks_for_what_is_not_there(prompts, completions, rows):
+    raise httpx.HTTPStatusError("gone", request=httpx.Request("GET", "http://x"), response=httpx.Response(404))
+
+
 def scalars(prompts, completions, rows):
     return [np.float32(0.5), torch.tensor(2), np.int64(3)]
 
@@ -91,6 +118,20 @@ def test_a_function_is_called_with_its_arguments():
 )
 def test_a_reward_that_fails_names_the_row(function, said):
     with pytest.raises(RewardError, match=said):
+        opened(function)(ANSWERS)
+
+
+@pytest.mark.parametrize("function", ["asks_nobody", "asks_a_busy_server", "wraps_a_timeout"])
+def test_a_reward_whose_server_is_down_may_be_tried_again(function):
+    wanted = rf"{function} got no answer from what it asks, for 3 answers from row 0 .* The same command goes on"
+    with pytest.raises(UnansweredRewardError, match=wanted) as failed:
+        opened(function)(ANSWERS)
+    assert not isinstance(failed.value, InputError)
+
+
+@pytest.mark.parametrize("function", ["reads_nothing", "asks_for_what_is_not_there"])
+def test_a_reward_that_would_fail_again_is_a_mistake(function):
+    with pytest.raises(RewardError, match=rf"{function} failed on row 0"):
         opened(function)(ANSWERS)
 
 
@@ -237,3 +278,12 @@ def test_a_judge_that_mostly_raves_is_an_error():
         pytest.raises(RewardError, match=r"no grade for 2 of 3 answers, more than the judge's max_missing=0.5 allows"),
     ):
         graded(judge(url))
+
+
+def test_a_judge_that_leaves_too_much_unanswered_may_be_tried_again():
+    def reply(question, before):
+        return (200, "[[10]]") if "\n0\n-----" in question else (503, {})
+
+    with serving(reply) as (url, _), pytest.raises(JudgeError, match="2 questions were not answered; is it") as failed:
+        graded(judge(url, max_attempts=1))
+    assert not isinstance(failed.value, InputError)
