@@ -111,6 +111,14 @@ def kind_of(cls: type) -> str | None:
     return next((path.rpartition("/")[2] for path, known in _SCHEMAS.items() if known is cls), None)
 
 
+def kinds_beside(cls: type) -> dict[str, type]:
+    """Every kind of the group that a class is chosen from, by name; nothing of one that is no choice."""
+    groups = {path.partition("/")[0] for path, known in _SCHEMAS.items() if known is cls}
+    return {
+        name: known for path, known in _SCHEMAS.items() for group, _, name in [path.partition("/")] if group in groups
+    }
+
+
 def unresolved(node: DictConfig, name: str) -> Any:
     """A value of a composed tree with its interpolations (``${...}``) as they are written; a part with a schema as it is."""
     inner = node._get_node(name)
@@ -327,10 +335,9 @@ def _unknown(cls: type, path: str, key: str, root: DictConfig) -> str:
 
 def _choices_with(cls: type, key: str) -> Iterator[str]:
     """Other choices of a schema's group that have a setting of that name: ``adapter=lora`` for ``rank``."""
-    groups = {path.partition("/")[0] for path, schema_class in _SCHEMAS.items() if schema_class is cls}
-    for path, schema_class in _SCHEMAS.items():
-        group, _, name = path.partition("/")
-        if group in groups and any(field.name == key for field in dataclasses.fields(schema_class)):
+    group = next((path.partition("/")[0] for path, known in _SCHEMAS.items() if known is cls), "")
+    for name, other in kinds_beside(cls).items():
+        if any(field.name == key for field in dataclasses.fields(other)):
             yield f"{group}={name}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,6 +26,12 @@ OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
 def without_password(text: str) -> str:
     """A text whose URLs have no user and password (``https://user:password@host``) any more."""
     return re.sub(r"([a-zA-Z][\w+.-]*://)[^\s/?#'\"]+@", r"\1***@", text)
+
+
+def secret_digest(value: Any, salt: str) -> str:
+    """By which a value is known again, not read: slow on purpose (scrypt, RFC 7914), since some secrets are short."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.scrypt(text.encode(errors="surrogatepass"), salt=salt.encode(), n=1 << 14, r=8, p=1, dklen=12).hex()
 
 
 def written_passwords(words: Iterable[str], where: str) -> Iterator[str]:

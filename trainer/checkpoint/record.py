@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import yaml
 from omegaconf import MISSING, DictConfig
 
-from trainer.config import ConfigError, kind_of, schema_of, unresolved
-from trainer.secrets import without_password
+from trainer.config import ConfigError, kind_of, kinds_beside, schema_of, unresolved
+from trainer.secrets import secret_digest, without_password
 
 KIND = "kind"
 FREE_TO_CHANGE = (
@@ -48,12 +49,14 @@ class Setting:
     value: as plain YAML, as a record has it
     used: the value itself, which differs where a record must not have it
     is_default: whether it is what it is where nothing is said
+    kinds: of a choice, the schema of every kind by name
     """
 
     name: str
     value: Any
     used: Any
     is_default: bool
+    kinds: Mapping[str, type] = dataclasses.field(default_factory=dict)
 
 
 def is_free(name: str, free: Iterable[str] = FREE_TO_CHANGE) -> bool:
@@ -65,7 +68,7 @@ def settings(node: Any, path: str = "") -> Iterator[Setting]:
     """Every setting of a configuration object, or of a composed tree that is not parsed, by its full name."""
     cls = schema_of(node) or type(node)
     if (kind := kind_of(cls)) is not None:
-        yield Setting(f"{path}{KIND}", kind, kind, False)
+        yield Setting(f"{path}{KIND}", kind, kind, False, kinds_beside(cls))
     composed = isinstance(node, DictConfig)
     typed = {} if composed else getattr(node, "as_typed", {})
     for field in dataclasses.fields(cls):
@@ -104,11 +107,12 @@ def differences(before: Mapping[str, Any], now: Iterable[Setting]) -> Iterator[t
     has its default. A choice of another kind is one difference, whatever else the two kinds have.
     """
     new = {setting.name: setting for setting in now}
-    # Releases before 0.2 recorded no kinds.
     kinds = [key for key in dict.fromkeys([*before, *new]) if key.endswith(f".{KIND}")]
+    recorded = any(key in before for key in kinds)  # not by releases before 0.2
     others: list[str] = []
-    for key in sorted(kinds, key=len) if any(key in before for key in kinds) else ():
+    for key in sorted(kinds, key=len):
         old, chosen = before.get(key, ABSENT), new[key].value if key in new else ABSENT
+        old = old if recorded else _kind_by_settings(before, new[key])
         if old != chosen and not any(key.startswith(node) for node in others):
             others.append(key.removesuffix(KIND))
             yield key.removesuffix(f".{KIND}"), old, chosen
@@ -122,6 +126,31 @@ def differences(before: Mapping[str, Any], now: Iterable[Setting]) -> Iterator[t
                 yield key, ABSENT, new[key].value
         elif before[key] not in (new[key].value, new[key].used):
             yield key, before[key], new[key].value
+
+
+def _kind_by_settings(before: Mapping[str, Any], choice: Setting) -> Any:
+    """The kind of a choice as far as the settings tell that a record without kinds has: its own, unless only others fit."""
+    node = choice.name.removesuffix(KIND)
+    recorded = {key.removeprefix(node).partition(".")[0] for key in before if key.startswith(node)}
+    fitting = [kind for kind, cls in choice.kinds.items() if {f.name for f in dataclasses.fields(cls)} == recorded]
+    return choice.value if not fitting or choice.value in fitting else " or ".join(fitting)
+
+
+def environment_digests(config: Any, salt: str) -> dict[str, str]:
+    """A digest of what environment variables gave to each setting that may not change, by its name.
+
+    Not of the paths of what is there: that is compared by digests of its own, wherever it lies.
+    """
+    return {
+        one.name: secret_digest(one.used, salt)
+        for one in settings(config)
+        if one.value != one.used and "${" in str(one.value) and not is_free(one.name) and not _is_place(one.used)
+    }
+
+
+def _is_place(value: Any) -> bool:
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) and os.path.exists(text) for text in texts)  # noqa: PTH110 (it may be too long a text)
 
 
 def flat(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -17,9 +17,18 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from trainer.checkpoint.folder import steps_in
-from trainer.checkpoint.record import differences, flat, is_free, plain, read_record, settings
+from trainer.checkpoint.record import (
+    KIND,
+    differences,
+    environment_digests,
+    flat,
+    is_free,
+    plain,
+    read_record,
+    settings,
+)
 from trainer.config import ConfigError, InputError
-from trainer.disk import write_text
+from trainer.disk import disk_error, write_text
 from trainer.export.lineage import environment_facts
 from trainer.parallel import distributed
 from trainer.stopping import Stopped
@@ -35,6 +44,8 @@ LEFTOVERS = ("*.partial", "*.partial-*", ".shared-*", "export*.tmp-*", "adapter*
 """What an attempt that was killed leaves behind, half written."""
 FINGERPRINTS = {"data": "the data", "tokenizer": "the tokenizer", "models": "the model in {}"}
 """What a run must find unchanged, beside its settings: the facts of its record that say so, in words."""
+PRIVATE = ("attempts", "environment")
+"""Facts that are in the record alone, not in checkpoints, exports and trackers."""
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for the folder: a launcher may restart a run while the attempt before is still going down."""
 
@@ -119,11 +130,12 @@ def begin(folder: Path, config: Any, made_from: Mapping[str, Any], ranks: int) -
     ``stopped.json``.
 
     Raises:
-        RankError: if another process holds the folder, or began another run in it.
+        InputError: if another process holds the folder, or began another run in it.
+        RunError: if the disk is full.
     """
     lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT)
     record = distributed.run_on_main(lambda: _begin(folder, lock, config, made_from, ranks))
-    facts = {key: value for key, value in record["facts"].items() if key != "attempts"}
+    facts = {key: value for key, value in record["facts"].items() if key not in PRIVATE}
     try:
         yield Attempt(facts, folder, record)
     except Stopped as stop:
@@ -141,20 +153,35 @@ def _begin(folder: Path, lock: BaseFileLock, config: Any, made_from: Mapping[str
     except Timeout:
         raise InputError(f"run_dir={folder} is in use by another process; wait for it or use resume=new") from None
     except OSError as error:
-        raise _unusable(folder, error) from None
+        known = disk_error(error, folder)
+        raise _unusable(folder, error) if known is None or isinstance(known, InputError) else known from None
     for left in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     (folder / STOPPED).unlink(missing_ok=True)
     now, record = environment_facts(ranks), plain(config)
     if not (folder / RECORD).exists():
-        return {"config": record, "facts": {**made_from, **now, "identity": uuid.uuid4().hex[:12]}}
+        identity = uuid.uuid4().hex[:12]
+        secret = {"environment": environment_digests(config, identity)}
+        return {"config": record, "facts": {**made_from, **now, "identity": identity, **secret}}
     # It may have been begun while this attempt waited for the lock.
     refuse_changes(folder, config, made_from)
-    facts = read_record(folder / RECORD)["facts"]
+    before = read_record(folder / RECORD)
+    facts = before["facts"]
     if "models" not in facts:
         log.warning("%s was begun by an earlier release; its models are compared from now on", folder)
-    facts = {"models": made_from.get("models", {}), **facts, "attempts": [*facts.get("attempts", []), now]}
-    return {"config": record, "facts": facts}
+    if (kinds := _kinds(record)) and not _kinds(before["config"]):
+        log.warning(
+            "%s was begun by an earlier release, whose record does not say the kind of %s: that it is the same is not known, "
+            "and compared from now on", folder, ", ".join(kinds),
+        )  # fmt: skip
+    environment = {**environment_digests(config, facts["identity"]), **facts.get("environment", {})}
+    facts = {"models": made_from.get("models", {}), **facts, "environment": environment}
+    return {"config": record, "facts": {**facts, "attempts": [*facts.get("attempts", []), now]}}
+
+
+def _kinds(record: Mapping[str, Any]) -> list[str]:
+    """Whose kind a record says, of all settings that are a choice."""
+    return [name.removesuffix(f".{KIND}") for name in flat(record) if name.endswith(f".{KIND}")]
 
 
 def _mark(folder: Path, stop: Stopped) -> None:
@@ -173,6 +200,14 @@ def refuse_changes(folder: Path, config: Any, made_from: Mapping[str, Any] | Non
         f"{key} was {old!r} when {folder} was begun and is {new!r} now; set it back, or start afresh with resume=new"
         for key, old, new in differences(flat(before["config"]), settings(config))
         if not is_free(key)
+    ]
+    known = before["facts"].get("environment", {})
+    now = environment_digests(config, before["facts"]["identity"]) if known else {}
+    problems += [
+        f"{setting.name} is {setting.value} as it was when {folder} was begun, but the environment variable has another "
+        "value now; set it back, or start afresh with resume=new"
+        for setting in settings(config)
+        if setting.name in known.keys() & now.keys() and known[setting.name] != now[setting.name]
     ]
     if made_from is not None and not problems:
         remedy = f"changed since {folder} was begun; restore it, or start afresh with resume=new"

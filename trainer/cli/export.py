@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint.record import plain, read_record, texts_of
-from trainer.checkpoint.run_folder import RECORD
+from trainer.checkpoint.run_folder import PRIVATE, RECORD
 from trainer.cli.parsing import parser_of
 from trainer.cli.train import split_config_dirs
 from trainer.compose import compose
@@ -56,8 +56,7 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / RECORD).is_file():
         raise InputError(f"{run_dir} is not a run directory (it has no {RECORD}); give the run_dir of a run")
     facts: dict[str, Any] = read_record(run_dir / RECORD)["facts"]
-    facts.pop("attempts", None)
-    return facts
+    return {key: value for key, value in facts.items() if key not in PRIVATE}
 
 
 def restored_step(cfg: Run, run_dir: Path, engine: Engine) -> int:

@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from tests.command import ROOT, TINY
-from trainer.checkpoint.record import ABSENT, defaults, differences, flat, is_free, plain, read_record, settings
+from trainer.checkpoint.record import (
+    ABSENT,
+    defaults,
+    differences,
+    environment_digests,
+    flat,
+    is_free,
+    plain,
+    read_record,
+    settings,
+)
 from trainer.checkpoint.run_folder import begin, refuse_changes
 from trainer.compose import compose, compose_raw
 from trainer.config import _SCHEMAS, ConfigError
@@ -142,6 +152,24 @@ def test_a_record_of_an_earlier_release_goes_on_unless_what_it_knows_differs():
     assert refusals(record, run) == ["schedule.decay", "schedule.floor"]
 
 
+@pytest.mark.parametrize(
+    ("group", "before", "now", "fitting"),
+    [
+        ("schedule", "constant", "cosine", "constant"),
+        ("schedule", "linear", "wsd", "linear or cosine"),
+        ("adapter", "none", "lora", "none"),
+        ("optimizer", "adamw", "muon", "adamw"),
+    ],
+)
+def test_the_kind_that_a_record_of_an_earlier_release_had_is_told_by_its_settings(group, before, now, fitting):
+    record = {
+        name: value for name, value in flat(plain(run_of(**{group: before}))).items() if not name.endswith(".kind")
+    }
+    assert refusals(record, run_of(**{group: before})) == []
+    [(name, old, new)] = [d for d in differences(record, settings(run_of(**{group: now}))) if d[0] != "optimizer.lr"]
+    assert (name, old, new) == (group, fitting, now)
+
+
 def test_a_composed_tree_has_the_settings_of_its_object():
     arguments = ["pipeline=dpo", "data=preference", "data.train=[a]", "adapter=lora", "schedule=constant", "steps=3"]
     tree = {setting.name: setting.value for setting in settings(compose_raw(arguments))}
@@ -172,6 +200,38 @@ def test_no_password_and_no_environment_variable_is_in_a_record(monkeypatch, tmp
     refuse_changes(tmp_path / "r", run)
     # A record of an earlier release has the value itself.
     assert list(differences({**flat(record), "steps": 7}, settings(run))) == []
+
+
+def test_an_environment_variable_that_changed_is_named_and_its_value_in_no_record(monkeypatch, tmp_path):
+    for name, value in (("MY_RATE", "0.0123457"), ("MY_GROUP", "g")):
+        monkeypatch.setenv(name, value)
+    words = [*TINY, "steps=7", "run_dir=r", "optimizer.lr=${oc.env:MY_RATE}", "tracking.wandb.group=${oc.env:MY_GROUP}"]
+    folder = tmp_path / "r"
+    for _ in range(2):
+        with begin(folder, compose(words), {}, 1) as attempt:
+            attempt.accept(0, 7)
+        assert "environment" not in attempt.facts
+    assert list(read_record(folder / "config.yaml")["facts"]["environment"]) == ["optimizer.lr"]
+    assert "0.0123457" not in (folder / "config.yaml").read_text()
+    monkeypatch.setenv("MY_GROUP", "another")  # which is free to change
+    refuse_changes(folder, compose(words))
+    monkeypatch.setenv("MY_RATE", "0.0123458")
+    with pytest.raises(ConfigError) as refused:
+        refuse_changes(folder, compose(words))
+    [problem] = refused.value.problems
+    assert problem.startswith(
+        f"optimizer.lr is ${{oc.env:MY_RATE}} as it was when {folder} was begun, but the environment"
+    )
+    assert "012345" not in problem
+
+
+def test_digests_of_values_have_a_salt_and_leave_out_what_is_compared_by_its_content(tmp_path):
+    node = Outer("secret")
+    node.as_typed = {"path": "${oc.env:MY_PATH}"}
+    assert environment_digests(node, "a") == environment_digests(node, "a") != environment_digests(node, "b")
+    assert list(environment_digests(node, "a")) == ["path"]
+    node.path = str(tmp_path)  # a folder that is there, wherever another machine has it
+    assert environment_digests(node, "a") == {}
 
 
 def test_a_password_in_a_url_is_left_out_and_nothing_else():

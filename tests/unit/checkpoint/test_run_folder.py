@@ -7,7 +7,9 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.command import TINY
 from trainer.checkpoint.run_folder import begin, choose
+from trainer.compose import compose
 from trainer.config import ConfigError, InputError
 from trainer.settings import BatchSizes
 from trainer.stopping import Stopped
@@ -128,6 +130,27 @@ def test_a_run_of_an_earlier_release_goes_on_and_has_its_models_recorded(begun, 
         attempt.accept(0, 10)
     assert "was begun by an earlier release; its models are compared from now on" in caplog.text
     assert yaml.safe_load((begun / "config.yaml").read_text())["facts"]["models"] == MADE_FROM["models"]
+
+
+def test_a_run_whose_record_names_no_kinds_goes_on_and_it_is_said(tmp_path, caplog):
+    run = compose([*TINY, "steps=2"])
+    with begin(tmp_path / "r", run, MADE_FROM, 1) as attempt:
+        attempt.accept(0, 2)
+    file = tmp_path / "r" / "config.yaml"
+    before = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(without_kinds(before)))
+    for times in (1, 1):  # from then on they are recorded
+        with begin(tmp_path / "r", run, MADE_FROM, 1) as attempt:
+            attempt.accept(0, 2)
+        assert (
+            caplog.text.count("whose record does not say the kind of pipeline, model, data, adapter, strategy") == times
+        )
+    assert yaml.safe_load(file.read_text())["config"] == before["config"]
+
+
+def without_kinds(node):
+    """A record as releases before 0.2 wrote it."""
+    return {k: without_kinds(v) for k, v in node.items() if k != "kind"} if isinstance(node, dict) else node
 
 
 def test_what_a_killed_attempt_left_is_removed_and_no_link_is_followed(begun, tmp_path):
