@@ -110,8 +110,8 @@ class Run(Node):
 
     def problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.epochs is None):
-            given = f"steps={self.steps} and epochs={self.epochs}"
-            yield f"{given}: give exactly one of them, the other null"
+            given = f"steps={self.steps} and epochs={self.epochs}: give exactly one of them, the other null"
+            yield "steps and epochs are both null: give one of them, such as epochs=1" if self.steps is None else given
         if not issubclass(self.data.batch_type, self.pipeline.batch_type):
             wanted, offered = self.pipeline.batch_type.unit, self.data.batch_type.unit
             yield f"the pipeline learns from {wanted} and the data holds {offered}; choose another data="

@@ -178,17 +178,25 @@ def test_code_and_configuration_are_kept_and_the_job_s_number_comes_last(tmp_pat
     sbatch.chmod(0o755)
     repository = tmp_path / "mine"
     repository.mkdir()
+    (repository / "judge.sh").write_text("ask http://host/v1\n")
     for command in (
         ["init", "-q"],
-        ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x", "--allow-empty"],
+        ["add", "judge.sh"],
+        ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"],
     ):
         subprocess.run(["git", "-C", repository, *command], check=True)
+    (repository / "judge.sh").write_text("ask http://me:hunter2@host/v1\n")
     (repository / "notes.txt").write_text("untracked")
     monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
     monkeypatch.chdir(repository)
     assert submit.main(["nodes=2", "tasks_per_node=1", "--", *RUN, "run_dir=runs/mine"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["4711"]
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == ["4711"]
     [kept] = (repository / "runs" / "mine" / "submissions").iterdir()
+    assert f"{kept}/changes-0.diff has *** in place of passwords" in shown.err
+    assert "+ask http://***@host/v1\n" in (kept / "changes-0.diff").read_text()
+    # The other one is what differs in this project, whose tests have the word.
+    assert not any("hunter2" in file.read_text() for file in kept.iterdir() if file.name != "changes-1.diff")
     state = json.loads((kept / "state.json").read_text())
     assert "notes.txt" in state["code"][str(repository)]["untracked"]
     assert len(state["code"][str(repository)]["commit"]) == 40

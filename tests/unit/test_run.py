@@ -143,6 +143,23 @@ def test_what_the_command_line_says_of_a_run_s_length_wins_over_a_file(tmp_path,
     assert metrics(tmp_path / "r")[0]["lr"] == 0.003
 
 
+def test_no_file_of_a_run_holds_a_password(tmp_path, monkeypatch, caplog):
+    url = "data.cache=http://me:hunter2@host/x"
+    monkeypatch.setattr("sys.argv", ["onecurve", "train", url])
+    watched = [word for word in SMALL if not word.startswith("tracking.")]
+    run(
+        compose(
+            [*watched, url, f"run_dir={tmp_path}/r", "steps=1", "evaluation.samples=1", "tracking.wandb.mode=offline"]
+        )
+    )
+    files = [file for file in (tmp_path / "r").rglob("*") if file.is_file()]
+    assert {"config.yaml", "report.html", "onecurve.json", "manifest.json"} <= {file.name for file in files}
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [file for file in files if b"hunter2" in file.read_bytes()] == []
+    assert "***@host/x" in (tmp_path / "r" / "config.yaml").read_text()
+    assert "hunter2" not in caplog.text
+
+
 def test_a_stop_request_saves_and_the_same_command_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_asked", 15)
     with pytest.raises(Stopped, match=r"stopped after step 1 of 3 \(SIGTERM"):

@@ -32,6 +32,7 @@ import yaml
 from trainer.checkpoint.record import plain
 from trainer.compose import compose
 from trainer.config import ConfigError, InputError, setting
+from trainer.disk import write_text
 from trainer.parallel.environment import imagined
 from trainer.run import Run
 from trainer.secrets import without_password, written_passwords
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 1
     number = done.stdout.strip().partition(";")[0]
-    (folder / "job").write_text(f"{number}\n")
+    write_text(folder / "job", f"{number}\n")
     print(f"{job.ranks} ranks on {job.nodes} nodes, run_dir={cfg.run_dir}, logs in {run_dir / 'logs'}", file=sys.stderr)
     print(number)
     return 0
@@ -284,8 +285,8 @@ def snapshot(run_dir: Path, script: str, cfg: Run, arguments: Sequence[str]) -> 
     names = (stamp if n == 1 else f"{stamp}-{n}" for n in range(1, 1000))
     folder = next(path for name in names if not (path := run_dir / "submissions" / name).exists())
     folder.mkdir(parents=True)
-    (folder / "job.sbatch").write_text(script)
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True))
+    write_text(folder / "job.sbatch", script)
+    write_text(folder / "config.yaml", yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True))
     state: dict[str, Any] = {
         "command": without_password(shlex.join(["onecurve", "submit", *arguments])),
         "folder": str(Path.cwd()),
@@ -294,12 +295,14 @@ def snapshot(run_dir: Path, script: str, cfg: Run, arguments: Sequence[str]) -> 
     for repository in dict.fromkeys(filter(None, (_top(Path.cwd()), _top(ROOT)))):
         diff = _git(repository, "diff", "HEAD", "--binary")
         name = f"changes-{len(state['code'])}.diff"
-        (folder / name).write_text(diff)
+        write_text(folder / name, shown := without_password(diff))
+        if shown != diff:
+            print(f"{folder / name} has *** in place of passwords, so it may not apply as it is", file=sys.stderr)
         state["code"][str(repository)] = {
             "commit": _git(repository, "rev-parse", "HEAD").strip(), "changes": name,
             "untracked": _git(repository, "ls-files", "--others", "--exclude-standard").splitlines(),
         }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    write_text(folder / "state.json", json.dumps(state, indent=1) + "\n")
     return folder
 
 

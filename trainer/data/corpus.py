@@ -173,7 +173,14 @@ class Files(Data):
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
         parts = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.train)}
         mixture = Mixture(list(parts.values()), [self.weights.get(name, 1.0) for name in parts], seed)
-        return Corpus(mixture, heldout, summaries(parts) + summaries(heldout))
+        return Corpus(mixture, heldout, [*self.remarks(), *summaries(parts), *summaries(heldout)])
+
+    def remarks(self) -> list[str]:
+        """What is to be said of the sources as they are named."""
+        both = [
+            path for path in self.eval if path in self.train and not Path(path).is_dir()
+        ]  # a folder may have two splits
+        return [f"data.eval: {path} is in data.train, too: its figures say nothing about other data" for path in both]
 
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> UnitStore:
         """A source's units, prepared now or before."""
@@ -199,7 +206,11 @@ class TextData(Files):
         if not self.streaming:
             return super().open(tokenizer, length, seed)
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
-        return Corpus(Stream(self.sources(self.train), tokenizer, length, self.window), heldout, summaries(heldout))
+        return Corpus(
+            Stream(self.sources(self.train), tokenizer, length, self.window),
+            heldout,
+            self.remarks() + summaries(heldout),
+        )
 
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> RowStore:
         key = [source.fingerprint(), self.on_bad_row]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.config import InputError
+
 TILE = 256
 """Tokens of the vocabulary that are summed together: a draw finds its tile first, then its token in the tile."""
 PREFIX = 64
@@ -44,7 +46,7 @@ class Sampling:
         if wrong := [
             f"{name}={getattr(self, name)} must be {rule}" for name, (good, rule) in rules.items() if not good
         ]:
-            raise ValueError("; ".join(wrong))
+            raise InputError("; ".join(wrong))
 
     @property
     def filters(self) -> bool:

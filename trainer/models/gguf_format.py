@@ -102,11 +102,17 @@ def architecture_of(file: Gguf) -> Architecture:
 
 
 def hugging_face_name(name: str) -> str:
-    """A tensor's name in Hugging Face's words."""
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{parts[3]}"
-    return f"{OUTER[parts[0]]}.{parts[1]}"
+    """A tensor's name in Hugging Face's words.
+
+    Raises:
+        UnsupportedError: if none of the families has such a tensor.
+    """
+    match name.split("."):
+        case ["blk", layer, part, kind] if part in NAMES:
+            return f"model.layers.{layer}.{NAMES[part]}.{kind}"
+        case [part, kind] if part in OUTER:
+            return f"{OUTER[part]}.{kind}"
+    raise UnsupportedError(f"it holds {name}, which no model of {', '.join(FAMILIES)} has; give a file of one of these")
 
 
 def weights_of(file: Gguf, a: Architecture) -> Iterator[tuple[str, torch.Tensor]]:

@@ -164,6 +164,11 @@ class LoRA(Adapter):
             f"adapter.full: {pattern} matches no module with weights; there are embed_tokens, model.norm and others"
             for pattern in unmatched(self.full, modules)
         ]
+        sizes = [max(m.weight.shape) for n, m in model.named_modules() if n in linears and matches(n, self.targets)]
+        if sizes and self.rank > max(sizes):
+            problems.append(
+                f"adapter.rank={self.rank} is more than any side of a matrix it adapts; use at most {max(sizes)}"
+            )
         both = [name for name in modules if matches(name, self.full) and matches(name, self.targets)]
         problems += [f"adapter.full and adapter.targets both name {both[0]}; leave it out of one"] if both else []
         if self.path is not None and not problems:

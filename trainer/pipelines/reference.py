@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.config import setting
+from trainer.config import InputError, setting
 from trainer.data.corpus import Corpus
 from trainer.data.pairs import AnswerBatch, PairStore
 from trainer.data.tokenizer import Tokenizer
@@ -168,9 +168,16 @@ def _write(file: Path, values: Tensor, key: str) -> None:
 
 
 def _read(file: Path, key: str, count: int) -> Tensor:
-    """The values in a file that were computed from just these units by just this model."""
-    with safe_open(file, framework="pt") as opened:
-        values: Tensor = opened.get_tensor("reference")
-        if opened.metadata() != {"made_from": key} or values.shape != (count, 2):
-            raise ValueError(f"{file} was computed from another model or other pairs; delete it")
-    return values
+    """The values in a file that were computed from just these units by just this model.
+
+    Raises:
+        InputError: if they were not, or the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            made_from, values = opened.metadata(), opened.get_tensor("reference")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({error}); delete it, and it is computed again") from None
+    if made_from != {"made_from": key} or values.shape != (count, 2):
+        raise InputError(f"{file} was computed from another model or other pairs; delete it, and it is computed again")
+    return values  # type: ignore[no-any-return]

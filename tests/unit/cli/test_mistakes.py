@@ -108,6 +108,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("LoRA's rank without LoRA", [*SFT, "adapter.rank=8"], "adapter=lora"),
     ("peft's word for all layers", [*SFT, "adapter=lora", "adapter.targets=all-linear"], "write adapter.targets=["),
     ("a target that is no layer", [*SFT, "adapter=lora", "adapter.targets=[query]"], "query"),
+    ("a rank beyond all", [*SFT, "adapter=lora", "adapter.rank=99999"], "adapter.rank=99999 is more than any side"),
     ("both biases and a family without", ["model.qk_norm=true"], "cannot be written as family llama"),
     ("heads that do not divide", ["model.num_attention_heads=5"], "num_attention_heads=5 is not a multiple of"),
     ("an unknown rope", ["model.rope_scaling={rope_type: ntk}"], "rope_type=ntk is not known"),
@@ -118,7 +119,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         [*SFT, "schedule.warmup=5.5"],
         "schedule.warmup=5.5 is neither a number of steps nor a part",
     ),
-    ("neither steps nor epochs", [*SFT, "steps=null"], "give exactly one"),
+    ("neither steps nor epochs", [*SFT, "steps=null"], "both null: give one of them, such as epochs=1"),
     ("a run_dir that is something else", [*SFT, "run_dir=runs"], "run_dir=runs is not a run directory"),
     ("a run_dir that is a file", [*SFT, "run_dir=plain.txt"], "run_dir=plain.txt is not a run directory"),
     ("a run_dir below a file", [*SFT, "run_dir=plain.txt/run"], "run_dir=plain.txt/run lies below plain.txt"),
@@ -179,6 +180,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("an evaluation of nothing", ["evaluate", *SFT], "data.eval=[]"),
     ("a chat with nothing", ["chat", "nowhere"], "nowhere does not exist"),
     ("completions of a folder that is no model", ["generate", "runs", "--prompt", "Who?"], "runs has no config.json"),
+    (
+        "no tokens at all",
+        ["generate", "model", "--template", "chatml", "--prompt", "Who?", "--tokens", "0"],
+        "tokens=0 must be at least 1",
+    ),
     ("scores of a model without head", ["score", "model", "chats.jsonl"], "scores nothing"),
     ("a GGUF that is none", ["convert", "plain.txt", "models/x"], "plain.txt is not a GGUF file"),
     ("an export of a folder that is no run", ["export", "runs"], "runs is not a run directory"),
@@ -226,6 +232,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_one_sentence(desk, tmp_path,
     assert "is whole" in errors
     assert "start afresh with resume=new" in errors
     assert "Traceback" not in errors
+
+
+def test_a_full_disk_is_one_sentence_and_no_mistake(desk, room, tmp_path, clean_registries):
+    words = ["train", *SFT, f"data.cache={tmp_path / 'cache'}"]
+    assert onecurve(desk, *words, f"run_dir={tmp_path / 'r'}")[0] == 0  # and the data is prepared
+    for size, sentence in ((100, "new/config.yaml could not be written"), (20_000, "the checkpoint of step 1 was not")):
+        room(size)
+        code, _, errors = onecurve(desk, *words, f"run_dir={tmp_path / 'new'}")
+        assert (code, errors.count("\n")) == (1, 1), errors
+        assert sentence in errors
+        assert "(File too large); free space there, then run again" in errors
 
 
 TRACED = {"RankError", "OutOfLanguageError", "WorkLimitError", "MalformedError"}

@@ -217,6 +217,17 @@ def test_a_changed_file_is_prepared_again_and_an_unchanged_one_is_not(tmp_path):
     assert data.open(TOKENIZER, 16, 0).fingerprint != first.fingerprint
 
 
+def test_a_file_that_is_learnt_from_and_measured_on_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("Ada paints red drums in Rome.\n" * 20)
+    for streaming in (False, True):
+        data = text_data(
+            tmp_path / "a.txt", tmp_path / "cache", eval=[str(tmp_path / f"{n}.txt") for n in "ab"], streaming=streaming
+        )
+        said = [line for line in data.open(TOKENIZER, 32, 0).summary if "data.train" in line]
+        assert said == [f"data.eval: {tmp_path}/a.txt is in data.train, too: its figures say nothing about other data"]
+
+
 def _prepare(cache: str, out: "multiprocessing.Queue[str]") -> None:
     out.put(prepare_rows(Path(cache), ["same"], lambda: tokenize(TEXTS * 50, TOKENIZER), TOKENIZER, 16).fingerprint)
 

@@ -11,7 +11,7 @@ from tests.small_folder import write_folder
 from trainer.config import ConfigError
 from trainer.data.tokenizer import open_tokenizer
 from trainer.models.header import read_shape
-from trainer.models.hf_format import FormatError
+from trainer.models.hf_format import FormatError, WeightFiles
 from trainer.models.load import Model
 
 
@@ -73,6 +73,15 @@ def test_a_damaged_file_of_a_model_is_named(name, text, sentence, folder):
     [problem] = Model(path=str(folder)).problems()
     assert f"{folder / name}" in problem
     assert sentence in problem
+
+
+def test_a_fingerprint_is_of_all_weights_and_the_shape(folder):
+    before = WeightFiles(folder).fingerprint()
+    assert WeightFiles(folder).fingerprint() == before
+    stored = load_file(folder / "model.safetensors")
+    stored["model.norm.weight"][7] *= -1  # one of some thousand
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert WeightFiles(folder).fingerprint() != before
 
 
 def test_a_tensor_that_only_the_index_names_is_missed(folder):
