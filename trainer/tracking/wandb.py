@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trainer.config import Node, setting
+from trainer.secrets import without_password
 
 log = logging.getLogger(__name__)
 
@@ -84,19 +85,23 @@ class WandBSink:
 
     def _begin(self, config: WandB, folder: Path, facts: Mapping[str, Any]) -> Any:
         settings = self._wandb.Settings(silent=True, console="off", init_timeout=self.timeout)
-        return self._wandb.init(
-            id=facts["identity"],
-            name=folder.name,
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            tags=config.tags or None,
-            dir=str(folder),
-            mode=cast(Any, self.mode),
-            resume="allow",
-            config=self._settings,
-            settings=settings,
-        )
+        words, sys.argv = sys.argv, [without_password(word) for word in sys.argv]  # W&B records them
+        try:
+            return self._wandb.init(
+                id=facts["identity"],
+                name=folder.name,
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                tags=config.tags or None,
+                dir=str(folder),
+                mode=cast(Any, self.mode),
+                resume="allow",
+                config=self._settings,
+                settings=settings,
+            )
+        finally:
+            sys.argv = words
 
     def catch_up(self) -> None:
         """Upload what attempts have recorded offline, in their order, as far as there is time."""
