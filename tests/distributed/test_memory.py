@@ -43,8 +43,8 @@ CONFIGURATIONS = [
 
 def status(pid: int | str) -> dict[str, float]:
     """GB by what the kernel says of a process; nothing once it has ended."""
-    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {name.rstrip(":"): int(size) * 1024 / 1e9 for name, size, *unit in lines if unit == ["kB"]}
+    sizes = re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return {name: int(size) * 1024 / 1e9 for name, size in sizes}
 
 
 def peak_gb(tmp_path, name, overrides, ranks):
