@@ -7,9 +7,10 @@ from typing import Any
 
 DEQUANTIZED = (
     "python -c 'from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; "
-    'M.from_pretrained("{0}", quantization_config=C(dequantize=True), dtype="bfloat16").save_pretrained("{0}-bf16")\''
+    'M.from_pretrained("{0}", quantization_config=C(dequantize=True), dtype="bfloat16")'
+    '.save_pretrained("{0}-bf16", save_original_format=False)\' && cp {0}/tokenizer* {0}-bf16/'
 )
-"""The command that writes a folder of bfloat16 weights beside one of fp8 weights."""
+"""The command that writes a folder of bfloat16 weights beside one of fp8 weights. The original format would be fp8 again."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
