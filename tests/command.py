@@ -1,15 +1,19 @@
 """The command line as users run it: real processes, one or several ranks, that can be killed."""
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.ranks import free_port
+from tests.ranks import forkserver, free_port
 from trainer import stopping
 from trainer.cli import main
 
@@ -35,40 +39,103 @@ def environment(rank: int = 0, size: int = 1, port: int = 0) -> dict[str, str]:
     return env
 
 
-class Command:
-    """``python -m trainer ...`` on ``ranks`` ranks in ``folder``."""
+class Forked:
+    """``python -m trainer ...`` in a process of its own that need not import anything: what takes the time of a small run.
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 1) -> None:
+    Used as `subprocess.Popen` is. Unlike fresh interpreters, all of one test worker order sets of strings alike.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        self._output = tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = forkserver().Process(
+            target=_as_a_program, args=(str(folder), list(arguments), dict(env), self._output.name)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or the negative signal; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait for the end; gives the output and the errors together."""
+        self._process.join(timeout)
+        self._output.seek(0)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0, self._output.read())
+        return self._output.read(), None
+
+
+def _as_a_program(folder: str, arguments: list[str], env: dict[str, str], output: str) -> None:
+    """What an interpreter does before and after ``-m trainer``."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for path, flags, numbers in ((os.devnull, os.O_RDONLY, (0,)), (output, os.O_WRONLY | os.O_APPEND, (1, 2))):
+        opened = os.open(path, flags)
+        for number in numbers:
+            os.dup2(opened, number)
+    sys.argv = ["trainer", *arguments]
+    sys.path[:0] = [folder, *env["PYTHONPATH"].split(os.pathsep)]
+    try:
+        runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
+
+
+class Command:
+    """``python -m trainer ...`` on ``ranks`` ranks in ``folder``; ``fresh``: by an interpreter that imports everything."""
+
+    def __init__(self, folder: Path, *overrides: str, ranks: int = 1, fresh: bool = False) -> None:
         port = free_port()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "trainer", *overrides],
-                cwd=folder, env=environment(rank, ranks, port), text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
+        start = _interpreter if fresh else Forked
+        self.processes = [start(folder, overrides, environment(rank, ranks, port)) for rank in range(ranks)]
 
     def finish(self, timeout: float = 300) -> str:
         """Wait for every rank; all must succeed. Gives rank 0's output."""
-        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        outputs = self._outputs(timeout)
         codes = [process.returncode for process in self.processes]
         assert codes == [0] * len(codes), f"exit codes {codes}:\n" + "\n".join(outputs)
         return outputs[0]
 
     def fail(self, timeout: float = 120) -> tuple[int, str]:
         """Wait for every rank; gives rank 0's exit code, which is not 0, and its output."""
-        outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
+        outputs = self._outputs(timeout)
         code = self.processes[0].returncode
-        assert code != 0, outputs[0]
+        assert code not in (0, None), outputs[0]
         return code, outputs[0]
 
     def kill(self) -> None:
         """SIGKILL every rank, as the kernel would when memory runs out."""
         for process in self.processes:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in self.processes:
             process.communicate()
+
+    def _outputs(self, timeout: float) -> list[str]:
+        try:
+            return [process.communicate(timeout=timeout)[0] for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+
+def _interpreter(folder: Path, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *arguments], cwd=folder, env=env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def onecurve(folder: Path, *arguments: str, stdin: str = "") -> tuple[int, str, str]:

@@ -7,8 +7,10 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing import forkserver as server
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -36,10 +38,21 @@ def _rank(
         raise
 
 
+PRELOADED = [
+    "pytest", "tests.command", "trainer.cli.train", "trainer.compose", "trainer.run", "deepspeed", __name__,
+    # What DeepSpeed imports once it is initialised, torch's compiler with it: more than a second.
+    "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+]  # fmt: skip
+
+
 def forkserver() -> Any:
     """Starts processes from one that has imported everything and computed nothing: imports take longer than most tests."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "pytest", "trainer.compose", "trainer.run", __name__])
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")  # read when torch is imported
+        server.ensure_running()
     return context
 
 

@@ -52,7 +52,7 @@ def peak_gb(tmp_path, name, overrides, ranks):
 
     Of the libraries more or fewer are mapped, as many as the kernel has at hand: a tenth of a GB between two equal runs.
     """
-    command = Command(tmp_path, f"run_dir={name}", *overrides, ranks=ranks)
+    command = Command(tmp_path, f"run_dir={name}", *overrides, ranks=ranks, fresh=True)
     seen, process = [], command.processes[0]
 
     def watch():
@@ -90,7 +90,7 @@ def give_back_freed_blocks(settings):
 def test_the_estimate_is_within_a_tenth_of_the_peak(ranks, overrides, base_gb, tmp_path, monkeypatch):
     give_back_freed_blocks(monkeypatch)
     run = [*PLAIN, *SHAPE, *overrides, "steps=3"]
-    said = Command(tmp_path, "run_dir=run", *run, "estimate=true", ranks=ranks).finish()
+    said = Command(tmp_path, "run_dir=run", *run, "estimate=true", ranks=ranks, fresh=True).finish()
     total, base = (float(re.findall(rf"{part}\s+([\d.]+) GB", said)[0]) for part in ("total", "base"))
     assert total - base + base_gb == pytest.approx(peak_gb(tmp_path, "run", run, ranks), rel=0.1)
 

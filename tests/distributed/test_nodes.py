@@ -1,13 +1,11 @@
 """What ranks find out about each other: before a run, at its start, and while it goes."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, TINY, Command, environment, metrics
+from tests.command import ROOT, TINY, Command, Forked, environment, metrics
 from tests.ranks import free_port, on_ranks
 from trainer.diagnostics import preflight
 from trainer.parallel.watchdog import EXIT_CODE
@@ -28,19 +26,13 @@ def test_ranks_of_one_machine_have_right_sums_one_clock_and_one_folder(tmp_path)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def start(folder, ranks: int, command: list, more: list[list[str]]) -> list[subprocess.Popen]:
+def start(folder, ranks: int, command: list[str], more: list[list[str]]) -> list[Forked]:
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *more[rank]], cwd=folder, env=environment(rank, ranks, port), text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+    return [Forked(folder, [*command, *more[rank]], environment(rank, ranks, port)) for rank in range(ranks)]
 
 
 def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is_built(tmp_path):
-    both = start(tmp_path, 2, ["-m", "trainer", *RUN, "steps=3"], [[], ["seed=1"]])
+    both = start(tmp_path, 2, [*RUN, "steps=3"], [[], ["seed=1"]])
     said = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert all("configuration is" in text and "start all ranks with the same overrides" in text for text in said)
@@ -49,7 +41,7 @@ def test_a_node_that_was_started_with_other_settings_is_named_before_anything_is
 
 @pytest.mark.slow
 def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_path):
-    both = start(tmp_path, 2, ["-m", "trainer", "preflight", "--megabytes", "1"], [[], []])
+    both = start(tmp_path, 2, ["preflight", "--megabytes", "1"], [[], []])
     said, other = (process.communicate(timeout=200)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0], said + other
     assert said.startswith("2 rank(s) on 1 node(s)")
@@ -60,15 +52,7 @@ def test_the_preflight_of_a_job_looks_at_all_ranks_and_says_what_it_found(tmp_pa
 
 @pytest.mark.slow
 def test_a_rank_that_waits_for_one_which_never_comes_ends_too(tmp_path):
-    command = [sys.executable, "-m", "trainer", *RUN, "steps=3", "watchdog.seconds=4"]
-    alone = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(0, 2, free_port()),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    alone = Forked(tmp_path, [*RUN, "steps=3", "watchdog.seconds=4"], environment(0, 2, free_port()))
     said = alone.communicate(timeout=200)[0]
     assert alone.returncode == EXIT_CODE
     assert "rank 0, after step 0, phase start: no progress in 4 s" in said

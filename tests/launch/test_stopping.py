@@ -69,7 +69,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on_
 def test_a_run_of_two_processes_that_is_told_to_stop_leaves_a_marker_and_goes_on_bitwise(tmp_path):
     run = [*TINY, "steps=60", "optimizer.lr=0.003", "strategy=zero3"]
     Command(tmp_path, *run, "run_dir=whole", ranks=2).finish()
-    command = Command(tmp_path, *run, "run_dir=stopped", ranks=2)
+    command = Command(tmp_path, *run, "run_dir=stopped", ranks=2, fresh=True)
     wait_for_lines(tmp_path / "stopped" / "metrics.jsonl", 12)
     command.processes[1].send_signal(signal.SIGTERM)
     code, said = command.fail()

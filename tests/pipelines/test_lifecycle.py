@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.command import ROOT, TINY, environment, metrics, onecurve
+from tests.command import ROOT, TINY, Forked, environment, metrics, onecurve
 from trainer.jobs.recipe import Recipe
 
 JUDGE = """
@@ -51,11 +51,8 @@ def recipe(folder: Path) -> Path:
     return file
 
 
-def lifecycle(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainer", "recipe", f"{folder}/small.yaml", *arguments],
-        cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def lifecycle(folder: Path, *arguments: str) -> Forked:
+    return Forked(folder, ["recipe", f"{folder}/small.yaml", *arguments], environment())
 
 
 def here(folder: Path, *arguments: str) -> tuple[int, str]:

@@ -34,9 +34,9 @@ def same_bits(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run on one rank."""
+    """An uninterrupted run on one rank, as a user starts it."""
     folder = tmp_path_factory.mktemp("whole")
-    Command(folder, "run_dir=run", *RUN).finish()
+    Command(folder, "run_dir=run", *RUN, fresh=True).finish()
     return folder / "run"
 
 

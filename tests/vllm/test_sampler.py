@@ -117,6 +117,7 @@ def test_reinforcement_learning_samples_with_the_policy_as_it_is(run, ranks, tmp
         tmp_path, *small_world.overrides(world, "chain"), *RUNS[run], "model.hidden_size=64", "model.head_dim=64",
         "pipeline.rollout.engine=vllm", "pipeline.rollout.size=64", "batch.size=32", "batch.micro=16", "steps=8",
         "optimizer.lr=0.003", "pipeline.importance_cap=2", "run_dir=run", "tracking.every=1", ranks=ranks,
+        fresh=True,
     ).finish(timeout=600)  # fmt: skip
     rows = [row for row in metrics(tmp_path / "run") if "rollout/mismatch" in row]
     assert len(rows) == 8
