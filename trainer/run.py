@@ -24,7 +24,7 @@ from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight
 from trainer.diagnostics.first_step import FirstStep, validate_first_step
 from trainer.diagnostics.guard import FirstStepPolicy, Guard, GuardSettings
-from trainer.diagnostics.memory import Layout, fit, parameters_of, print_estimate
+from trainer.diagnostics.memory import Layout, fit, print_estimate
 from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
@@ -34,6 +34,7 @@ from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import Adapter, Full, LoRA
+from trainer.models.sizes import parameters_of
 from trainer.models.transformer import narrow_stream
 from trainer.models.vocabulary import refuse_foreign_tokenizer
 from trainer.optim import Optimizer, Schedule
@@ -129,7 +130,7 @@ class Run(Node):
         """What builds the models of the run."""
         load = ModelLoader(
             self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, tokenizer.new_tokens,
-            self.precision, self.pipeline.scores,
+            self.precision, self.pipeline.scores, longest=self.batch.length,
         )  # fmt: skip
         return load.fitted(self.model.activation_checkpointing or self.layout(load.architecture).recompute)
 

@@ -128,13 +128,11 @@ def ours(a: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def without_chunks() -> None:
     """Log-probabilities from all logits at once, as frameworks without a chunked loss have them."""
-    from trainer.functional import logits
+    from trainer.functional import Head, logits
     from trainer.pipelines import answers
 
-    def plain(
-        hidden: torch.Tensor, weight: torch.Tensor, *, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_p = logits(hidden, weight).float().log_softmax(-1)
+    def plain(hidden: torch.Tensor, head: Head, *, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = logits(hidden, head).float().log_softmax(-1)
         entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
         return log_p.gather(-1, targets[..., None]).squeeze(-1), entropy
 

@@ -70,7 +70,7 @@ def predicted(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float,
     """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
     from scaling import Cluster, exchanges
 
-    from trainer.diagnostics.memory import parameters_of
+    from trainer.models.sizes import parameters_of
 
     shape = cfg.model.architecture(cfg.model.vocab_size)
     layout = dataclasses.replace(cfg.layout(shape, 1, cuda=False), stage=STRATEGIES.index(strategy), ranks=ranks)

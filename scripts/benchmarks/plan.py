@@ -12,7 +12,7 @@ import argparse
 import scaling
 
 from trainer.cli.estimate import compose_without_data
-from trainer.diagnostics.memory import parameters_of
+from trainer.models.sizes import parameters_of
 from trainer.parallel.precision import Compute
 from trainer.tracking.throughput import PEAKS
 

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of, seconds_per_step
+from trainer.diagnostics.memory import STATE, Layout, memory, seconds_per_step
 from trainer.models.architecture import Architecture
+from trainer.models.sizes import parameters_of
 from trainer.parallel.zero import BUCKET
 
 DDP_BUCKET = 25 * 2**20

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tests.cuda.fake_cuda import CUDA, Asked, fake, pretend
+from tests.shapes import architecture
 from trainer.batch import Batch, Documents
 from trainer.checkpoint.saving import Copies
 from trainer.data.corpus import Prompt
@@ -20,7 +21,7 @@ from trainer.data.pairs import AnswerBatch, Pair, collate, collate_shared_prefix
 from trainer.data.rows import Encoded, Segment
 from trainer.data.rows import collate as collate_rows
 from trainer.diagnostics.guard import Guard, GuardSettings
-from trainer.functional import cross_entropy, logprobs
+from trainer.functional import Head, cross_entropy, logprobs
 from trainer.generation.completion import Completion
 from trainer.loop import train_step
 from trainer.models.actor_critic import ActorCritic
@@ -51,7 +52,7 @@ DRAW = random.Random(0)
 
 
 def shape(*, scores: bool = False) -> Architecture:
-    return Architecture(
+    return architecture(
         num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=VOCABULARY, scores=scores,
     )  # fmt: skip
@@ -177,9 +178,9 @@ def vocabulary() -> dict[str, Any]:
             weight, mask = torch.empty(128_256, 64, requires_grad=True), torch.empty(8, 4096)
             targets = torch.empty(8, 4096, dtype=torch.int64)
         with Asked() as asked:
-            cross_entropy(hidden, weight, targets=targets, mask=mask)[0].backward()
+            cross_entropy(hidden, Head(weight), targets=targets, mask=mask)[0].backward()
         with Asked() as read:
-            logprobs(hidden, weight, targets=targets)[0].sum().backward()
+            logprobs(hidden, Head(weight), targets=targets)[0].sum().backward()
     return {"loss": asked.report(), "logprobs": read.report()}
 
 

@@ -10,7 +10,7 @@ from tests.unit.models.test_branches import PAIRS, scored, two_rows
 from tests.unit.models.test_transformer import built, gradients
 from trainer.batch import Documents
 from trainer.data.pairs import collate
-from trainer.models.attention import attend, has_varlen
+from trainer.models.attention import Scores, attend, has_varlen
 
 RAGGED = (7, 9, 3, 5, 17, 1, 6)
 
@@ -25,7 +25,7 @@ def attended(tensors: list[torch.Tensor], window: int | None) -> list[torch.Tens
     """The output and three gradients, float32."""
     # Small integers, which every format holds.
     up = torch.randint(-4, 5, tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
-    out = attend(*tensors, Documents.from_lengths(RAGGED, 2), window=window, scale=0.3)
+    out = attend(*tensors, Documents.from_lengths(RAGGED, 2), Scores(0.3, window))
     return [t.float() for t in (out, *torch.autograd.grad(out, tensors, up))]
 
 

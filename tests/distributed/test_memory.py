@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.command import TINY, Command, metrics
 from tests.ranks import on_ranks
-from trainer.models.architecture import Architecture
+from tests.shapes import architecture
 from trainer.models.hf_format import config_json, write_weights
 from trainer.models.load import Model, ModelLoader
 from trainer.models.transformer import Transformer
@@ -139,7 +139,7 @@ def peak_while_loading(folder: str, kind: type[Strategy]) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 def test_loading_a_gigabyte_under_zero3_needs_less_than_three_quarters_of_what_ddp_needs(tmp_path):
-    shape = Architecture(
+    shape = architecture(
         vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=16,
         num_key_value_heads=8, head_dim=64,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer import functional
-from trainer.functional import cross_entropy, logits, logprobs, objective
+from trainer.functional import Head, cross_entropy, logits, logprobs, objective
 
 
 @pytest.fixture(params=[(1, 1), (500, 1500), (1 << 20, 1 << 26)], ids=["one token a block", "some", "all at once"])
@@ -27,7 +27,7 @@ def inputs(dtype=torch.float32, tokens: int = 2 * 11, vocabulary: int = 37, widt
 
 
 def plain(hidden, weight, targets, mask, z_loss=0.0, label_smoothing=0.0):
-    scores = logits(hidden, weight).double().flatten(0, 1)
+    scores = logits(hidden, Head(weight)).double().flatten(0, 1)
     nll = F.cross_entropy(scores, targets.flatten(), reduction="none", label_smoothing=label_smoothing)
     objective = nll + z_loss * scores.logsumexp(-1).square()
     return (objective * mask.flatten()).sum()
@@ -36,7 +36,9 @@ def plain(hidden, weight, targets, mask, z_loss=0.0, label_smoothing=0.0):
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1), (0.02, 0.3)])
 def test_chunked_cross_entropy_is_the_plain_one(chunks, z_loss, smoothing):
     hidden, weight, targets, mask = inputs()
-    loss, nll, z = cross_entropy(hidden, weight, targets=targets, mask=mask, z_loss=z_loss, label_smoothing=smoothing)
+    loss, nll, z = cross_entropy(
+        hidden, Head(weight), targets=targets, mask=mask, z_loss=z_loss, label_smoothing=smoothing
+    )
     (3 * loss).backward()
     found = [t.grad.clone() for t in (hidden, weight)]
     hidden.grad = weight.grad = None
@@ -46,9 +48,9 @@ def test_chunked_cross_entropy_is_the_plain_one(chunks, z_loss, smoothing):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for mine, theirs in zip(found, (hidden.grad, weight.grad), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
-    rows = F.cross_entropy(logits(hidden, weight).flatten(0, 1), targets.flatten(), reduction="none").view(2, -1)
+    rows = F.cross_entropy(logits(hidden, Head(weight)).flatten(0, 1), targets.flatten(), reduction="none").view(2, -1)
     torch.testing.assert_close(nll, (rows * mask).detach(), rtol=1e-5, atol=1e-6)
-    lse = logits(hidden, weight).logsumexp(-1)
+    lse = logits(hidden, Head(weight)).logsumexp(-1)
     torch.testing.assert_close(z, (lse.square() * mask).sum().detach(), rtol=1e-5, atol=0)
 
 
@@ -71,7 +73,7 @@ def test_a_nearly_certain_token_keeps_its_gradient_in_bfloat16(in_place):
     # p = 1 / (1 + e**-8): 1 - p is 0.000335, which bfloat16 cannot tell from 0 beside 1.
     hidden = torch.tensor([[[8.0, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16)
-    loss, _, _ = cross_entropy(hidden, weight, targets=torch.tensor([[0]]), mask=torch.ones(1, 1))
+    loss, _, _ = cross_entropy(hidden, Head(weight), targets=torch.tensor([[0]]), mask=torch.ones(1, 1))
     assert loss.item() == pytest.approx(0.00033541, rel=1e-3)
     loss.backward()
     assert hidden.grad[0, 0, 0].item() == pytest.approx(-0.00033535, rel=5e-3)
@@ -80,14 +82,14 @@ def test_a_nearly_certain_token_keeps_its_gradient_in_bfloat16(in_place):
 def test_places_that_the_host_counted_change_nothing():
     hidden, weight, targets, mask = inputs()
     counted = mask.flatten().nonzero().squeeze(1)
-    given = cross_entropy(hidden, weight, targets=targets, mask=mask, places=counted)
-    searched = cross_entropy(hidden, weight, targets=targets, mask=mask)
+    given = cross_entropy(hidden, Head(weight), targets=targets, mask=mask, places=counted)
+    searched = cross_entropy(hidden, Head(weight), targets=targets, mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(given, searched, strict=True))
 
 
 def test_a_mask_without_a_token_gives_a_zero_that_is_connected_to_the_graph():
     hidden, weight, targets, mask = inputs()
-    loss, _, _ = cross_entropy(hidden, weight, targets=targets, mask=torch.zeros_like(mask))
+    loss, _, _ = cross_entropy(hidden, Head(weight), targets=targets, mask=torch.zeros_like(mask))
     assert loss.item() == 0
     loss.backward()
     assert hidden.grad.abs().sum() == 0
@@ -97,7 +99,7 @@ def test_a_mask_without_a_token_gives_a_zero_that_is_connected_to_the_graph():
 def test_extreme_logits_neither_overflow_nor_vanish():
     hidden = torch.tensor([[[1e4, 0.0]]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
-    loss, _, _ = cross_entropy(hidden, weight, targets=torch.tensor([[1]]), mask=torch.ones(1, 1))
+    loss, _, _ = cross_entropy(hidden, Head(weight), targets=torch.tensor([[1]]), mask=torch.ones(1, 1))
     assert loss.item() == pytest.approx(2e4)
     loss.backward()
     assert torch.isfinite(hidden.grad).all()
@@ -108,11 +110,11 @@ def test_logprobs_and_entropies_and_their_gradients_are_the_plain_ones(chunks, t
     hidden, weight, targets, _ = inputs()
     draw = torch.Generator().manual_seed(5)
     up, down = torch.randn(2, 11, generator=draw), torch.randn(2, 11, generator=draw)
-    values, entropies = logprobs(hidden, weight, targets=targets, temperature=temperature)
+    values, entropies = logprobs(hidden, Head(weight), targets=targets, temperature=temperature)
     ((values * up).sum() + (entropies * down).sum()).backward()
     found = [t.grad.clone() for t in (hidden, weight)]
     hidden.grad = weight.grad = None
-    log_p = (logits(hidden, weight).double() / temperature).log_softmax(-1)
+    log_p = (logits(hidden, Head(weight)).double() / temperature).log_softmax(-1)
     expected = log_p.gather(-1, targets[..., None]).squeeze(-1)
     uncertain = -(log_p.exp() * log_p).sum(-1)
     ((expected * up).sum() + (uncertain * down).sum()).backward()
@@ -144,10 +146,10 @@ def test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kep
         # The first token's target is nearly certain: 1 - p is about 0.004, which bfloat16 cannot tell from 1.
         hidden[0, 0] = weight[targets[0, 0]] * (9 / weight[targets[0, 0]].square().sum())
     up = torch.randn(2, 11, generator=torch.Generator().manual_seed(5))
-    log_p = (logits(hidden.to(dtype).double(), weight.to(dtype).double()) / 0.7).log_softmax(-1)
+    log_p = (logits(hidden.to(dtype).double(), Head(weight.to(dtype).double())) / 0.7).log_softmax(-1)
     expected = torch.autograd.grad((log_p.gather(-1, targets[..., None]).squeeze(-1) * up).sum(), (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        values, _ = logprobs(hidden, weight, targets=targets, temperature=0.7)
+        values, _ = logprobs(hidden, Head(weight), targets=targets, temperature=0.7)
     found = torch.autograd.grad((values * up).sum(), (hidden, weight))
     for mine, theirs in zip(found, expected, strict=True):
         # bfloat16 holds 8 bits: a rounding of each factor is 0.4% of it.
@@ -164,7 +166,7 @@ def test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kep
 MEASURE = """
 import sys, torch
 from torch.nn import functional as F
-from trainer.functional import cross_entropy, logits
+from trainer.functional import Head, cross_entropy, logits
 from trainer.tracking.throughput import host_peak_bytes
 torch.set_num_threads(2)
 hidden = torch.randn(1, 8192, 64).requires_grad_()
@@ -172,9 +174,9 @@ weight = (torch.randn(49152, 64) / 8).requires_grad_()
 targets, mask = torch.randint(0, 49152, (1, 8192)), torch.ones(1, 8192)
 before = host_peak_bytes()
 if sys.argv[1] == "chunked":
-    loss = cross_entropy(hidden, weight, targets=targets, mask=mask)[0]
+    loss = cross_entropy(hidden, Head(weight), targets=targets, mask=mask)[0]
 else:
-    loss = F.cross_entropy(logits(hidden, weight).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    loss = F.cross_entropy(logits(hidden, Head(weight)).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 loss.backward()
 print(loss.item(), (host_peak_bytes() - before) / 2**20)
 """

@@ -19,8 +19,8 @@ import torch
 
 from trainer.cli.parsing import parser_of
 from trainer.config import InputError
-from trainer.diagnostics.memory import parameters_of
 from trainer.models.gguf_format import convert
+from trainer.models.sizes import parameters_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

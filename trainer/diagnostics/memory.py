@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
+from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET, live_parameters
 from trainer.tracking.throughput import device_bytes, training_flops
@@ -81,16 +82,6 @@ class Memory:
         yield f"  {'total':<12} {self.total / 1e9:8.2f} GB"
 
 
-def parameters_of(a: Architecture) -> int:
-    """Elements of all parameters, tied ones once."""
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    block = a.hidden_size * (2 * heads + 2 * groups + 3 * a.intermediate_size) + 2 * a.hidden_size
-    block += a.attention_bias * (heads + 2 * groups) + a.attention_output_bias * a.hidden_size
-    block += a.mlp_bias * (2 * a.intermediate_size + a.hidden_size) + a.qk_norm * 2 * a.head_dim
-    tables = a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2) + a.hidden_size * a.scores
-    return a.num_hidden_layers * block + tables + a.hidden_size
-
-
 def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state on a rank (docs/algorithms.md#memory).
 
@@ -157,12 +148,14 @@ def backward(a: Architecture, layout: Layout) -> float:
 def _block(a: Architecture, layout: Layout) -> int:
     """Bytes that a block keeps of a token.
 
-    What two norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
-    of the MLP's width; and queries and keys before their own norms.
+    What its norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
+    of the MLP's width (two without a gate); and queries and keys before their own norms.
     """
     c, heads, groups = layout.compute, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    projected = (2 + a.qk_norm) * heads + (2 + a.qk_norm) * groups
-    return 2 * _norm(layout) * a.hidden_size + c * (2 * a.hidden_size + projected + 4 * a.intermediate_size)
+    norms, normed = 4 if a.norm_before and a.norm_after else 2, bool(a.qk_norm)
+    projected = (2 + normed) * heads + (2 + normed) * groups
+    inner = (4 if a.gated else 2) * a.intermediate_size
+    return norms * _norm(layout) * a.hidden_size + c * (norms * a.hidden_size + projected + inner)
 
 
 def _norm(layout: Layout) -> int:

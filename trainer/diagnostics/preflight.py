@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from trainer.config import RunError
-from trainer.diagnostics.memory import STATE, Layout, memory, parameters_of
+from trainer.diagnostics.memory import STATE, Layout, memory
 from trainer.export.lineage import PACKAGES, device_name, source_digest, version
 from trainer.models.architecture import Architecture
+from trainer.models.sizes import parameters_of
 from trainer.parallel import distributed
 from trainer.tracking.throughput import free_memory_gb, measured_flops
 

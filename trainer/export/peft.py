@@ -13,6 +13,7 @@ from trainer.export.lineage import make_room
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, is_adapter
 from trainer.models.peft_format import write_adapter
+from trainer.models.peft_layout import in_peft_layout
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 
@@ -52,7 +53,12 @@ def export_adapter(
         # PEFT would train a copy of the one and leave the other as it was.
         trained[head] = trained[table].clone()
     settings = load.adapter.peft_settings(trained)
-    distributed.run_on_main(lambda: write_adapter(folder, settings, trained, load.config.path, tokenizer, facts))
+
+    def write() -> None:
+        own, tensors = in_peft_layout(settings, trained, load.architecture, load.shapes)
+        write_adapter(folder, own, tensors, load.config.path, tokenizer, facts)
+
+    distributed.run_on_main(write)
 
 
 def _trained(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Pure tensor functions that run inside a model's forward: what is read off the final hidden states.
 
-A reader is called as ``read(hidden, weight)`` with ``hidden`` ``(B, T, d)`` and the vocabulary projection ``weight``
-``(V, d)``; its keywords are bound with `functools.partial`. Full logits exist only in `logits`: the others work through
+A reader is called as ``read(hidden, head)`` with ``hidden`` ``(B, T, d)`` and the vocabulary projection, a `Head`; its
+keywords are bound with `functools.partial`. Full logits exist only in `logits`: the others work through
 chunks of tokens, so that their memory does not grow with tokens x vocabulary (cf. Cut Cross-Entropy, arXiv:2411.09009).
 A reader that needs some tokens of a single row only is wrapped in `At`: the last block then computes nothing of the others.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.functional.chunks import blocks
+from trainer.functional.head import Head as Head
 from trainer.functional.logprobs_gradient import LogProbs
 from trainer.functional.objective import CrossEntropy
 
@@ -29,15 +30,15 @@ class At:
     """Reads the hidden states ``(1, n, d)`` of the tokens at ``places`` ``(n,)`` of a single row by ``read``."""
 
     places: Tensor
-    read: Callable[[Tensor, Tensor], Any]
+    read: Callable[[Tensor, Head], Any]
 
-    def __call__(self, hidden: Tensor, weight: Tensor) -> Any:
-        return self.read(hidden.index_select(1, self.places), weight)
+    def __call__(self, hidden: Tensor, head: Head) -> Any:
+        return self.read(hidden.index_select(1, self.places), head)
 
 
 def cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     *,
     targets: Tensor,
     mask: Tensor,
@@ -63,34 +64,35 @@ def cross_entropy(
     if counted is not None and len(counted) < len(weights):
         states, ids, w = flat[counted], ids[counted], weights[counted]
     loss, nll, z = CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, weight, ids, w, z_loss, label_smoothing, working_dtype(hidden)
+        states, head.weight, ids, w, z_loss, label_smoothing, working_dtype(hidden), head.cap
     )
     if counted is not None and len(counted) < len(weights):
         nll = torch.zeros_like(weights).index_copy_(0, counted, nll)
     return loss, (nll * (weights != 0)).view(mask.shape), z
 
 
-def correct(hidden: Tensor, weight: Tensor, *, targets: Tensor, mask: Tensor) -> Tensor:
+def correct(hidden: Tensor, head: Head, *, targets: Tensor, mask: Tensor) -> Tensor:
     """How many targets with a mask are the likeliest token: a float64 scalar, without a gradient."""
     flat, ids, counts = hidden.detach().reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1) != 0
     hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    weight = head.weight.detach()  # a bound of the logits does not change which one is largest
     for part in blocks(len(ids), weight):
-        hits += ((flat[part] @ weight.detach().to(flat.dtype).T).argmax(1) == ids[part])[counts[part]].sum()
+        hits += ((flat[part] @ weight.to(flat.dtype).T).argmax(1) == ids[part])[counts[part]].sum()
     return hits
 
 
-def logprobs(hidden: Tensor, weight: Tensor, *, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprobs(hidden: Tensor, head: Head, *, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities of ``targets`` and entropies of the distributions, both ``(B, T)`` float32, in nats.
 
     Logits are divided by ``temperature``. Both are differentiable. The backward computes the logits again where their
     probabilities are larger than `KEPT_BYTES`, and for a gradient of the entropies.
     """
-    dtype = working_dtype(hidden)
+    dtype, weight = working_dtype(hidden), head.weight
     learnt = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # In float16 probabilities that a loss scale has not yet raised would lose their small entries.
     keep = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
     values, entropy = LogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keep
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keep, head.cap
     )
     return values.view(targets.shape), entropy.view(targets.shape)
 
@@ -100,14 +102,14 @@ def logprobs_at(places: Tensor, targets: Tensor, temperature: float = 1.0) -> At
     return At(places, partial(_of_row, targets, temperature))
 
 
-def _of_row(targets: Tensor, temperature: float, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    values, entropy = logprobs(hidden, weight, targets=targets[None], temperature=temperature)
+def _of_row(targets: Tensor, temperature: float, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    values, entropy = logprobs(hidden, head, targets=targets[None], temperature=temperature)
     return values[0], entropy[0]
 
 
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def logits(hidden: Tensor, head: Head) -> Tensor:
     """Full logits ``(B, T, V)``, for generation and tests."""
-    return torch.nn.functional.linear(hidden, weight)
+    return head.logits(hidden)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

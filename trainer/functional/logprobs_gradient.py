@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 import trainer.functional.objective as objective
 from trainer.functional.chunks import LogitsBuffer, blocks, groups
+from trainer.functional.head import bound
 from trainer.functional.objective import tempered
 
 
@@ -18,16 +19,23 @@ class LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype, keep: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        keep: bool,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         compute = weight.detach().to(dtype)
         probabilities = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keep else None
         read = _read_in_place if hidden.device.type in objective.IN_PLACE else _read_blocks
         with torch.autocast(hidden.device.type, enabled=False):
-            values, entropies, lses = read(hidden.detach(), compute, ids, temperature, probabilities)
+            values, entropies, lses = read(hidden.detach(), compute, ids, temperature, cap, probabilities)
         ctx.save_for_backward(hidden, weight, ids, lses, entropies, probabilities)
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.dtype, ctx.cap = temperature, dtype, cap
         return values, entropies
 
     @staticmethod
@@ -41,7 +49,7 @@ class LogProbs(torch.autograd.Function):
                 factor = (up_values / -ctx.temperature)[:, None]
                 grad_hidden = ((probabilities @ compute) * factor).to(hidden.dtype)
                 grad_weight = probabilities.T @ (hidden * factor).to(dtype)
-            return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
         in_place = up_entropies is None and hidden.device.type in objective.IN_PLACE
         up_entropies = torch.zeros_like(lses) if up_entropies is None else up_entropies
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
@@ -51,28 +59,30 @@ class LogProbs(torch.autograd.Function):
                 states = hidden[group].to(dtype)
                 if buffer is None:
                     gradient = states @ compute.T
-                    scale = up_values[group] / -ctx.temperature
+                    scale, slope = up_values[group] / -ctx.temperature, bound(gradient, ctx.cap)
                     objective.differentiate_block(gradient, ids[group, None], scale, 0.0, 0.0, ctx.temperature)
+                    gradient = gradient if slope is None else gradient.mul_(slope)
                 else:
                     columns = [t[group, None] for t in (ids, lses, entropies, up_values, up_entropies)]
-                    gradient = _gradient_of_both(states, compute, buffer, columns, ctx.temperature)
+                    gradient = _gradient_of_both(states, compute, buffer, columns, ctx.temperature, ctx.cap)
                 grad_hidden[group] = gradient @ compute
                 grad_weight += gradient.T @ states
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _read_blocks(
-    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, probabilities: Tensor | None
+    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, cap: float | None, probabilities: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of ``ids`` ``(n,)``, entropies and lse, float32.
 
-    ``probabilities`` ``(n, V)``: filled with them, less 1 at the ids.
+    ``probabilities`` ``(n, V)``: filled with them, less 1 at the ids, times the slope of a ``cap``.
     """
     values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
     logits_of = LogitsBuffer(len(ids), compute, compute.dtype)
     for part in blocks(len(ids), compute):
         target = ids[part, None]
         scores = logits_of(hidden[part].to(compute.dtype), compute)
+        slope = bound(scores, cap)
         if temperature != 1.0:
             scores.div_(temperature)
         top = scores.amax(1, keepdim=True)
@@ -86,17 +96,19 @@ def _read_blocks(
         lses[part] = (norm + top).squeeze(1)
         if probabilities is not None:
             # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
-            probabilities[part] = p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            probabilities[part] = p if slope is None else p.mul_(slope)
     return values, entropies, lses
 
 
 def _read_in_place(
-    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, probabilities: Tensor | None
+    hidden: Tensor, compute: Tensor, ids: Tensor, temperature: float, cap: float | None, probabilities: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_read_blocks`: logits stay in the compute format, and what is to be kept takes their place."""
     chosen, lses, expected = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
     for group in groups(len(ids), compute, compute.dtype):
         scores, target = hidden[group].to(compute.dtype) @ compute.T, ids[group, None]
+        slope = bound(scores, cap)
         chosen[group] = tempered(scores.gather(1, target).squeeze(1), temperature)
         top, place = scores.max(1, keepdim=True)
         top, lse, mean = tempered(top, temperature), lses[group], expected[group]
@@ -111,12 +123,18 @@ def _read_in_place(
         if probabilities is not None:
             # From float32: near 1 the difference of p and 1 is lost to a shorter format.
             at_target = torch.expm1(chosen[group] - lse)
-            probabilities[group] = scores.scatter_(1, target, at_target[:, None].to(scores.dtype))
+            scores.scatter_(1, target, at_target[:, None].to(scores.dtype))
+            probabilities[group] = scores if slope is None else scores.mul_(slope)
     return chosen - lses, lses - expected, lses
 
 
 def _gradient_of_both(
-    states: Tensor, compute: Tensor, logits_of: LogitsBuffer, columns: list[Tensor], temperature: float
+    states: Tensor,
+    compute: Tensor,
+    logits_of: LogitsBuffer,
+    columns: list[Tensor],
+    temperature: float,
+    cap: float | None,
 ) -> Tensor:
     """The gradient of logits ``(n, V)`` for upstream gradients of log-probabilities and of entropies.
 
@@ -125,10 +143,12 @@ def _gradient_of_both(
     gradient = states.new_empty(len(states), len(compute))
     for part in blocks(len(states), compute):
         target, lse, entropy, up_value, up_entropy = (column[part] for column in columns)
-        log_p = logits_of(states[part], compute).div_(temperature).sub_(lse)
+        bounded = logits_of(states[part], compute)
+        slope = bound(bounded, cap)
+        log_p = bounded.div_(temperature).sub_(lse)
         p = log_p.exp()
         # d entropy / d logit = -p (log p + H); d logprob / d logit = onehot - p.
         scores = p.mul_(log_p.add_(entropy).mul_(up_entropy).add_(up_value).neg_())
         scores.scatter_add_(1, target, up_value)
-        gradient[part] = scores.div_(temperature)
+        gradient[part] = scores.div_(temperature) if slope is None else scores.div_(temperature).mul_(slope)
     return gradient

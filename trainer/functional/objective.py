@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.functional.chunks import LogitsBuffer, blocks, groups, partition
+from trainer.functional.head import bound
 
 IN_PLACE = {"cuda"}
 """Devices where logits stay in the compute format and the gradient takes their place: few kernels, each over all of them."""
@@ -28,6 +29,7 @@ class CrossEntropy(torch.autograd.Function):
         z_loss: float,
         smoothing: float,
         dtype: torch.dtype,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # In float16 a gradient that is not yet scaled would lose its small entries: float32 there, at the price of speed.
         if dtype is torch.float16:
@@ -44,12 +46,16 @@ class CrossEntropy(torch.autograd.Function):
                 states = hidden[group].detach().to(dtype)
                 if buffer is None:
                     gradient = states @ compute.T
+                    slope = bound(gradient, cap)
                     objective.differentiate_in_place(group, gradient)
+                    gradient = gradient if slope is None else gradient.mul_(slope)
                 else:
                     gradient = states.new_empty(len(states) if wanted else 0, vocabulary)
                     for part in blocks(len(states), weight):
                         at = slice(group.start + part.start, group.start + part.stop)
-                        objective.differentiate(at, buffer(states[part], compute), gradient[part] if wanted else None)
+                        scores = buffer(states[part], compute)
+                        slope = bound(scores, cap)
+                        objective.differentiate(at, scores, gradient[part] if wanted else None, slope)
                 if grad_hidden is not None:
                     grad_hidden[group] = gradient @ compute
                 if wants_weight:
@@ -71,7 +77,7 @@ class CrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 class Objective:
@@ -86,8 +92,11 @@ class Objective:
         self.lse, self.chosen = torch.empty_like(weights), torch.empty_like(weights)
         self.mean = torch.empty_like(weights) if smoothing else self.chosen
 
-    def differentiate(self, part: slice, scores: Tensor, gradient: Tensor | None) -> None:
-        """Take note of tokens ``part`` with their float32 logits ``(n, V)``, which are used up; write the loss's gradient."""
+    def differentiate(self, part: slice, scores: Tensor, gradient: Tensor | None, slope: Tensor | None = None) -> None:
+        """Take note of tokens ``part`` with their float32 logits ``(n, V)``, which are used up; write the loss's gradient.
+
+        ``slope`` ``(n, V)``: of logits that were bounded.
+        """
         target, scale, z, s = self.ids[part, None], self.weights[part], self.z_loss, self.smoothing
         self.chosen[part] = scores.gather(1, target).squeeze(1)
         if s:
@@ -103,7 +112,7 @@ class Objective:
         if s:
             probabilities.sub_((scale * s / self.vocabulary)[:, None])
         probabilities.scatter_add_(1, target, -(1 - s) * scale[:, None])
-        gradient.copy_(probabilities)
+        gradient.copy_(probabilities if slope is None else probabilities.mul_(slope))
 
     def differentiate_in_place(self, group: slice, scores: Tensor) -> None:
         """As `differentiate`, of logits in the compute format, whose place the gradient takes."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.batch import Documents
 from trainer.models.architecture import Architecture
-from trainer.models.attention import attend
+from trainer.models.attention import Scores, attend, attend_plainly, attend_seen
 from trainer.models.cpu_kernels import attend_blocks
 
 BLOCK = 64
@@ -128,9 +128,9 @@ class PackedPrefill:
         self.places = torch.cat([cache.places(slot, 0, length) for slot, length in zip(slots, lengths, strict=True)])
         self.positions = self.documents.positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         self.cache.write(layer, self.places, k[0], v[0])
-        return attend(q, k, v, self.documents, window=window, scale=scale)
+        return attend(q, k, v, self.documents, scores)
 
 
 class ChunkedPrefill:
@@ -142,17 +142,14 @@ class ChunkedPrefill:
         self.places = self.seen[first:]
         self.positions = torch.arange(first, last, device=cache.device)[None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self.places, k[0], v[0])
         own, places = self.positions[0, :, None], torch.arange(len(self.seen), device=q.device)
         mask = places <= own
-        if window is not None:
-            mask &= places > own - window
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), flat(keys)[self.seen].transpose(0, 1)[None], flat(values)[self.seen].transpose(0, 1)[None],
-            attn_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-        )  # fmt: skip
-        return out.transpose(1, 2)
+        if scores.window is not None:
+            mask &= places > own - scores.window
+        past = [flat(t)[self.seen].transpose(0, 1)[None] for t in (keys, values)]
+        return attend_seen(q.transpose(1, 2), past[0], past[1], mask, scores).transpose(1, 2)
 
 
 class BlockDecode:
@@ -180,17 +177,23 @@ class BlockDecode:
         self._places = torch.from_numpy(first)[:, None] + torch.arange(BLOCK)
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self.places, k[:, 0], v[:, 0])
         rows, _, heads, size = q.shape
         groups, blocks = k.shape[2], self.cache.used
         queries = q.view(rows, groups, heads // groups, size)[self.owner]
-        out, normalisers = attend_blocks(queries, keys[:blocks], values[:blocks], self._mask(window), scale)
+        mask = self._mask(scores.window)
+        out, normalisers = attend_blocks(queries, keys[:blocks], values[:blocks], mask, scores.scale, scores.cap)
         out = out.view(blocks, heads, size)
-        if self.table.shape[1] == 1:
+        if self.table.shape[1] == 1 and scores.sinks is None:
             return out[self.table[:, 0], None]
         none = normalisers.new_full((1, heads), -torch.inf)
-        weights = torch.cat([normalisers.reshape(blocks, heads), none])[self.table].softmax(1)
+        columns = torch.cat([normalisers.reshape(blocks, heads), none])[self.table]
+        if scores.sinks is not None:
+            # One more column, which has no value.
+            sink = scores.sinks.to(columns.dtype).expand(rows, 1, heads)
+            columns = torch.cat([columns, sink], 1)
+        weights = columns.softmax(1)[:, : self.table.shape[1]]
         parts = out[self.table.clamp(max=blocks - 1)].float()
         return parts.mul_(weights[..., None]).sum(1, keepdim=True).to(q.dtype)
 
@@ -223,14 +226,18 @@ class FixedDecode:
         first = torch.arange(cache.slots * groups, device=cache.device).view(-1, groups) * cache.block
         self._places = first + self._lengths
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self._places, k[:, 0], v[:, 0])
         rows, _, heads, size = q.shape
         keys, values = keys[:, :, : self.span], values[:, :, : self.span]
         places = torch.arange(self.span, device=q.device)
         mask = places <= self._lengths
-        if window is not None:
-            mask &= places > self._lengths - window
-        grouped = q.view(rows, k.shape[2], heads // k.shape[2], size)
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, None, None], scale=scale)
+        if scores.window is not None:
+            mask &= places > self._lengths - scores.window
+        grouped, mask = q.view(rows, k.shape[2], heads // k.shape[2], size), mask[:, None, None]
+        if scores.plain:
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
+        else:
+            each = (grouped[..., None, :], keys[:, :, None], values[:, :, None], mask[:, None])
+            out = attend_plainly(*each, scores)
         return out.reshape(q.shape)

@@ -157,7 +157,8 @@ class FixedDecoder:
 
 def _is_cast(name: str, parameter: nn.Parameter) -> bool:
     """Whether autocast casts it where it is used: not a norm's, nor the embedding, which is read row by row."""
-    return (parameter.ndim == 2 or name.endswith(".bias")) and not name.endswith("embed_tokens.weight")
+    cast = parameter.ndim == 2 or name.endswith(".bias")
+    return cast and not name.endswith("embed_tokens.weight") and "norm" not in name.split(".")[-2]
 
 
 def _filters(sampling: Sampling) -> Sampling:

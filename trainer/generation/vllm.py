@@ -22,6 +22,7 @@ from trainer.disk import write_text
 from trainer.generation.completion import Completion
 from trainer.generation.sampling import Sampling
 from trainer.models.architecture import Architecture
+from trainer.models.families import FAMILIES
 from trainer.models.hf_format import config_json
 from trainer.parallel import distributed
 
@@ -75,7 +76,7 @@ class VLLMSampler:
         from vllm import LLM
 
         self._weights, self._sampling, self._stops = weights, sampling, list(stops)
-        self._tied = architecture.tie_word_embeddings
+        self._architecture = architecture
         # Without filters both are the same at temperature 1; with them only the raw ones are those before the filters.
         logprobs = "raw_logprobs" if sampling.temperature in (0, 1) else "processed_logprobs"
         # Its launcher for several ranks reads torchrun's variables, which one rank on its own does not have.
@@ -98,9 +99,10 @@ class VLLMSampler:
         return [self._completion(request.outputs[0]) for request in outputs]
 
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._weights():
+        a = self._architecture
+        for name, tensor in FAMILIES[a.family].stored(iter(self._weights()), a):
             yield name, tensor
-            if self._tied and name == "model.embed_tokens.weight":
+            if a.tie_word_embeddings and name == "model.embed_tokens.weight":
                 # On CPU it packs a copy for the projection, which would stay as it was.
                 yield "lm_head.weight", tensor
 
@@ -122,9 +124,7 @@ class VLLMSampler:
 
 def _write_shape(folder: Path, architecture: Architecture, length: int, dtype: torch.dtype) -> None:
     """A folder without weights, from which vLLM learns the policy's shape; room for ``length`` tokens."""
-    positions, scaling = architecture.max_position_embeddings, architecture.rope_scaling
-    if scaling and scaling.get("rope_type") == "yarn":
-        scaling = {"original_max_position_embeddings": positions, **scaling}
-    shape = dataclasses.replace(architecture, max_position_embeddings=max(positions, length), rope_scaling=scaling)
+    positions = max(architecture.max_position_embeddings, length)
+    shape = dataclasses.replace(architecture, max_position_embeddings=positions)
     config = config_json(shape, dtype, {})
     write_text(folder / "config.json", json.dumps(config))

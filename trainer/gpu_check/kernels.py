@@ -13,7 +13,7 @@ from torch.nn.attention import current_flash_attention_impl
 from trainer.batch import Branches, Documents
 from trainer.functional import cross_entropy, logits
 from trainer.gpu_check.bench import Bench
-from trainer.models.attention import attend
+from trainer.models.attention import Scores, attend
 from trainer.models.load import Model, ModelLoader
 from trainer.models.transformer import Transformer
 from trainer.parallel import distributed
@@ -66,7 +66,7 @@ def _compare_attention(bench: Bench) -> None:
         *inputs, upstream = (torch.randn(shape, generator=draw).bfloat16() for shape in shapes)
         exact = _with_gradients([t.float() for t in inputs], upstream.float(), partial(_dense, window=window))
         documents = Documents.from_lengths(LENGTHS, 1).to(bench.device)
-        ours = partial(attend, documents=documents, window=window, scale=size**-0.5)
+        ours = partial(attend, documents=documents, scores=Scores(size**-0.5, window))
         mine = _with_gradients([t.to(bench.device) for t in inputs], upstream.to(bench.device), ours)
         errors = [_relative(a, b) for a, b in zip(mine, exact, strict=True)]
         worst = {"output": max(worst["output"], errors[0]), "gradient": max(worst["gradient"], *errors[1:])}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.compose import compose
-from trainer.diagnostics.memory import memory, parameters_of
+from trainer.diagnostics.memory import memory
 from trainer.generation.completion import RunningSequence
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
@@ -21,6 +21,7 @@ from trainer.generation.sampling import Sampling
 from trainer.gpu_check.bench import SMALL, TINYWORLD, Bench, Training, random_rows
 from trainer.gpu_check.kernels import copy_bandwidth
 from trainer.models.load import Model, ModelLoader
+from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Recompute
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
@@ -184,4 +185,4 @@ def _measure(bench: Bench, training: Training, variant: str, recompute: Recomput
         bench.require(
             abs(math.log(used / predicted)) < 0.3, f"{variant}: {used:.1f} GB used, {predicted:.1f} predicted"
         )
-    bench.figures.setdefault("parameters", parameters_of(a))  # type: ignore[arg-type]
+    bench.figures.setdefault("parameters", parameters_of(a))

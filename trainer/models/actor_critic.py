@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from trainer.batch import Branches, Documents
-from trainer.functional import At
+from trainer.functional import At, Head
 from trainer.models.architecture import Architecture
 from trainer.models.transformer import Context, Read, Recompute, Transformer
 
@@ -41,8 +41,8 @@ class ActorCritic(Transformer):
             policy = None if read is None else super().forward(tokens, documents, read)
             return policy, self.critic(tokens, documents, values)
 
-        def both(hidden: Tensor, weight: Tensor) -> Any:
-            return None if read is None else read(hidden, weight), self.critic(hidden, values)
+        def both(hidden: Tensor, head: Head) -> Any:
+            return None if read is None else read(hidden, head), self.critic(hidden, values)
 
         return super().forward(tokens, documents, both)
 
@@ -55,7 +55,7 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, size))
 
     def forward(self, hidden: Tensor, read: Read) -> Any:
-        return read(hidden, self.weight)
+        return read(hidden, Head(self.weight))
 
 
 def of_policy(name: str) -> bool:
@@ -68,6 +68,6 @@ def values_at(places: Tensor) -> At:
     return At(places, _values)
 
 
-def _values(hidden: Tensor, weight: Tensor) -> Tensor:
+def _values(hidden: Tensor, head: Head) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return linear(hidden[0].float(), weight.float())[:, 0]
+        return linear(hidden[0].float(), head.weight.float())[:, 0]

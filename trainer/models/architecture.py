@@ -1,151 +1,152 @@
-"""The shape of a decoder, in Hugging Face's words, and which family of theirs can express it."""
+"""What a decoder computes: its sizes, and features by name. Which family's words describe it is `families`' matter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from itertools import product
 from typing import Any
 
-from trainer.config import setting
-
-BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
-
-
-class Sliding(Enum):
-    """The layers that a family's sliding window can be of."""
-
-    none = auto()
-    every_layer = auto()
-    some_layers = auto()
-
 
 @dataclass(frozen=True)
-class Family:
-    """An architecture of Hugging Face's that this decoder computes.
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864).
 
-    ``classes``: what the names of its classes begin with, as in ``LlamaForCausalLM``.
-    ``bias_keys``: the key of ``config.json`` for each of `BIASES` that a model of this family may have.
-    ``always_biased``: those of `BIASES` that every model of it has.
-    ``qk_norm``: whether its queries and keys are normalised.
-    ``sliding``: the layers that its window is of.
-    ``default_window``: its sliding window where ``config.json`` names none, tokens.
-    ``default_head_dim``: its heads' width where ``config.json`` names none; None = hidden size over heads.
+    ``theta``: base of the wavelengths.
+    ``fraction``: part of a head that turns; its first dimensions do.
+    ``scaling``: rope_type and its parameters, as in ``config.json``; empty = none.
     """
 
-    classes: str
-    bias_keys: Mapping[str, str] = field(default_factory=dict)
-    always_biased: tuple[str, ...] = ()
-    qk_norm: bool = False
-    sliding: Sliding = Sliding.none
-    default_window: int | None = None
-    default_head_dim: int | None = None
-
-    def read_biases(self, config: Mapping[str, Any]) -> dict[str, bool]:
-        """Which biases a model has, by its ``config.json``."""
-        return {
-            name: name in self.always_biased or bool(name in self.bias_keys and config.get(self.bias_keys[name], False))
-            for name in BIASES
-        }
-
-    def possible_biases(self) -> list[dict[str, bool]]:
-        """Every set of biases that its ``config.json`` can express."""
-        keys = list(dict.fromkeys(self.bias_keys.values()))
-        values = product([False, True], repeat=len(keys))
-        return [self.read_biases(dict(zip(reversed(keys), choice, strict=True))) for choice in values]
-
-
-BOTH_PROJECTIONS = {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"}
-FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", bias_keys={**BOTH_PROJECTIONS, "mlp_bias": "mlp_bias"}),
-    "mistral": Family("Mistral", sliding=Sliding.every_layer, default_window=4096),
-    "qwen2": Family("Qwen2", always_biased=("attention_bias",), sliding=Sliding.some_layers),
-    "qwen3": Family(
-        "Qwen3", bias_keys=BOTH_PROJECTIONS, qk_norm=True, sliding=Sliding.some_layers, default_head_dim=128
-    ),
-}
-"""Families by ``model_type``. A user's module may add its own."""
-
-SCALINGS = ("default", "linear", "llama3", "yarn")
+    theta: float
+    fraction: float = 1.0
+    scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a model from scratch is told of its shape; names are those of Hugging Face's ``config.json``."""
+class Layer:
+    """What may differ between a model's layers.
 
-    family: str = setting("llama", "the Hugging Face architecture that the export is written as", choices=FAMILIES)
-    hidden_size: int = setting(256, "width of the residual stream", least=2)
-    intermediate_size: int = setting(704, "width of the MLP", least=1)
-    num_hidden_layers: int = setting(4, "blocks", least=1)
-    num_attention_heads: int = setting(4, "query heads", least=1)
-    num_key_value_heads: int = setting(4, "key and value heads, which query heads share in groups", least=1)
-    head_dim: int = setting(64, "width of a head", least=2)
-    max_position_embeddings: int = setting(2048, "longest document, tokens", least=1)
-    rope_theta: float = setting(10000.0, "base of the rotary wavelengths", above=0)
-    rope_scaling: dict[str, Any] | None = setting(None, "null, or rope_type (linear, llama3, yarn) and its parameters")
-    rms_norm_eps: float = setting(1e-5, "added to the mean square", above=0)
-    tie_word_embeddings: bool = setting(True, "whether input and output embeddings are one tensor")
-    attention_bias: bool = setting(False, "biases of the query, key and value projections")
-    attention_output_bias: bool = setting(False, "bias of the output projection")
-    mlp_bias: bool = setting(False, "biases of the MLP")
-    qk_norm: bool = setting(False, "normalise queries and keys (Qwen3)")
-    sliding_window: int | None = setting(
-        None, "tokens that attention looks back on, itself included; null = all", least=1
-    )
-    initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
+    ``window``: tokens that attention looks back on, itself included; None = all.
+    ``rope``: the rotation of queries and keys; None = no positions.
+    ``sparse``: experts in the MLP's place.
+    ``delta``: a gated delta rule in attention's place.
+    """
+
+    window: int | None = None
+    rope: Rope | None = None
+    sparse: bool = False
+    delta: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(Shape):
-    """A decoder's whole shape.
+class Architecture:
+    """A decoder's features, everything that differs between layers resolved in ``layers``. The defaults are Llama's.
 
-    ``sliding_layers``: numbers of the layers that ``sliding_window`` holds for; None = all.
-    ``scores``: one score of a sequence instead of logits (``...ForSequenceClassification`` with ``num_labels`` 1).
+    Sizes are named as in Hugging Face's ``config.json``.
+
+    Attributes:
+        family: the row of `families` whose words it is written in.
+        max_position_embeddings: longest document, tokens.
+        layer_norm: LayerNorm rather than RMSNorm.
+        norm_offset: added to a norm's stored weight (1: Gemma's ``1 + w``).
+        norm_bias: whether norms have a bias.
+        norm_before: whether attention and MLP read a norm.
+        norm_after: whether what they give is normed before it is added.
+        parallel: whether both read the same norm, and are added together.
+        qk_norm: of queries and keys: "" none, "head" one weight for all heads, "heads" one a head, "width" over all at once.
+        qk_norm_after_rope: whether they are turned first.
+        interleaved_rope: whether neighbours turn together, rather than halves.
+        attention_bias: of the query, key and value projections.
+        attention_gate: whether the query projection also makes, head by head, a gate of what attention gives.
+        attention_scale: factor of the scores; None = ``head_dim ** -0.5``.
+        score_cap: bound of the scores, by a tanh (Gemma Team 2024, arXiv:2408.00118).
+        sinks: whether every head has a score that no value belongs to.
+        activation: of the MLP, one of `mlp.ACTIVATIONS`.
+        gated: whether the MLP has a gate (Shazeer 2020, arXiv:2002.05202).
+        embedding_scale: factor of the embeddings.
+        residual_scale: factor of what attention and MLP add.
+        logit_scale: factor of the logits.
+        logit_cap: bound of the logits, by a tanh.
+        experts: MLPs that a token is routed to some of; 0 = none.
+        experts_per_token: of them, for each token.
+        expert_size: width of an expert.
+        expert_bias: whether router and experts have biases.
+        shared_size: width of an MLP that every token goes through beside its experts; 0 = none.
+        shared_gate: whether what it gives is weighed token by token.
+        router_sigmoid: sigmoid scores, and a bias for balance that takes part in the choice; else a softmax.
+        router_normalised: whether the chosen experts' weights are divided by their sum.
+        router_scale: factor of the weights.
+        glu_limit: bound of the experts' gate and input (gpt-oss).
+        delta_key_heads: heads of keys of the gated delta rule.
+        delta_value_heads: its heads of values.
+        delta_key_size: width of a key.
+        delta_value_size: width of a value.
+        delta_width: tokens that its short convolution looks back on.
+        scores: one score of a sequence instead of logits (``...ForSequenceClassification`` with ``num_labels`` 1).
+        longest: tokens of the longest document that is computed, by which longrope chooses; None = the longest possible.
     """
 
+    family: str = "llama"
     vocab_size: int
-    sliding_layers: tuple[int, ...] | None = None
-    scores: bool = False
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    layers: tuple[Layer, ...]
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    layer_norm: bool = False
+    norm_offset: float = 0.0
+    norm_bias: bool = False
+    norm_before: bool = True
+    norm_after: bool = False
+    parallel: bool = False
+    qk_norm: str = ""
+    qk_norm_after_rope: bool = False
+    interleaved_rope: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_gate: bool = False
+    attention_scale: float | None = None
+    score_cap: float | None = None
+    sinks: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    expert_bias: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
+    router_sigmoid: bool = False
+    router_normalised: bool = True
+    router_scale: float = 1.0
+    glu_limit: float | None = None
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_size: int = 0
+    delta_value_size: int = 0
+    delta_width: int = 0
+    scores: bool = field(default=False, metadata={"feature": False})
+    longest: int | None = field(default=None, metadata={"feature": False})
 
-    def window(self, layer: int) -> int | None:
-        """The sliding window of a layer, tokens."""
-        slides = self.sliding_layers is None or layer in self.sliding_layers
-        return self.sliding_window if slides else None
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks."""
+        return len(self.layers)
 
-    def problems(self, prefix: str = "model.") -> Iterator[str]:
-        """Yield what cannot be computed, or not be written as the chosen family."""
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        if heads % groups:
-            yield (
-                f"{prefix}num_attention_heads={heads} is not a multiple of {prefix}num_key_value_heads={groups}; "
-                f"use {prefix}num_key_value_heads={next(g for g in range(groups, 0, -1) if heads % g == 0)}"
-            )
-        if self.head_dim % 2:
-            yield f"{prefix}head_dim={self.head_dim} is odd and rotary positions turn pairs; use {self.head_dim + 1}"
-        kind = (self.rope_scaling or {}).get("rope_type", "default")
-        if kind not in SCALINGS:
-            yield f"{prefix}rope_scaling.rope_type={kind} is not known; use one of {', '.join(SCALINGS)}"
-        needed = {"linear": ["factor"], "yarn": ["factor"], "llama3": list(LLAMA3_KEYS)}.get(kind, [])
-        missing = [key for key in needed if key not in (self.rope_scaling or {})]
-        if missing:
-            yield f"{prefix}rope_scaling of type {kind} has missing keys {', '.join(missing)}"
-        yield from self._inexpressible(prefix)
-
-    def _inexpressible(self, prefix: str) -> Iterator[str]:
-        name, family = self.family, FAMILIES[self.family]
-        if self.qk_norm != family.qk_norm:
-            others = [other for other, row in FAMILIES.items() if row.qk_norm]
-            remedy = f"family={others[0]}" if self.qk_norm else "qk_norm=true"
-            yield f"{prefix}qk_norm={self.qk_norm} cannot be written as family {name}; use {prefix}{remedy}"
-        if self.sliding_window is not None and family.sliding is Sliding.none:
-            yield f"{prefix}sliding_window={self.sliding_window} is not family {name}'s; use {prefix}family=mistral"
-        if self.sliding_layers is not None and family.sliding is Sliding.every_layer:
-            yield f"{prefix}sliding_layers cannot be written as family {name}; use {prefix}family=qwen2"
-        biases, possible = {key: bool(getattr(self, key)) for key in BIASES}, family.possible_biases()
-        if biases not in possible:
-            words = [", ".join(f"{key}={str(on).lower()}" for key, on in each.items()) for each in [biases, *possible]]
-            yield f"{prefix}{words[0]} cannot be written as family {name}; use {' or '.join(words[1:])}"
-
-
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    @property
+    def ropes(self) -> list[Rope]:
+        """The rotations that its layers have, each once."""
+        distinct: list[Rope] = []
+        for layer in self.layers:
+            if layer.rope is not None and layer.rope not in distinct:
+                distinct.append(layer.rope)
+        return distinct

@@ -32,7 +32,7 @@ def embed(tokens: Tensor, table: Tensor, *, tied: bool) -> Tensor:
 
 def has_fast_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `rms_norm` takes these."""
-    return x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32
+    return x.device.type == "cpu" and x.dtype is weight.dtype is torch.float32 and weight.ndim == 1
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -152,7 +152,9 @@ def _gather_index(
     return index.to(device), real.to(device)
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention within each block of a key-value cache, to be merged by the log of its normaliser ``(n, Hkv, G)``.
 
     Args:
@@ -160,8 +162,9 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
         k, v: its keys and values (n, Hkv, block, D)
         mask: added to the scores of its places (n, block)
         scale: factor of the scores
+        cap: bound of the scores; None = none
     """
-    if q.dtype is not torch.float32:
+    if q.dtype is not torch.float32 and cap is None:
         # Scores in float32.
         out, normalisers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask[:, None, None], scale=scale
@@ -169,8 +172,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
         return out.contiguous(), normalisers
     # Products of a few queries with a block: half the time that the fused kernel takes for so few.
     scores = torch.bmm(k.flatten(0, 1), q.flatten(0, 1).transpose(1, 2)).view(*k.shape[:3], -1)
-    scores.mul_(scale).add_(mask[:, None, :, None])
+    scores.mul_(scale)
+    if cap is not None:
+        scores = scores.float().div_(cap).tanh_().mul_(cap)
+    scores.add_(mask[:, None, :, None])
     normalisers = scores.logsumexp(2)
     weights = scores.sub_(normalisers[:, :, None]).exp_()
-    out = torch.bmm(weights.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)).view(q.shape)
+    out = torch.bmm(weights.to(v.dtype).flatten(0, 1).transpose(1, 2), v.flatten(0, 1)).view(q.shape)
     return out, normalisers

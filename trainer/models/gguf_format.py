@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from trainer.config import InputError
 from trainer.data.tokenizer import Tokenizer
+from trainer.models import families
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import write_model
 from trainer.models.transformer import Transformer
@@ -81,24 +83,45 @@ def architecture_of(file: Gguf) -> Architecture:
     family, names = FAMILIES[file.kind], file.names()
     if file.get("{arch}.rope.scaling.type", "none") not in ("none", None) or "rope_freqs.weight" in names:
         raise UnsupportedError("scaled rotary positions are not written in a form that this converter reads")
-    return Architecture(
-        vocab_size=len(file.get("tokenizer.ggml.tokens")),
-        family=family,
-        hidden_size=width,
-        intermediate_size=file.get("{arch}.feed_forward_length"),
-        num_hidden_layers=file.get("{arch}.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=file.get("{arch}.attention.head_count_kv", heads),
-        head_dim=file.get("{arch}.attention.key_length", width // heads),
-        max_position_embeddings=file.get("{arch}.context_length"),
-        rope_theta=float(file.get("{arch}.rope.freq_base", 10000.0)),
-        # The file holds the float32 next to the number that was meant (1e-5): seven digits give it back.
-        rms_norm_eps=float(f"{file.get('{arch}.attention.layer_norm_rms_epsilon'):.7g}"),
-        tie_word_embeddings="output.weight" not in names,
-        attention_bias="blk.0.attn_q.bias" in names,
-        qk_norm="blk.0.attn_q_norm.weight" in names,
-        sliding_window=file.get("{arch}.attention.sliding_window") if family == "mistral" else None,
+    size = file.get("{arch}.attention.key_length", width // heads)
+    _validate_features(file, size)
+    window = file.get("{arch}.attention.sliding_window") if family == "mistral" else None
+    a = families.FAMILIES[family].read(
+        {
+            "model_type": family,
+            "vocab_size": len(file.get("tokenizer.ggml.tokens")),
+            "hidden_size": width,
+            "intermediate_size": file.get("{arch}.feed_forward_length"),
+            "num_hidden_layers": file.get("{arch}.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": file.get("{arch}.attention.head_count_kv", heads),
+            "head_dim": size,
+            "max_position_embeddings": file.get("{arch}.context_length"),
+            "rope_theta": float(file.get("{arch}.rope.freq_base", 10000.0)),
+            # The file holds the float32 next to the number that was meant (1e-5): seven digits give it back.
+            "rms_norm_eps": float(f"{file.get('{arch}.attention.layer_norm_rms_epsilon'):.7g}"),
+            "tie_word_embeddings": "output.weight" not in names,
+            "sliding_window": window,
+        }
     )
+    biased, normed = "blk.0.attn_q.bias" in names, "blk.0.attn_q_norm.weight" in names
+    return dataclasses.replace(a, attention_bias=biased, qk_norm="head" if normed else "")
+
+
+def _validate_features(file: Gguf, size: int) -> None:
+    """Nothing is computed in another way than the file says.
+
+    Raises:
+        UnsupportedError: naming the key.
+    """
+    plain: dict[str, float] = {"rope.dimension_count": size, "attention.value_length": size}
+    plain |= dict.fromkeys(("attention.scale", "logit_scale", "embedding_scale", "residual_scale"), 1.0)
+    plain |= dict.fromkeys(
+        ("expert_count", "expert_used_count", "attn_logit_softcapping", "final_logit_softcapping"), 0
+    )
+    for key, value in plain.items():
+        if (stored := file.get(f"{{arch}}.{key}", value)) not in (value, 0):
+            raise UnsupportedError(f"{file.kind}.{key}={stored} is not supported; only {value} is")
 
 
 def hugging_face_name(name: str) -> str:
@@ -198,7 +221,7 @@ def _validate_tensors(file: Gguf, a: Architecture) -> None:
     """
     stored = {hugging_face_name(t.name): tuple(int(n) for n in reversed(t.shape)) for t in file.reader.tensors}
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
-    if problems := list(a.problems("")):
+    if problems := list(families.problems_of(a, "")):
         raise UnsupportedError("; ".join(problems))
     if len(layers) != a.num_hidden_layers:  # before a model is built of so many
         raise UnsupportedError(f"it says {a.num_hidden_layers} layers and holds {len(layers)}; download it again")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,13 @@ from torch import Tensor
 
 from trainer.config import InputError
 from trainer.disk import digest, save_tensors, sync, write_text
-from trainer.models.architecture import FAMILIES, Architecture, Family, Sliding
+from trainer.models.architecture import Architecture
+from trainer.models.families import FAMILIES
 from trainer.models.text_part import left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, without_safetensors
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
 INDEX = "model.safetensors.index.json"
-PLAIN = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
-)  # fmt: skip
-INTEGERS = (*PLAIN[:7], "head_dim", "sliding_window")
-NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
 class FormatError(InputError):
@@ -43,41 +37,32 @@ def read_architecture(folder: Path) -> Architecture:
         FormatError: naming the file and what is missing, unknown, or cannot be computed.
     """
     file = folder / "config.json"
-    if not file.is_file():
-        raise FormatError(absent(folder))
-    config = text_config(read_object(file))
-    _validate_values(file, config)
+    config = read_config(folder)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise FormatError(f"{file}: {quantized(folder, config['quantization_config'])}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise FormatError(f"{file}: hidden_act={config['hidden_act']} is not supported; only silu is")
-    family = FAMILIES[kind]
-    missing = [key for key in PLAIN[:5] if key not in config]
-    if missing:
-        raise FormatError(f"{file}: missing keys {', '.join(missing)}")
-    plain = {key: config[key] for key in PLAIN if config.get(key) is not None}
-    plain.setdefault("num_key_value_heads", config["num_attention_heads"])
-    plain.setdefault("rms_norm_eps", 1e-6)
-    plain.setdefault("tie_word_embeddings", False)
-    theta, scaling = _rope(config)
-    window, layers = _sliding(config, family)
-    return Architecture(
-        **plain,
-        **family.read_biases(config),
-        family=kind,
-        head_dim=config.get("head_dim")
-        or family.default_head_dim
-        or config["hidden_size"] // config["num_attention_heads"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        qk_norm=family.qk_norm,
-        sliding_window=window,
-        sliding_layers=layers,
-        scores=any(name.endswith(SCORE) for name in config.get("architectures") or ()),
-    )
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise FormatError(f"{file}: architectures={json.dumps(classes)[:80]} is not a list; correct the file")
+    try:
+        a = FAMILIES[kind].read(config)
+    except ValueError as error:
+        raise FormatError(f"{file}: {error}") from None
+    return dataclasses.replace(a, scores=any(str(name).endswith(SCORE) for name in classes))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says of the text model.
+
+    Raises:
+        FormatError: if there is none, or it is no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FormatError(absent(folder))
+    return dict(text_config(read_object(file)))
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -95,46 +80,6 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _validate_values(file: Path, config: Mapping[str, Any]) -> None:
-    """Values of the kinds that the decoder's sizes are of: whatever else stands there would be computed with."""
-    rules: dict[str, tuple[Sequence[str], Callable[[Any], bool]]] = {
-        "a positive integer": (INTEGERS, lambda v: type(v) is int and v > 0),
-        "a positive number": (NUMBERS, lambda v: type(v) in (int, float) and math.isfinite(v) and v > 0),
-        "true or false": (FLAGS, lambda v: isinstance(v, bool)),
-        "an object": (("rope_parameters", "rope_scaling"), lambda v: isinstance(v, dict)),
-        "a list": (("layer_types", "architectures"), lambda v: isinstance(v, list)),
-    }
-    for words, (keys, holds) in rules.items():
-        for key in keys:
-            if config.get(key) is not None and not holds(config[key]):
-                raise FormatError(f"{file}: {key}={json.dumps(config[key])[:80]} is not {words}; correct the file")
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, as transformers 5 (``rope_parameters``) or earlier releases (``rope_theta``) write them."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if "type" in parameters:
-        parameters.setdefault("rope_type", parameters.pop("type"))
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = parameters.get("rope_type", "default")
-    return float(theta), None if kind == "default" else parameters
-
-
-def _sliding(config: Mapping[str, Any], family: Family) -> tuple[int | None, tuple[int, ...] | None]:
-    if family.sliding is Sliding.none:
-        return None, None
-    window = config.get("sliding_window", family.default_window)
-    if family.sliding is Sliding.every_layer:
-        return window, None
-    if not config.get("use_sliding_window", False) or window is None:
-        return None, None
-    kinds = config.get("layer_types")
-    first = config.get("max_window_layers", 28)
-    count = config["num_hidden_layers"]
-    layers = tuple(n for n in range(count) if (kinds[n] == "sliding_attention" if kinds else n >= first))
-    return (window, layers) if layers else (None, None)
-
-
 def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``config.json`` of an architecture; ``tokens``: ids by name (``bos_token_id``, ...)."""
     family = FAMILIES[a.family]
@@ -142,29 +87,15 @@ def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | 
         "architectures": [family.classes + (SCORE if a.scores else LANGUAGE)],
         "model_type": a.family,
         "dtype": str(dtype).removeprefix("torch."),
-        "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,
-        **{key: getattr(a, key) for key in PLAIN},
-        "head_dim": a.head_dim,
-        "rope_parameters": {"rope_theta": a.rope_theta, **(a.rope_scaling or {"rope_type": "default"})},
-        # Releases before transformers 5 read these two.
-        "rope_theta": a.rope_theta,
-        "rope_scaling": a.rope_scaling,
+        # Null where there is none: else the class's own, which may lie outside of the vocabulary.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **family.write(a),
         **tokens,
     }
     if a.scores:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, use_cache=False)
-    config.update({key: getattr(a, name) for name, key in family.bias_keys.items()})
-    if family.sliding is Sliding.every_layer:
-        config["sliding_window"] = a.sliding_window
-    if family.sliding is Sliding.some_layers:
-        layers = range(a.num_hidden_layers)
-        slides = [a.window(n) is not None for n in layers]
-        config["use_sliding_window"] = any(slides)
-        config["sliding_window"] = a.sliding_window
-        config["max_window_layers"] = slides.index(True) if any(slides) else a.num_hidden_layers
-        config["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
     return config
 
 
@@ -292,7 +223,8 @@ def write_model(
     try:
         tokenizer.save(partial)
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-        write_weights(partial, weights, dtype, shard_bytes)
+        stored = FAMILIES[architecture.family].stored(weights, architecture)
+        write_weights(partial, stored, dtype, shard_bytes)
         _write_json(partial / "config.json", config_json(architecture, dtype, ids))
         _write_json(partial / "generation_config.json", _generation_config(generation or {}, ids, tokenizer.stops))
         _write_json(partial / "onecurve.json", dict(facts))

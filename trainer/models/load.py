@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.hub import absence, folder_of
-from trainer.models.architecture import Architecture, Shape
-from trainer.models.attention import has_varlen
+from trainer.models.architecture import Architecture
+from trainer.models.attention import has_kernel
+from trainer.models.families import problems_of
 from trainer.models.header import read_shape
-from trainer.models.hf_format import FormatError, WeightFiles, read_architecture
+from trainer.models.hf_format import FormatError, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
+from trainer.models.shape import Shape, architecture_of, stretched
+from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Recompute, Transformer
 from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
@@ -61,25 +64,28 @@ class Model(Shape, ModelOptions):
 
     def problems(self) -> Iterator[str]:
         if self.path is None:
-            yield from self._shape(self.vocab_size or 1).problems()
+            yield from problems_of(architecture_of(self, self.vocab_size or 1))
+            if self.full_attention_every is not None and self.sliding_window is None:
+                yield f"model.full_attention_every={self.full_attention_every} has no effect without model.sliding_window"
             return
         if absent := absence(self.path):
             yield f"model.path={self.path}: {absent}"
             return
         try:
-            architecture = read_shape(Path(self.path))
+            architecture = self._of_folder(Path(self.path))
         except FormatError as error:
             yield f"model.path={self.path}: {error}"
             return
-        yield from (f"{self.path}/config.json: {problem}" for problem in architecture.problems(""))
+        yield from (f"{self.path}/config.json: {problem}" for problem in problems_of(architecture, ""))
 
-    def validate_compiled(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
-        """One sentence for what does not work in compiled blocks of heads of ``head_dim`` that compute in ``dtype``."""
-        if self.activation_checkpointing is Recompute.selective and not has_varlen(device, dtype, head_dim):
+    def validate_compiled(self, device: torch.device, dtype: torch.dtype, a: Architecture) -> Iterator[str]:
+        """One sentence for what does not work in compiled blocks that compute in ``dtype``."""
+        if self.activation_checkpointing is Recompute.selective and not has_kernel(a, device, dtype):
             # Documents go by length, between graphs, and those write into what is kept (torch 2.13 raises at the backward).
             yield (
                 "model.compile=true works with model.activation_checkpointing=selective only where a GPU has a kernel for "
-                "packed documents (precision bf16 or fp16, Ampere or later, heads up to 256 in steps of 8); use full or none"
+                "packed documents (precision bf16 or fp16, Ampere or later, heads up to 256 in steps of 8, no "
+                "bound of the scores and no sinks); use full or none"
             )
 
     def decided(self, chosen: Model) -> Iterator[str]:
@@ -88,12 +94,16 @@ class Model(Shape, ModelOptions):
             yield f"model.activation_checkpointing={chosen.activation_checkpointing.value}: the least for the device's memory"
         if self.compile is None:
             yield f"model.compile={str(bool(chosen.compile)).lower()}: chosen for the device"
+        if self.path is not None and self.rope_scaling is not None:
+            a = self._of_folder(Path(self.path))
+            kind, reach = self.rope_scaling.get("rope_type", "default"), f"{a.max_position_embeddings} positions"
+            yield f"model.rope_scaling: {kind} in the place of the folder's own, up to {reach}; the export has it"
 
     @classmethod
     def override_problems(cls, typed: Sequence[str]) -> Iterator[str]:
         """What a command line says that ``model.path`` makes meaningless; ``typed``: its overrides (``key=value``)."""
         keys = [override.lstrip("+").partition("=")[0] for override in typed]
-        shape = {f.name for f in dataclasses.fields(Architecture)}
+        shape = {"vocab_size", *(f.name for f in dataclasses.fields(Shape))} - {"rope_scaling"}
         given = [override for override in typed if override.lstrip("+").startswith("model.path=")]
         if given and not given[-1].endswith(("=null", "=")):
             for key in keys:
@@ -106,7 +116,7 @@ class Model(Shape, ModelOptions):
         Raises:
             ConfigError: if the model's vocabulary is smaller than the tokenizer's.
         """
-        shape = read_shape(Path(self.path)) if self.path else self._shape(self.vocab_size or vocab_size)
+        shape = self._of_folder(Path(self.path)) if self.path else architecture_of(self, self.vocab_size or vocab_size)
         if shape.vocab_size < vocab_size and grow and self.path:
             return dataclasses.replace(shape, vocab_size=vocab_size)
         if shape.vocab_size < vocab_size:
@@ -116,9 +126,10 @@ class Model(Shape, ModelOptions):
             )
         return shape
 
-    def _shape(self, vocab_size: int) -> Architecture:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Shape)}
-        return Architecture(**fields, vocab_size=vocab_size)
+    def _of_folder(self, folder: Path) -> Architecture:
+        """The folder's shape, its rotation scaled as set here."""
+        a = read_shape(folder)
+        return a if self.rope_scaling is None else stretched(a, self.rope_scaling)
 
 
 @dataclass
@@ -127,7 +138,8 @@ class ModelLoader:
 
     ``new_tokens``: the last ones of the vocabulary, which the folder was not trained on; where it has no rows for them, its
     tables grow. ``precision``: what they compute in. ``scores``: with a head that scores, a
-    new one where the folder has none. ``kind``: the class to build.
+    new one where the folder has none. ``longest``: tokens of the longest document, by which longrope chooses; None = the
+    longest possible. ``kind``: the class to build.
     """
 
     config: Model
@@ -138,13 +150,16 @@ class ModelLoader:
     new_tokens: int = 0
     precision: Precision = field(default_factory=Precision)
     scores: bool = False
+    longest: int | None = None
     kind: type[Transformer] = Transformer
 
     @cached_property
     def architecture(self) -> Architecture:
         """The shape of the model."""
         return dataclasses.replace(
-            self.config.architecture(self.vocab_size, grow=self.new_tokens > 0), scores=self.scores
+            self.config.architecture(self.vocab_size, grow=self.new_tokens > 0),
+            scores=self.scores,
+            longest=self.longest,
         )
 
     def fitted(self, recompute: Recompute) -> ModelLoader:
@@ -171,17 +186,17 @@ class ModelLoader:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         yield from self.strategy.validate_compiled()
         yield from self.adapter.validate_compiled()
-        yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture.head_dim)
+        yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture)
 
     def remarks(self) -> Iterator[str]:
         """A sentence for what of the folder is not read."""
-        if self.files is not None and self.files.left_out is not None:
-            yield f"model.path={self.config.path}: {self.files.left_out}"
+        if self.files is not None and self.files.files.left_out is not None:
+            yield f"model.path={self.config.path}: {self.files.files.left_out}"
 
     @cached_property
-    def files(self) -> WeightFiles | None:
+    def files(self) -> StoredWeights | None:
         """The tensors that the model starts from, if it starts from a folder."""
-        return None if self.config.path is None else WeightFiles(Path(self.config.path))
+        return None if self.config.path is None else StoredWeights(Path(self.config.path), self.architecture)
 
     def load(self) -> Transformer:
         """The configured model, what is trained of it in float32."""
@@ -214,14 +229,17 @@ class ModelLoader:
     def fingerprint(self) -> str:
         """Of what the model starts from."""
         base = f"{self.seed}:{self.architecture}" if self.files is None else self.files.fingerprint()
+        if self.files is not None and any(rope.scaling for rope in self.architecture.ropes):
+            # Set here, or chosen by the longest document.
+            base = f"{base}:{self.architecture.ropes}:{self.longest}"
         adapter = getattr(self.adapter, "path", None)
         return base if adapter is None else f"{base}:{AdapterFolder(Path(adapter)).fingerprint()}"
 
     def start(self, name: str) -> Tensor:
         """A parameter of the model before any training: out of the folder, or from the seed."""
         a = self.architecture
-        if self.files is None or (name == HEAD and name not in self.files.files):
-            return initial(name, self.shapes[name], self.seed, a.initializer_range, a.num_hidden_layers)
+        if self.files is None or (name == HEAD and name not in self.files):
+            return initial(name, self.shapes[name], self.seed, a.initializer_range, a.num_hidden_layers, a.norm_offset)
         values = self.files.tensor(name)
         if name.endswith(TABLES) and self.new_tokens > 0:
             # New tokens begin as the mean of all: then they neither attract nor repel (Hewitt 2021). A vocabulary that is
@@ -244,31 +262,24 @@ class ModelLoader:
         assert self.config.path is not None
         return self.architecture.vocab_size - read_architecture(Path(self.config.path)).vocab_size
 
-    def _validate_weights(self, files: WeightFiles, wanted: dict[str, tuple[int, ...]]) -> None:
-        tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings else set()
-        tied |= {"lm_head.weight"} if self.scores else set()
-        missing = sorted(wanted.keys() - files.files.keys() - {HEAD})
-        unexpected = sorted(files.files.keys() - wanted.keys() - tied)
-        unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
-        grown = {n: (s[0] - self._rows_added, *s[1:]) if n.endswith(TABLES) else s for n, s in wanted.items()}
-        shapes = {n: (files.shape(n), s) for n, s in grown.items() if n in files.files}
-        wrong = [f"{n} is {have} and should be {need}" for n, (have, need) in shapes.items() if have != need]
-        problems = [f"missing keys {', '.join(missing)}"] if missing else []
-        problems += [f"unexpected keys {', '.join(unexpected)}"] if unexpected else []
-        if problems or wrong:
-            raise FormatError(f"{files.folder}: {'; '.join(problems + wrong)}")
+    def _validate_weights(self, files: StoredWeights, wanted: dict[str, tuple[int, ...]]) -> None:
+        tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings or self.scores else set[str]()
+        files.validate(wanted, {HEAD, *tied}, TABLES, self._rows_added)
 
 
-def initial(name: str, shape: Sequence[int], seed: int, deviation: float, layers: int) -> Tensor:
+def initial(
+    name: str, shape: Sequence[int], seed: int, deviation: float, layers: int, norm_offset: float = 0.0
+) -> Tensor:
     """A new parameter's values, from a generator of its own, seeded by (seed, name).
 
     Matrices are normal, those that write to the residual stream scaled by 1 / sqrt(2 * layers) (Radford et al. 2019, GPT-2);
-    norms are 1, biases 0. So a parameter's value depends neither on ranks nor on the order of construction.
+    norms are 1 less what is added to them, biases and attention's sinks 0. So a parameter's value depends neither on ranks
+    nor on the order of construction.
     """
-    if name.endswith("bias"):
+    if name.endswith(("bias", "sinks")):
         return torch.zeros(*shape)
-    if len(shape) < 2:
-        return torch.ones(*shape)
+    if len(shape) < 2 or "norm" in name.split(".")[-2]:
+        return torch.full(shape, 1.0 - norm_offset)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if name == HEAD:

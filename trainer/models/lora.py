@@ -19,6 +19,7 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.hub import folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
+from trainer.models.families import FAMILIES
 from trainer.models.hf_format import FormatError
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
@@ -171,6 +172,13 @@ class LoRA(Adapter):
             )
         both = [name for name in modules if matches(name, self.full) and matches(name, self.targets)]
         problems += [f"adapter.full and adapter.targets both name {both[0]}; leave it out of one"] if both else []
+        family = FAMILIES[architecture.family]
+        rules = {name: family.rule_of(f"{name}.weight")[1] for name in modules if matches(name, self.full)}
+        problems += [
+            f"adapter.full: {name} is a part of {rule.theirs[0]} in family {architecture.family}; leave it out"
+            for name, rule in rules.items()
+            if rule is not None and len(rule.ours) > 1
+        ][:1]
         if self.path is not None and not problems:
             self.install(model, grown=False)
             needed = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""Normalisation over the last dimension: by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467), or LayerNorm."""
 
 from __future__ import annotations
 
@@ -7,27 +7,63 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.functional import working_dtype
+from trainer.models.architecture import Architecture
 from trainer.models.cpu_kernels import has_fast_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension, statistics in float32."""
+    """``(offset + weight) * x / sqrt(mean(x ** 2) + eps)``, statistics in float32.
 
-    def __init__(self, size: int, eps: float) -> None:
+    ``shape``: of the weight; its last size is what is normed.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((shape,) if isinstance(shape, int) else shape, 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        if has_fast_norm(x, self.weight):
-            out = rms_norm(x, self.weight, self.eps)
-        elif x.device.type == "cuda" and not torch.compiler.is_compiling():
+        # A short format has no room for what is added to a one.
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        if has_fast_norm(x, weight):
+            out = rms_norm(x, weight, self.eps)
+        elif x.device.type == "cuda" and weight.ndim == 1 and not torch.compiler.is_compiling():
             # One kernel, which wants one format: autocast would widen both.
             with torch.autocast("cuda", enabled=False):
-                out = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+                wide = x.float() if self.offset else x
+                out = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps)
         else:
             wide = x.float()
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-            out = self.weight * wide.to(x.dtype)
+            out = weight * (wide if self.offset else wide.to(x.dtype))
         # Once, rather than in each of the projections that read it.
+        out = out.to(x.dtype) if self.offset else out
         return out.to(working_dtype(out))
+
+
+class LayerNorm(nn.Module):
+    """Mean 0 and variance 1, times ``offset + weight``, plus a bias where there is one; in float32 (Ba et al. 2016)."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, offset: float = 0.0, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, 1.0 - offset))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+            bias = None if self.bias is None else self.bias.float()
+            if weight.ndim == 1:
+                out = F.layer_norm(x.float(), weight.shape, weight, bias, self.eps)
+            else:
+                out = F.layer_norm(x.float(), weight.shape[-1:], None, None, self.eps) * weight
+                out = out if bias is None else out + bias
+        return out.to(working_dtype(x))
+
+
+def norm_of(a: Architecture, *shape: int) -> RMSNorm | LayerNorm:
+    """The norm that a model has, with weights of ``shape``."""
+    if a.layer_norm:
+        return LayerNorm(shape, a.rms_norm_eps, a.norm_offset, bias=a.norm_bias)
+    return RMSNorm(shape, a.rms_norm_eps, a.norm_offset)

@@ -6,7 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Settings:
     ``targets``: names of the adapted linear layers, or their last parts.
     ``full``: modules whose own weights are saved with it.
     ``dropout``: part of its inputs that is dropped in training.
+    ``ranks``, ``alphas``: of layers that have others, by name.
     """
 
     rank: int
@@ -42,6 +43,8 @@ class Settings:
     targets: tuple[str, ...]
     full: tuple[str, ...] = ()
     dropout: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
 
 class AdapterFolder:
@@ -125,7 +128,7 @@ def write_adapter(
         "base_model_name_or_path": None if base is None else str(Path(base).resolve()),
         "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "target_modules": list(settings.targets),
         "modules_to_save": list(settings.full) or None, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-        "inference_mode": True,
+        "inference_mode": True, "rank_pattern": dict(settings.ranks), "alpha_pattern": dict(settings.alphas),
     }  # fmt: skip
     partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)

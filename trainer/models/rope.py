@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.models.architecture import Architecture
+from trainer.models.architecture import Architecture, Rope
+
+NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""Kinds of scaling, and the parameters that each must have."""
 
 
-def frequencies(architecture: Architecture) -> tuple[Tensor, float]:
-    """Angles per position ``(head_dim / 2,)`` float32, and the factor on cos and sin (1 except for yarn)."""
-    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-    inverse = 1.0 / (architecture.rope_theta**exponents)
-    scaling = architecture.rope_scaling or {}
+def frequencies(rope: Rope, a: Architecture) -> tuple[Tensor, float]:
+    """Angles per position ``(turned / 2,)`` float32, and the factor on cos and sin (1 except for yarn and longrope)."""
+    size, scaling = turned_size(rope, a), rope.scaling
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    inverse = 1.0 / (rope.theta**exponents)
     match scaling.get("rope_type", "default"):
         case "linear":
             return inverse / scaling["factor"], 1.0
+        case "dynamic" if scaling.get("alpha"):
+            return 1.0 / ((rope.theta * scaling["alpha"] ** (size / (size - 2))) ** exponents), 1.0
         case "llama3":
             return _llama3(inverse, scaling), 1.0
         case "yarn":
-            return _yarn(architecture, scaling)
+            return _yarn(rope, a, size)
+        case "longrope":
+            return _longrope(rope, a, exponents)
+    # Dynamic scaling stretches what is longer than max_position_embeddings, which no run computes.
     return inverse, 1.0
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x`` ``(B, T, H, D)`` by the angles of its positions; ``cos`` and ``sin`` are ``(B, T, 1, D / 2)``."""
+def turned_size(rope: Rope, a: Architecture) -> int:
+    """The dimensions of a head that turn."""
+    return int(a.head_dim * rope.fraction)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn ``x`` ``(B, T, H, D)`` by the angles of its positions; ``cos`` and ``sin`` are ``(B, T, 1, turned / 2)``.
+
+    Of a head only the first ``turned`` dimensions turn. ``interleaved``: neighbours turn together and come out as halves,
+    since only products of queries with keys matter.
+    """
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], cos, sin, interleaved), x[..., size:]], -1)
+    if interleaved:
+        x = x.view(*x.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
     if x.device.type == "cuda" and not torch.compiler.is_compiling():
         return Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call,no-any-return]
     first, second = x.chunk(2, -1)
@@ -61,7 +91,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
 
 
 def angles(inverse: Tensor, factor: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(B, T, 1, D / 2)`` of ``positions`` ``(B, T)``, computed in float32."""
+    """Cosines and sines ``(B, T, 1, turned / 2)`` of ``positions`` ``(B, T)``, computed in float32."""
     turned = (positions[..., None].float() * inverse)[:, :, None]
     cos, sin = turned.cos(), turned.sin()
     if factor != 1.0:
@@ -69,7 +99,16 @@ def angles(inverse: Tensor, factor: float, positions: Tensor, dtype: torch.dtype
     return cos.to(dtype), sin.to(dtype)
 
 
-def _llama3(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
+def growth(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What queries are multiplied by, ``(B, T, 1, 1)``: sharper the further into a document (Llama 4); () = nothing."""
+    beta = rope.scaling.get("llama_4_scaling_beta")
+    if not beta:
+        return ()
+    original = rope.scaling["original_max_position_embeddings"]
+    return ((1 + beta * torch.log1p((positions // original).float()))[..., None, None].to(dtype),)
+
+
+def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1's: long wavelengths are stretched by ``factor``, short ones kept, those between blended."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
@@ -78,10 +117,11 @@ def _llama3(inverse: Tensor, scaling: dict[str, Any]) -> Tensor:
     return blended
 
 
-def _yarn(architecture: Architecture, scaling: dict[str, Any]) -> tuple[Tensor, float]:
+def _yarn(rope: Rope, a: Architecture, size: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): dimensions that turn often are kept, slow ones interpolated."""
-    size, base, factor = architecture.head_dim, architecture.rope_theta, scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or architecture.max_position_embeddings
+    scaling, base = rope.scaling, rope.theta
+    original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
+    factor = scaling["factor"]
 
     def dimension(turns: float) -> float:
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -98,7 +138,7 @@ def _yarn(architecture: Architecture, scaling: dict[str, Any]) -> tuple[Tensor, 
     return inverse, _attention_factor(factor, scaling)
 
 
-def _attention_factor(factor: float, scaling: dict[str, Any]) -> float:
+def _attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     def grown(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
@@ -106,3 +146,19 @@ def _attention_factor(factor: float, scaling: dict[str, Any]) -> float:
         return float(scaling["attention_factor"])
     weight, every = scaling.get("mscale"), scaling.get("mscale_all_dim")
     return grown(weight) / grown(every) if weight and every else grown(1)
+
+
+def _longrope(rope: Rope, a: Architecture, exponents: Tensor) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a factor a dimension, of two sets.
+
+    Which set is chosen once for a model, by the longest document that it is to compute: chosen by a row's longest, a document
+    would depend on its company.
+    """
+    scaling = rope.scaling
+    original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
+    chosen = "long_factor" if (a.longest or a.max_position_embeddings) > original else "short_factor"
+    inverse = 1.0 / (torch.tensor(scaling[chosen], dtype=torch.float32) * rope.theta**exponents)
+    factor = scaling.get("factor") or a.max_position_embeddings / original
+    if scaling.get("attention_factor") is not None:
+        return inverse, float(scaling["attention_factor"])
+    return inverse, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

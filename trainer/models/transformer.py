@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral, Qwen2, Qwen3 and SmolLM by configuration. Parameter names are Hugging Face's."""
+"""The decoder: what a family of models computes, by its features. Parameter names are Hugging Face's for Llama."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.batch import Branches, Documents
-from trainer.functional import At, working_dtype
+from trainer.functional import At, Head, working_dtype
 from trainer.functional.objective import compile_loss
-from trainer.models.architecture import Architecture
-from trainer.models.attention import attend, has_varlen
+from trainer.models.architecture import Architecture, Rope
+from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
-from trainer.models.norm import RMSNorm
-from trainer.models.rope import angles, frequencies, rotate
+from trainer.models.mlp import mlp_of
+from trainer.models.norm import norm_of
+from trainer.models.rope import angles, frequencies, growth, rotate
 
 NARROW_STREAM = {"cuda"}
 """Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
 there. Never float16, whose range is too small for a sum over all layers."""
-Read = Callable[[Tensor, Tensor], Any]
-Attend = Callable[[int, Tensor, Tensor, Tensor, int | None, float], Tensor]
-"""(layer, q, k, v, window, scale) -> output, shapes as in `attention.attend`."""
+Read = Callable[[Tensor, Head], Any]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Scores], Tensor]
+"""(layer, q, k, v, scores) -> output, shapes as in `attention.attend`."""
+Turned = tuple[Tensor, ...]
+"""What a layer's mixer reads of positions: cosines, sines, and what queries grow by; () = nothing."""
 
 
 class Context(Protocol):
@@ -35,7 +37,7 @@ class Context(Protocol):
 
     positions: Tensor
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor: ...
 
 
 class Recompute(StrEnum):
@@ -49,61 +51,89 @@ class Recompute(StrEnum):
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, a: Architecture, layer: int) -> None:
+    def __init__(self, a: Architecture, number: int) -> None:
         super().__init__()
-        self.layer, self.size, self.window = layer, a.head_dim, a.window(layer)
-        heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        self.q_proj = nn.Linear(a.hidden_size, heads, bias=a.attention_bias)
-        self.k_proj = nn.Linear(a.hidden_size, groups, bias=a.attention_bias)
-        self.v_proj = nn.Linear(a.hidden_size, groups, bias=a.attention_bias)
-        self.o_proj = nn.Linear(heads, a.hidden_size, bias=a.attention_output_bias)
+        self.number, self.size = number, a.head_dim
+        self.gated, self.interleaved = a.attention_gate, a.interleaved_rope
+        self.norm, self.norm_last = a.qk_norm, a.qk_norm_after_rope
+        self.scores = Scores(a.attention_scale or a.head_dim**-0.5, a.layers[number].window, a.score_cap)
+        heads, groups = a.num_attention_heads, a.num_key_value_heads
+        self.q_proj = nn.Linear(a.hidden_size, heads * self.size * (1 + a.attention_gate), bias=a.attention_bias)
+        self.k_proj = nn.Linear(a.hidden_size, groups * self.size, bias=a.attention_bias)
+        self.v_proj = nn.Linear(a.hidden_size, groups * self.size, bias=a.attention_bias)
+        self.o_proj = nn.Linear(heads * self.size, a.hidden_size, bias=a.attention_output_bias)
         if a.qk_norm:
-            self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
-            self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+            self.q_norm = norm_of(a, *_norm_shape(a, heads))
+            self.k_norm = norm_of(a, *_norm_shape(a, groups))
+        self.sinks = nn.Parameter(torch.zeros(heads)) if a.sinks else None
 
-    def forward(
-        self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend, places: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turned: Turned, attending: Attend, places: Tensor | None = None) -> Tensor:
         split = (*x.shape[:2], -1, self.size)
-        q, k, v = self.q_proj(x).view(split), self.k_proj(x).view(split), self.v_proj(x).view(split)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q_proj(x), self.k_proj(x).view(split), self.v_proj(x).view(split)
+        gate = None
+        if self.gated:
+            q, gate = q.view(*x.shape[:2], -1, 2 * self.size).chunk(2, -1)
+        q, k = self._prepared(q.reshape(split), k, turned)
         # The norm's float32 weight or the angles may have widened them; attention takes one format.
-        q, k = rotate(q, *turned).to(v.dtype), rotate(k, *turned).to(v.dtype)
-        out = attending(self.layer, q, k, v, self.window, self.size**-0.5).flatten(2)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        scores = self.scores if self.sinks is None else self.scores._replace(sinks=self.sinks)
+        out = attending(self.number, q, k, v, scores)
+        out = (out if gate is None else out * gate.sigmoid()).flatten(2)
         return self.o_proj(out if places is None else out.index_select(1, places))  # type: ignore[no-any-return]
 
+    def _prepared(self, q: Tensor, k: Tensor, turned: Turned) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed and turned."""
+        if self.norm and not self.norm_last:
+            q, k = self._normed(q, k)
+        if turned:
+            cos, sin, *grown = turned
+            q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
+            q = q * grown[0] if grown else q
+        return self._normed(q, k) if self.norm and self.norm_last else (q, k)
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norm == "width":
+            return self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+        return self.q_norm(q), self.k_norm(k)
 
-    def __init__(self, a: Architecture) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
-        self.up_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
-        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+def _norm_shape(a: Architecture, heads: int) -> tuple[int, ...]:
+    """The shape of a norm's weight, of queries or keys of ``heads`` heads."""
+    return {"head": (a.head_dim,), "heads": (heads, a.head_dim), "width": (heads * a.head_dim,)}[a.qk_norm]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """A mixer of tokens and an MLP, each normed before, after or both, and added to the residual stream."""
 
-    def __init__(self, a: Architecture, layer: int) -> None:
+    def __init__(self, a: Architecture, number: int) -> None:
         super().__init__()
-        self.self_attn = Attention(a, layer)
-        self.mlp = MLP(a)
-        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.self_attn = Attention(a, number)
+        self.mlp = mlp_of(a, a.layers[number])
+        if a.norm_before:
+            self.input_layernorm = norm_of(a, a.hidden_size)
+        if a.norm_after:
+            self.attention_output_norm = norm_of(a, a.hidden_size)
+        if a.norm_before and not a.parallel:
+            self.post_attention_layernorm = norm_of(a, a.hidden_size)
+        if a.norm_after:
+            self.mlp_output_norm = norm_of(a, a.hidden_size)
+        self.before, self.after, self.parallel, self.scale = a.norm_before, a.norm_after, a.parallel, a.residual_scale
 
-    def forward(
-        self, x: Tensor, turned: tuple[Tensor, Tensor], attending: Attend, places: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turned: Turned, attending: Attend, places: Tensor | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted."""
-        added = self.self_attn(self.input_layernorm(x), turned, attending, places)
-        x = (x if places is None else x.index_select(1, places)) + added
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        normed = self.input_layernorm(x) if self.before else x
+        added = self.self_attn(normed, turned, attending, places)
+        added = self._scaled(self.attention_output_norm(added) if self.after else added)
+        if places is not None:
+            x = x.index_select(1, places)
+        if self.parallel:
+            return x + added + self._scaled(self.mlp(normed if places is None else normed.index_select(1, places)))
+        x = x + added
+        out = self.mlp(self.post_attention_layernorm(x) if self.before else x)
+        return x + self._scaled(self.mlp_output_norm(out) if self.after else out)
+
+    def _scaled(self, added: Tensor) -> Tensor:
+        return added if self.scale == 1.0 else added * self.scale
 
 
 def narrow_stream(device: str, working: torch.dtype) -> bool:
@@ -116,10 +146,11 @@ class TokenEmbedding(nn.Embedding):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__(a.vocab_size, a.hidden_size)
-        self.tied = a.tie_word_embeddings and not a.scores
+        self.tied, self.scale = a.tie_word_embeddings and not a.scores, a.embedding_scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = embed(tokens, self.weight, tied=self.tied)
+        x = x if self.scale == 1.0 else x * self.scale
         return x.bfloat16() if narrow_stream(x.device.type, working_dtype(x)) else x
 
 
@@ -131,10 +162,23 @@ class Decoder(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.embed_tokens = TokenEmbedding(a)
-        self.layers = nn.ModuleList(Block(a, layer) for layer in range(a.num_hidden_layers))
-        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        inverse, self.rope_factor = frequencies(a)
-        self.register_buffer("inverse", inverse, persistent=False)
+        self.layers = nn.ModuleList(Block(a, number) for number in range(a.num_hidden_layers))
+        self.norm = norm_of(a, a.hidden_size)
+        self.ropes, self.factors = a.ropes, list[float]()
+        for number, rope in enumerate(a.ropes):
+            inverse, factor = frequencies(rope, a)
+            self.register_buffer(f"inverse{number or ''}", inverse, persistent=False)
+            self.factors.append(factor)
+        self.rope_of = [None if layer.rope is None else a.ropes.index(layer.rope) for layer in a.layers]
+
+    def turned(self, positions: Tensor, dtype: torch.dtype) -> list[Turned]:
+        """For every layer what it reads of ``positions`` ``(B, T)``; layers of one rotation share it."""
+        each = [self._angles(number, rope, positions, dtype) for number, rope in enumerate(self.ropes)]
+        return [() if number is None else each[number] for number in self.rope_of]
+
+    def _angles(self, number: int, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Turned:
+        inverse = self.get_buffer(f"inverse{number or ''}")
+        return (*angles(inverse, self.factors[number], positions, dtype), *growth(rope, positions, dtype))
 
 
 class VocabularyProjection(nn.Module):
@@ -143,9 +187,11 @@ class VocabularyProjection(nn.Module):
     def __init__(self, a: Architecture, tied: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(a.vocab_size, a.hidden_size)) if tied is None else tied
+        self.scale, self.cap = a.logit_scale, a.logit_cap
 
     def forward(self, hidden: Tensor, read: Read) -> Any:
-        return read(hidden, self.weight)
+        hidden = hidden if self.scale == 1.0 else hidden * self.scale
+        return read(hidden, Head(self.weight, self.cap))
 
 
 class ScoreProjection(nn.Module):
@@ -156,7 +202,7 @@ class ScoreProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, a.hidden_size))
 
     def forward(self, hidden: Tensor, read: Read) -> Any:
-        return read(hidden, self.weight)
+        return read(hidden, Head(self.weight))
 
 
 class Transformer(nn.Module):
@@ -175,7 +221,7 @@ class Transformer(nn.Module):
             self.lm_head = VocabularyProjection(architecture, table if architecture.tie_word_embeddings else None)
 
     def forward(self, tokens: Tensor, documents: Documents | Branches | Context, read: Read) -> Any:
-        """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection ``(V, d)``, of scores ``(1, d)``.
+        """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection, a `Head`.
 
         ``tokens`` ``(B, T)`` int64. ``documents``: where documents begin and end, or a key-value cache to attend to.
         """
@@ -183,13 +229,13 @@ class Transformer(nn.Module):
             partial(_attend_packed, documents) if isinstance(documents, Documents | Branches) else documents.attend
         )
         x = self.model.embed_tokens(tokens)
-        turned = angles(self.model.inverse, self.model.rope_factor, documents.positions, working_dtype(x))
+        *turned, last_turned = self.model.turned(documents.positions, working_dtype(x))
         run = self._in_training(x) if self.training and torch.is_grad_enabled() else nn.Module.__call__
         *blocks, last = self.model.layers
-        for block in blocks:
-            x = run(block, x, turned, attending, None)
+        for block, own in zip(blocks, turned, strict=True):
+            x = run(block, x, own, attending, None)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
-        x = run(last, x, turned, attending, places)
+        x = run(last, x, last_turned, attending, places)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
@@ -211,7 +257,7 @@ class Transformer(nn.Module):
         run = RECOMPUTING[self.recompute]
         if self._backend is None:
             return run
-        if self._compiled is None and has_varlen(x.device, working_dtype(x), self.architecture.head_dim):
+        if self._compiled is None and has_kernel(self.architecture, x.device, working_dtype(x)):
             self._compiled = torch.compile(run, fullgraph=True, backend=self._backend)
         elif self._compiled is None:
             # Documents go by length here, as the host decides: a block's halves are graphs, and recomputation is around them.
@@ -221,9 +267,9 @@ class Transformer(nn.Module):
 
 
 def _attend_packed(
-    documents: Documents | Branches, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float
+    documents: Documents | Branches, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores
 ) -> Tensor:
-    return attend(q, k, v, documents, window=window, scale=scale)
+    return attend(q, k, v, documents, scores)
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -238,10 +284,10 @@ def _keep_all(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)  # type: ignore[no-any-return]
 
 
-def _recompute_all(block: nn.Module, x: Tensor, turned: tuple[Tensor, Tensor], *rest: Any, **how: Any) -> Tensor:
+def _recompute_all(block: nn.Module, x: Tensor, turned: Turned, *rest: Any, **how: Any) -> Tensor:
     # What is not a tensor comes by closure: torch 2.11 would compile anew for every number of documents.
-    def compute(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return block(x, (cos, sin), *rest)  # type: ignore[no-any-return]
+    def compute(x: Tensor, *turned: Tensor) -> Tensor:
+        return block(x, turned, *rest)  # type: ignore[no-any-return]
 
     return checkpoint(compute, x, *turned, use_reentrant=False, **how)  # type: ignore[no-any-return]
 

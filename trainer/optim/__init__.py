@@ -58,7 +58,8 @@ class Optimizer(Node):
         assert self.lr is not None
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in parameters:
-            kinds.setdefault((rate_of(name, rates, self.lr), len(shape_of(parameter)) < 2), []).append(parameter)
+            vector = is_vector(name, shape_of(parameter))
+            kinds.setdefault((rate_of(name, rates, self.lr), vector), []).append(parameter)
         return [
             {"params": p, "lr": lr, "base_lr": lr, "weight_decay": 0.0 if vector else self.weight_decay}
             for (lr, vector), p in sorted(kinds.items(), key=lambda kind: (kind[0][0] != self.lr, kind[0][1]))
@@ -118,6 +119,11 @@ class Muon(AdamW):
         for optimizer in optimizers:
             if isinstance(optimizer, BatchedMuon):
                 optimizer.replicas = replicas
+
+
+def is_vector(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter only scales or shifts, and is not decayed: also norms with a row a head, biases one an expert."""
+    return len(shape) < 2 or name.endswith("bias") or "norm" in name.rpartition(".")[0].rpartition(".")[2]
 
 
 def applies_on_device(optimizer: torch.optim.Optimizer) -> bool:

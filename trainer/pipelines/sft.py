@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.batch import PackedRows
 from trainer.config import schema
 from trainer.diagnostics.first_step import FirstStep
-from trainer.functional import correct, cross_entropy
+from trainer.functional import Head, correct, cross_entropy
 from trainer.metrics import Metrics
 from trainer.parallel import distributed
 from trainer.pipelines.base import Models, Pipeline
@@ -43,9 +43,9 @@ class SFT(Pretrain):
     def evaluate(self, models: Models, batch: PackedRows) -> Metrics:
         """``loss`` in nats per learnt token, and ``token_accuracy``: the part of them that is the likeliest one."""
 
-        def read(hidden: Tensor, weight: Tensor) -> Any:
-            loss, _, _ = cross_entropy(hidden, weight, targets=batch.targets, mask=batch.mask, places=batch.places)
-            return loss, correct(hidden, weight, targets=batch.targets, mask=batch.mask)
+        def read(hidden: Tensor, head: Head) -> Any:
+            loss, _, _ = cross_entropy(hidden, head, targets=batch.targets, mask=batch.mask, places=batch.places)
+            return loss, correct(hidden, head, targets=batch.targets, mask=batch.mask)
 
         loss, hits = models.trained(batch.tokens, batch.documents, read)
         metrics = Metrics()

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from trainer.models.architecture import Architecture
+from trainer.models.sizes import multiplied_by
 from trainer.parallel.distributed import World
 from trainer.parallel.watchdog import Watchdog
 
@@ -116,9 +117,8 @@ def training_flops(a: Architecture, tokens: float, pairs: float) -> float:
     utilisation from it is the lower of the two usual ones.
     """
     heads = a.num_attention_heads * a.head_dim
-    block = a.hidden_size * (2 * heads + 2 * a.num_key_value_heads * a.head_dim + 3 * a.intermediate_size)
-    weights = a.num_hidden_layers * block + a.vocab_size * a.hidden_size
-    return 6 * weights * tokens + 12 * a.num_hidden_layers * heads * pairs
+    attending = sum(not layer.delta for layer in a.layers)
+    return 6 * multiplied_by(a) * tokens + 12 * attending * heads * pairs
 
 
 @cache

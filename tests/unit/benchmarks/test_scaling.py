@@ -8,7 +8,7 @@ import pytest
 from scripts.benchmarks.scaling import Cluster, Exchange, exchanges, outlook
 from tests.command import ROOT, environment
 from tests.unit.diagnostics.test_memory import SEVEN, layout
-from trainer.diagnostics.memory import parameters_of
+from trainer.models.sizes import parameters_of
 
 CLUSTER = Cluster(
     per_node=4, within=100.0, between=10.0, storage=50.0, node_storage=20.0, reached=0.5, hop=1.0, step=0.1

@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 
 from tests.command import onecurve
+from tests.shapes import architecture
 from trainer.cli.estimate import DEVICE_GB
 from trainer.compose import compose
-from trainer.diagnostics.memory import Layout, advice, fit, host_memory, memory, parameters_of, seconds_per_step, states
-from trainer.models.architecture import Architecture
+from trainer.diagnostics.memory import Layout, advice, fit, host_memory, memory, seconds_per_step, states
+from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Recompute, Transformer
 from trainer.tracking.throughput import PEAKS
 
-SEVEN = Architecture(
+SEVEN = architecture(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
 )  # fmt: skip
@@ -61,7 +62,7 @@ def test_a_run_counts_the_residual_stream_in_the_format_that_a_gpu_keeps_it_in()
 
 
 def test_models_beside_the_policy_take_their_share():
-    small = dataclasses.replace(SEVEN, num_hidden_layers=2)
+    small = dataclasses.replace(SEVEN, layers=SEVEN.layers[:2])
     shape, count = layout(ranks=8, stage=3), parameters_of(small)
     alone, both = (
         memory(SEVEN, Layout(**{**vars(shape), "auxiliary": b})) for b in ((), ((small, False), (small, True)))
@@ -84,7 +85,7 @@ def test_models_beside_the_policy_take_their_share():
     ],
 )  # fmt: skip
 def test_parameters_are_counted_as_the_model_has_them(changes):
-    shape = Architecture(**{
+    shape = architecture(**{
         "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
            "num_key_value_heads": 2, "head_dim": 4, "tie_word_embeddings": False, **changes,
     })  # fmt: skip
@@ -118,7 +119,7 @@ def test_what_is_offloaded_is_counted_in_cpu_memory():
 
 
 def test_time_is_operations_over_what_the_devices_do():
-    small = Architecture(
+    small = architecture(
         vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer.batch import Documents
-from trainer.models.attention import attend
+from trainer.models.attention import Scores, attend
 
 CASES = [
     ((7, 9, 3, 5, 17, 1, 6), 2, None),
@@ -37,7 +37,7 @@ def test_packed_attention_is_the_dense_one_with_its_gradients(lengths, rows, win
     shapes = [(rows, 48 // rows, heads, 8) for heads in (4, 2, 2)]
     tensors = [torch.randn(*s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
     up = torch.randn(*shapes[0], generator=draw, dtype=torch.float64)
-    out = attend(*tensors, documents, window=window, scale=0.3)
+    out = attend(*tensors, documents, Scores(0.3, window))
     (out * up).sum().backward()
     found = [t.grad.clone() for t in tensors]
     for t in tensors:
@@ -66,7 +66,7 @@ def test_the_bfloat16_backward_on_cpu_is_as_exact_as_torch_s(heads, groups):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2, enable_gqa=True).transpose(1, 2)
 
     def ours(q, k, v):
-        return attend(q, k, v, documents, window=None, scale=0.2)
+        return attend(q, k, v, documents, Scores(0.2))
 
     expected = gradients(torch.float64, torch_s)
     errors = {
@@ -84,7 +84,7 @@ def test_no_mask_over_the_row_is_made():
     documents = Documents.from_lengths((64,) * 64, 1)
     q = torch.randn(1, 4096, 2, 16)
     with FlopCounterMode(display=False) as counter:
-        attend(q, q, q, documents, window=None, scale=1.0)
+        attend(q, q, q, documents, Scores(1.0))
     assert counter.get_total_flops() <= 4 * 2 * 16 * 64 * 64 * 64  # 4 * heads * width for every pair inside a document
 
 

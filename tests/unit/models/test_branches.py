@@ -8,7 +8,7 @@ from trainer.batch import Branches, Documents
 from trainer.data.pairs import Pair, collate
 from trainer.data.rows import Encoded
 from trainer.functional import logits, logprobs
-from trainer.models.attention import attend
+from trainer.models.attention import Scores, attend
 
 
 def encoded(ids, prompt: int) -> Encoded:
@@ -26,8 +26,8 @@ def two_rows(pairs):
 
 
 def scored(model, batch):
-    def read(hidden, weight):
-        return logprobs(hidden[:, batch.logit_index], weight, targets=batch.targets[None])[0][0]
+    def read(hidden, head):
+        return logprobs(hidden[:, batch.logit_index], head, targets=batch.targets[None])[0][0]
 
     values = model(batch.tokens, batch.documents, read)
     return values.new_zeros(2 * len(batch.rows)).index_add(0, batch.sequence_id, values)
@@ -88,5 +88,5 @@ def test_a_filler_pair_has_no_targets_and_no_weight():
 def test_branches_of_a_single_sequence_are_documents():
     branches = Branches.of([range(4)], 4)
     q = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0))
-    out = attend(q, q, q, branches, window=None, scale=0.35)
-    assert torch.equal(out, attend(q, q, q, Documents.from_lengths([4], 1), window=None, scale=0.35))
+    out = attend(q, q, q, branches, Scores(0.35))
+    assert torch.equal(out, attend(q, q, q, Documents.from_lengths([4], 1), Scores(0.35)))

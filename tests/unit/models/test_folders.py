@@ -28,7 +28,8 @@ def folder(original, tmp_path) -> Path:
 
 VALUES = [
     ("vocab_size", 10**12, "embed_tokens.weight is (265, 16), and by config.json it should be (1000000000000, 16)"),
-    ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000, and the files hold 2 layers"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000 is not a positive integer below 10000"),
+    ("num_hidden_layers", 3, "num_hidden_layers=3, and the files hold 2 layers"),
     ("hidden_size", 32, "should be"),
     ("intermediate_size", 10**9, "gate_proj.weight is (24, 16)"),
     ("num_attention_heads", 10**6, "q_proj.weight is (16, 16)"),

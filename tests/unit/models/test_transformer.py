@@ -40,8 +40,8 @@ def test_reading_some_tokens_gives_what_is_found_there_in_all_of_them(recompute)
     tokens, targets = torch.randint(0, 50, (1, 24), generator=draw), torch.randint(0, 50, (3,), generator=draw)
     places, found = torch.tensor([2, 9, 20]), []
 
-    def picked(hidden, weight):
-        return logprobs(hidden[:, places], weight, targets=targets[None])
+    def picked(hidden, head):
+        return logprobs(hidden[:, places], head, targets=targets[None])
 
     for read in (picked, At(places, partial(logprobs, targets=targets[None]))):
         model = built(activation_checkpointing=recompute).train()

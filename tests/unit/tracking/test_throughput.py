@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from trainer.models.architecture import Architecture
+from tests.shapes import architecture
 from trainer.parallel.distributed import World
 from trainer.tracking.throughput import PRODUCT, Speed, Stopwatch, Timing, known_peaks, measured_flops, training_flops
 
-A = Architecture(
+A = architecture(
     vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=4,
 )  # fmt: skip

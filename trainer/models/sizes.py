@@ -1,0 +1,28 @@
+"""How many weights an architecture has, and how many of them multiply a token: counted on a model without memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import torch
+from torch import nn
+
+from trainer.models.architecture import Architecture
+from trainer.models.transformer import Transformer
+
+
+@cache
+def parameters_of(a: Architecture) -> int:
+    """Elements of all parameters, tied ones once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(a).parameters())
+
+
+@cache
+def multiplied_by(a: Architecture) -> int:
+    """Weights that multiply a token: all but the input embedding; a tied one counts once, as the projection."""
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(a, scores=False))
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return linears + a.vocab_size * a.hidden_size
