@@ -68,9 +68,9 @@ def used(recompute: Recompute, precision: Precision, *, qk_norm: bool = False) -
     """The most bytes that lived on the device in a step, and the estimate of them."""
     a = Architecture(
         num_hidden_layers=4, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, vocab_size=8192, qk_norm=qk_norm,
+        head_dim=64, vocab_size=1024, qk_norm=qk_norm,
     )  # fmt: skip
-    size, length = 8, 512
+    size, length = 32, 512
 
     def batch() -> Batch:
         ids, documents = torch.zeros(size, length, dtype=torch.int64), Documents.from_lengths([length] * size, size)

@@ -127,26 +127,28 @@ def frozen(a: Architecture, layout: Layout) -> float:
 
 def activations(a: Architecture, layout: Layout) -> float:
     """Bytes that the forward of a micro-batch keeps for the backward."""
-    c, inputs = layout.compute, layout.stream * a.hidden_size
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    products = c * (2 * heads + 2 * groups + 2 * a.hidden_size)
-    stored = {
-        Recompute.none: _block(a, layout),
-        Recompute.selective: inputs + products + 2 * c * a.intermediate_size,
-        Recompute.full: inputs,
-    }[layout.recompute]
-    return float(layout.micro * layout.length * (a.num_hidden_layers * stored + _norm(layout) * a.hidden_size))
+    each = a.num_hidden_layers * _stored(a, layout) + _norm(layout) * a.hidden_size
+    return float(layout.micro * layout.length * each)
 
 
 def backward(a: Architecture, layout: Layout) -> float:
     """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
-    again = 0 if layout.recompute is Recompute.none else _block(a, layout)
+    again = _block(a, layout) - _stored(a, layout)
     gradients = 2 * layout.stream * a.hidden_size + 2 * layout.compute * a.intermediate_size
     return float(layout.micro * layout.length * (again + gradients))
 
 
+def _stored(a: Architecture, layout: Layout) -> int:
+    """Bytes that a block keeps of a token from its forward to its backward."""
+    inputs = layout.stream * a.hidden_size
+    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    products = layout.compute * (2 * heads + 2 * groups + 2 * a.hidden_size + 2 * a.intermediate_size)
+    stored = {Recompute.none: _block(a, layout), Recompute.selective: inputs + products, Recompute.full: inputs}
+    return stored[layout.recompute]
+
+
 def _block(a: Architecture, layout: Layout) -> int:
-    """Bytes that a block keeps of a token.
+    """Bytes of a token that a block's backward reads.
 
     What its norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
     of the MLP's width (two without a gate); and queries and keys before their own norms.
