@@ -15,8 +15,8 @@ from trainer.report.readings import Reading, Trace
 from trainer.report.recording import Floats, Series
 
 WIDTH, HEIGHT = 560, 264
-LEFT, RIGHT, TOP, BOTTOM = 62, WIDTH - 12, 12, HEIGHT - 46
-"""The box of the curves, in pixels."""
+LEFT, RIGHT, TOP, BOTTOM = 88, WIDTH - 12, 12, HEIGHT - 46
+"""The box of the curves, in pixels; to its left a tick such as -2.98e-4 has room in the letters of a small window."""
 LETTER = 8
 """Width of a digit, pixels."""
 MARGIN = 0.02
@@ -80,7 +80,8 @@ def axes_of(figure: Figure) -> Axes:
         low, high = math.log10(low), math.log10(high)
     # A constant is a line in the middle, not noise in its last digits.
     constant = high - low <= 1e-6 * abs(high)
-    span = max(high - low, 0 if log else abs(high) * (0.5 if constant else 0.02), 1e-9)
+    least = 0.6 * constant if log else abs(high) * (0.5 if constant else 0.02)  # on a logarithmic axis half to double
+    span = max(high - low, least, 1e-9)
     middle = (low + high) / 2
     low, high = min(low, middle - span / 2) - below * span, max(high, middle + span / 2) + above * span
     steps = np.concatenate([series.steps for series in finite])

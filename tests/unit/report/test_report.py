@@ -484,6 +484,15 @@ def test_a_browser_shows_it_without_complaint_request_or_sideways_scrolling(brow
     assert float(size.removesuffix("px")) * scale >= 10
 
 
+def test_ticks_of_a_small_window_are_whole_and_differ(browser, tmp_path):
+    lines = [{"step": s, "lr": -2.98e-4 - s * 1e-6, "grad_norm": 1.0} for s in (1, 2, 3)]
+    browser.open(write(run(tmp_path / "r", lines)), width=800)
+    edge = "Math.min(...[...document.querySelectorAll('.plot .tick')].map(t => t.getBBox().x))"
+    assert browser.run(edge) >= 0
+    norms = "[...document.querySelectorAll('#gradient-norm .tick')].map(t => t.textContent)"
+    assert browser.run(norms)[:3] == ["0.5", "1", "2"]
+
+
 def test_answers_of_six_stages_fit_a_laptop(browser, tmp_path):
     answers = dict.fromkeys(("base", "sft", "reward", "dpo", "ppo", "grpo"), "A sentence of some words. " * 4)
     (tmp_path / "lifecycle.json").write_text(json.dumps({"samples": [{"prompt": "Who paints?", "answers": answers}]}))
