@@ -78,6 +78,7 @@ def _else(family: Family, a: Architecture) -> str:
     caps = [words for name, words in (("score_cap", "scores"), ("logit_cap", "logits")) if name in family.keys]
     parts = [f"factors of {', '.join(scales)}"] if scales else []
     parts += [f"bounds of {' and '.join(caps)}"] if caps else []
+    parts += [f"gated delta rule in all but every {family.layers.full_every}th layer"] if a.delta_width else []
     parts += ["sinks"] if a.sinks else []
     parts += ["fused tensors"] if any(len(rule.ours) > 1 for rule in family.tensors) else []
     return "; ".join(parts) or "-"

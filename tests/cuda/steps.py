@@ -28,7 +28,7 @@ from trainer.models.actor_critic import ActorCritic
 from trainer.models.architecture import Architecture
 from trainer.models.lora import LoRA
 from trainer.models.rope import angles
-from trainer.models.transformer import Transformer, _attend_packed
+from trainer.models.transformer import PackedContext, Transformer
 from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
@@ -196,12 +196,9 @@ def layer() -> dict[str, Any]:
             documents = packed.to(CUDA)
         turned = angles(inverse, 1.0, documents.positions, torch.bfloat16)
 
-        def attending(*inputs: Any) -> Any:
-            return _attend_packed(documents, *inputs)
-
         for name in ("first", "later"):
             with Asked() as forward:
-                out = block(x, turned, attending)
+                out = block(x, turned, PackedContext(documents))
             gradient = torch.empty_like(out)
             with Asked() as backward:
                 out.backward(gradient)

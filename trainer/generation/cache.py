@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batch import Documents
+from trainer.generation.recurrent import DeltaStates, PromptRows
 from trainer.models.architecture import Architecture
 from trainer.models.attention import Scores, attend, attend_plainly, attend_seen
 from trainer.models.cpu_kernels import attend_blocks
+from trainer.models.delta import DeltaInputs, Pass
 
 BLOCK = 64
 """Tokens of a block."""
@@ -35,22 +37,25 @@ class Cache:
         """Tokens of a block; most blocks of a sequence."""
         self.slots, self.device, self.fixed = slots, device, fixed
         self.groups = np.arange(a.num_key_value_heads)
+        self.states = DeltaStates(a, slots)
+        attending = [number for number, layer in enumerate(a.layers) if not layer.delta]
+        self._row = {number: row for row, number in enumerate(attending)}
         self.lengths = np.zeros(slots, np.int64)
         self.blocks_of: list[list[int]] = [[slot] if fixed else [] for slot in range(slots)]
-        self._shape = (a.num_hidden_layers, slots * self.width, a.num_key_value_heads, self.block, a.head_dim)
+        self._shape = (len(attending), slots * self.width, a.num_key_value_heads, self.block, a.head_dim)
         self._tensors: tuple[Tensor, Tensor] | None = None
         self.used = slots if fixed else 0
         self._clean = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, once the first are written."""
-        return sum(tensor.nbytes for tensor in self._tensors or ())
+        """Bytes of all keys, values and states, once the first are written."""
+        return sum(tensor.nbytes for tensor in self._tensors or ()) + self.states.nbytes
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``(blocks, Hkv, block, D)`` of a layer."""
         assert self._tensors is not None
-        return self._tensors[0][layer], self._tensors[1][layer]
+        return self._tensors[0][self._row[layer]], self._tensors[1][self._row[layer]]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``k`` and ``v`` ``(n, Hkv, D)`` at ``places`` ``(n, Hkv)``; returns the layer's keys and values."""
@@ -79,9 +84,9 @@ class Cache:
         return (blocks[:, None] * len(self.groups) + self.groups) * self.block + (positions % self.block)[:, None]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give ``target`` the first ``length`` tokens of ``source``."""
+        """Give ``target`` the first ``length`` tokens of ``source``, which recurrent layers must not have gone past."""
         self._wipe()
-        assert self._tensors is not None
+        self.states.copy(source, target)
         count = -(-length // self.block)
         self._move(self.blocks_of[source][:count], self.blocks_of[target][:count])
 
@@ -127,6 +132,11 @@ class PackedPrefill:
         self.documents = Documents.from_lengths(list(lengths), 1).to(cache.device)
         self.places = torch.cat([cache.places(slot, 0, length) for slot, length in zip(slots, lengths, strict=True)])
         self.positions = self.documents.positions
+        self._rows = PromptRows(slots, lengths, cache.device) if cache.states else None
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
+        assert self._rows is not None
+        return self._rows.recur(self.cache.states, layer, passed, inputs)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         self.cache.write(layer, self.places, k[0], v[0])
@@ -141,6 +151,10 @@ class ChunkedPrefill:
         self.seen = cache.places(slot, 0, last)
         self.places = self.seen[first:]
         self.positions = torch.arange(first, last, device=cache.device)[None]
+        self._first, self._slot = first, slice(slot, slot + 1)
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
+        return self.cache.states.advance(layer, self._slot, passed, inputs, self.positions, begun=self._first > 0)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self.places, k[0], v[0])
@@ -176,6 +190,10 @@ class BlockDecode:
         self._own = torch.from_numpy(lengths[owner])[:, None]
         self._places = torch.from_numpy(first)[:, None] + torch.arange(BLOCK)
         self._masks: dict[int | None, Tensor] = {}
+        self._active = torch.tensor(list(active))
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
+        return self.cache.states.advance(layer, self._active, passed, inputs, self.positions)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self.places, k[:, 0], v[:, 0])
@@ -225,6 +243,9 @@ class FixedDecode:
         groups = len(cache.groups)
         first = torch.arange(cache.slots * groups, device=cache.device).view(-1, groups) * cache.block
         self._places = first + self._lengths
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
+        return self.cache.states.advance(layer, slice(None), passed, inputs, self.positions)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         keys, values = self.cache.write(layer, self._places, k[:, 0], v[:, 0])

@@ -135,7 +135,7 @@ class FixedDecoder:
 
         Not by ``torch.cuda.graph``, which gives back all the memory that training has cached.
         """
-        advanced = (self._tokens, self._lengths, self._drawn)
+        advanced = (self._tokens, self._lengths, self._drawn, *self.cache.states.tensors)
         before = [t.clone() for t in advanced]
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())

@@ -86,7 +86,9 @@ class Decoding:
     def _admit(self) -> tuple[list[int], Tensor]:
         """Give the free slots to waiting prompts; their first tokens."""
         free = [slot for slot in range(self.cache.slots) if slot not in self.running]
-        slot_of_prompt = {sequence.prompt: slot for slot, sequence in self.running.items()}
+        # The states of recurrent layers have gone past the prompts of those that run.
+        running = {} if self.cache.states else self.running
+        slot_of_prompt = {sequence.prompt: slot for slot, sequence in running.items()}
         fresh, copies, slots = list[int](), list[tuple[int, int]](), list[int]()
         for slot in free[: len(self.waiting)]:
             sequence = self.waiting.popleft()

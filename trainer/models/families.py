@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.models.architecture import Architecture
 from trainer.models.family import ACTIVATION, Family, Key, fused, power, renamed, switch
-from trainer.models.layers import Layers
+from trainer.models.layers import LINEAR, Layers
 from trainer.models.mlp import ACTIVATIONS
 from trainer.models.rope import NEEDED, turned_size
 
@@ -46,6 +46,13 @@ GEMMA_CAPS = {
     "attention_scale": power("query_pre_attn_scalar", -0.5, 256), "score_cap": Key("attn_logit_softcapping"),
     "logit_cap": Key("final_logit_softcapping"),
 }  # fmt: skip
+GEMMA3_SIZES = {
+    name: Key(name, size)
+    for name, size in {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+    }.items()
+}  # fmt: skip
+"""Image-text models of it leave these out."""
 CAUSAL = {"use_bidirectional_attention": False}
 COHERE = {"layer_norm": True, "parallel": True, "interleaved_rope": True}
 COHERE_KEYS = {
@@ -53,6 +60,11 @@ COHERE_KEYS = {
 }  # fmt: skip
 QKV = fused("self_attn.qkv_proj.weight", *(f"self_attn.{p}_proj.weight" for p in "qkv"))
 GATE_UP = fused("mlp.gate_up_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight")
+DELTA = {
+    "delta_key_heads": Key("linear_num_key_heads", 16), "delta_key_size": Key("linear_key_head_dim", 128),
+    "delta_value_heads": Key("linear_num_value_heads", 32), "delta_value_size": Key("linear_value_head_dim", 128),
+    "delta_width": Key("linear_conv_kernel_dim", 4),
+}  # fmt: skip
 QWEN = Layers(slide=True, window=4096, switched=True)
 
 FAMILIES: dict[str, Family] = {
@@ -62,6 +74,10 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("Ministral3", {}, {**EPS, **HEAD_DIM}, Layers(slide=True, thetas=(1e6, 1e6))),
     "qwen2": Family("Qwen2", {"attention_bias": True}, layers=QWEN),
     "qwen3": Family("Qwen3", {"qk_norm": "head"}, {**BIAS, **HEAD_DIM}, QWEN),
+    "qwen3_5_text": Family(
+        "Qwen3_5", {"norm_offset": 1.0, "qk_norm": "head", "attention_gate": True},
+        {**BIAS, **DELTA, "head_dim": Key("head_dim", 256)}, Layers(full_every=4, other=LINEAR, fraction=0.25),
+    ),
     "seed_oss": Family("SeedOss", {}, {
         **HEAD_DIM, **MLP_BIAS, "attention_bias": Key("attention_bias", True),
         "attention_output_bias": Key("attention_out_bias", False),
@@ -109,7 +125,7 @@ FAMILIES: dict[str, Family] = {
         "logit_cap": Key("final_logit_softcapping", 30.0),
     }, Layers(slide=True, window=4096, full_every=2), SANDWICH, CAUSAL),
     "gemma3_text": Family(
-        "Gemma3", {**GEMMA, "norm_after": True, "qk_norm": "head"}, {**GEMMA_KEYS, **GEMMA_CAPS}, Layers(
+        "Gemma3", {**GEMMA, "norm_after": True, "qk_norm": "head"}, {**GEMMA_KEYS, **GEMMA_CAPS, **GEMMA3_SIZES}, Layers(
             slide=True, window=4096, full_every=6, rope="by_type", thetas=(1e6, 1e4), local_theta="rope_local_base_freq",
         ), SANDWICH, CAUSAL,
     ),
@@ -146,6 +162,11 @@ def problems_of(a: Architecture, prefix: str = "model.") -> Iterator[str]:
         yield (
             f"{prefix}num_attention_heads={heads} is not a multiple of {prefix}num_key_value_heads={groups}; "
             f"use {prefix}num_key_value_heads={next(g for g in range(groups, 0, -1) if heads % g == 0)}"
+        )
+    if a.delta_key_heads and a.delta_value_heads % a.delta_key_heads:
+        yield (
+            f"{prefix}delta_value_heads={a.delta_value_heads} is not a multiple of "
+            f"{prefix}delta_key_heads={a.delta_key_heads}; use {prefix}delta_value_heads={2 * a.delta_key_heads}"
         )
     if a.activation not in ACTIVATIONS:
         yield f"{prefix}activation={a.activation} is not known; use one of {', '.join(ACTIVATIONS)}"

@@ -17,7 +17,7 @@ from trainer.models.mlp import ALIASES
 
 Turn = Callable[[list[Tensor], Architecture], list[Tensor]]
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-"""Features that every ``config.json`` must name."""
+"""Features that every ``config.json`` must name, but where a row says what they are if it does not."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ class Family:
         for key, value in self.only.items():
             if (config.get(key, value) or None) != (value or None):
                 raise ValueError(f"{key}={json.dumps(config[key])} cannot be computed; only {json.dumps(value)} can")
-        missing = [self.named[feature].name for feature in REQUIRED if config.get(self.named[feature].name) is None]
+        keys = [self.named[feature] for feature in REQUIRED]
+        missing = [key.name for key in keys if config.get(key.name) is None and key.absent is None]
         missing += [] if "num_hidden_layers" in config else ["num_hidden_layers"]
         if missing:
             raise ValueError(f"missing keys {', '.join(missing)}")

@@ -18,6 +18,7 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.hub import absence, folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
+from trainer.models.delta import initial_delta
 from trainer.models.families import problems_of
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
@@ -186,6 +187,9 @@ class ModelLoader:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         yield from self.strategy.validate_compiled()
         yield from self.adapter.validate_compiled()
+        if any(layer.delta for layer in self.architecture.layers):
+            # Torch 2.13 lays the solutions of triangular systems out otherwise than it traces them.
+            yield "model.compile=true does not work with a gated delta rule; use model.compile=false"
         yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture)
 
     def remarks(self) -> Iterator[str]:
@@ -276,14 +280,16 @@ def initial(
     norms are 1 less what is added to them, biases and attention's sinks 0. So a parameter's value depends neither on ranks
     nor on the order of construction.
     """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    if (drawn := initial_delta(name, shape, generator)) is not None:
+        return drawn
     if name.endswith(("bias", "sinks")):
         return torch.zeros(*shape)
     if len(shape) < 2 or "norm" in name.split(".")[-2]:
         return torch.full(shape, 1.0 - norm_offset)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if name == HEAD:
         deviation = (shape[1] + 1) ** -0.5  # Stiennon et al. 2020, arXiv:2009.01325
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
         deviation /= math.sqrt(2 * layers)
     return torch.empty(*shape).normal_(0.0, deviation, generator=generator)

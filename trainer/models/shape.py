@@ -55,6 +55,12 @@ class Shape:
     embedding_scale: float | None = setting(None, "factor of the embeddings; null = the family's", above=0)
     residual_scale: float | None = setting(None, "factor of what attention and MLP add; null = the family's", above=0)
     logit_scale: float | None = setting(None, "factor of the logits; null = the family's", above=0)
+    delta_key_heads: int | None = setting(
+        None, "heads of keys of a gated delta rule (qwen3_5_text); null = the family's", least=1
+    )
+    delta_value_heads: int | None = setting(None, "its heads of values, a multiple; null = the family's", least=1)
+    delta_key_size: int | None = setting(None, "width of its keys; null = the family's", least=1)
+    delta_value_size: int | None = setting(None, "width of its values; null = the family's", least=1)
     initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum, auto
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from trainer.functional.objective import compile_loss
 from trainer.models.architecture import Architecture, Rope
 from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
+from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
 from trainer.models.mlp import mlp_of
 from trainer.models.norm import norm_of
 from trainer.models.rope import angles, frequencies, growth, rotate
@@ -26,18 +28,36 @@ NARROW_STREAM = {"cuda"}
 """Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
 there. Never float16, whose range is too small for a sum over all layers."""
 Read = Callable[[Tensor, Head], Any]
-Attend = Callable[[int, Tensor, Tensor, Tensor, Scores], Tensor]
-"""(layer, q, k, v, scores) -> output, shapes as in `attention.attend`."""
 Turned = tuple[Tensor, ...]
 """What a layer's mixer reads of positions: cosines, sines, and what queries grow by; () = nothing."""
 
 
 class Context(Protocol):
-    """What tokens attend to when it is not their own documents: a key-value cache."""
+    """What tokens see of those before them: their documents, or a cache."""
 
-    positions: Tensor
+    @property
+    def positions(self) -> Tensor: ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor: ...
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    """The documents that tokens are packed in."""
+
+    documents: Documents | Branches
+
+    @property
+    def positions(self) -> Tensor:
+        return self.documents.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        return attend(q, k, v, self.documents, scores)
+
+    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
+        return recur_packed(self.documents, passed, inputs)
 
 
 class Recompute(StrEnum):
@@ -67,7 +87,7 @@ class Attention(nn.Module):
             self.k_norm = norm_of(a, *_norm_shape(a, groups))
         self.sinks = nn.Parameter(torch.zeros(heads)) if a.sinks else None
 
-    def forward(self, x: Tensor, turned: Turned, attending: Attend, places: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turned: Turned, context: Context, places: Tensor | None = None) -> Tensor:
         split = (*x.shape[:2], -1, self.size)
         q, k, v = self.q_proj(x), self.k_proj(x).view(split), self.v_proj(x).view(split)
         gate = None
@@ -77,7 +97,7 @@ class Attention(nn.Module):
         # The norm's float32 weight or the angles may have widened them; attention takes one format.
         q, k = q.to(v.dtype), k.to(v.dtype)
         scores = self.scores if self.sinks is None else self.scores._replace(sinks=self.sinks)
-        out = attending(self.number, q, k, v, scores)
+        out = context.attend(self.number, q, k, v, scores)
         out = (out if gate is None else out * gate.sigmoid()).flatten(2)
         return self.o_proj(out if places is None else out.index_select(1, places))  # type: ignore[no-any-return]
 
@@ -107,7 +127,11 @@ class Block(nn.Module):
 
     def __init__(self, a: Architecture, number: int) -> None:
         super().__init__()
-        self.self_attn = Attention(a, number)
+        self.recurrent = a.layers[number].delta
+        if self.recurrent:
+            self.linear_attn = GatedDeltaNet(a, number)
+        else:
+            self.self_attn = Attention(a, number)
         self.mlp = mlp_of(a, a.layers[number])
         if a.norm_before:
             self.input_layernorm = norm_of(a, a.hidden_size)
@@ -119,10 +143,11 @@ class Block(nn.Module):
             self.mlp_output_norm = norm_of(a, a.hidden_size)
         self.before, self.after, self.parallel, self.scale = a.norm_before, a.norm_after, a.parallel, a.residual_scale
 
-    def forward(self, x: Tensor, turned: Turned, attending: Attend, places: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, turned: Turned, context: Context, places: Tensor | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted."""
         normed = self.input_layernorm(x) if self.before else x
-        added = self.self_attn(normed, turned, attending, places)
+        mixer = self.linear_attn if self.recurrent else self.self_attn
+        added = mixer(normed, turned, context, places)
         added = self._scaled(self.attention_output_norm(added) if self.after else added)
         if places is not None:
             x = x.index_select(1, places)
@@ -225,17 +250,15 @@ class Transformer(nn.Module):
 
         ``tokens`` ``(B, T)`` int64. ``documents``: where documents begin and end, or a key-value cache to attend to.
         """
-        attending: Attend = (
-            partial(_attend_packed, documents) if isinstance(documents, Documents | Branches) else documents.attend
-        )
+        context = PackedContext(documents) if isinstance(documents, Documents | Branches) else documents
         x = self.model.embed_tokens(tokens)
         *turned, last_turned = self.model.turned(documents.positions, working_dtype(x))
         run = self._in_training(x) if self.training and torch.is_grad_enabled() else nn.Module.__call__
         *blocks, last = self.model.layers
         for block, own in zip(blocks, turned, strict=True):
-            x = run(block, x, own, attending, None)
+            x = run(block, x, own, context, None)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
-        x = run(last, x, last_turned, attending, places)
+        x = run(last, x, last_turned, context, places)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
@@ -264,12 +287,6 @@ class Transformer(nn.Module):
             halves = torch.compile(_keep_all, backend=self._backend)
             self._compiled = partial(_around, run, halves)
         return self._compiled
-
-
-def _attend_packed(
-    documents: Documents | Branches, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores
-) -> Tensor:
-    return attend(q, k, v, documents, scores)
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

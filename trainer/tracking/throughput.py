@@ -114,11 +114,13 @@ def training_flops(a: Architecture, tokens: float, pairs: float) -> float:
     6 for every weight that multiplies a token (all but the input embedding; a tied one counts once, as the projection), and
     12 * layers * heads * head_dim for every (query, key) ``pair`` inside a document: the count of PaLM (Chowdhery et al.
     2022, arXiv:2204.02311, appendix B), but with causal pairs only, so that a
-    utilisation from it is the lower of the two usual ones.
+    utilisation from it is the lower of the two usual ones. A token of a gated delta rule reads a matrix of each head twice
+    and writes it once: 18 for each of its elements.
     """
     heads = a.num_attention_heads * a.head_dim
     attending = sum(not layer.delta for layer in a.layers)
-    return 6 * multiplied_by(a) * tokens + 12 * attending * heads * pairs
+    recurrent = (len(a.layers) - attending) * a.delta_value_heads * a.delta_key_size * a.delta_value_size
+    return (6 * multiplied_by(a) + 18 * recurrent) * tokens + 12 * attending * heads * pairs
 
 
 @cache

@@ -80,6 +80,14 @@ def test_logprobs_are_those_of_a_teacher_forced_forward(model, prompts, temperat
 
 SHAPES = {
     "window": {"family": "mistral", "sliding_window": 21, "num_key_value_heads": 1},
+    "delta": {
+        "family": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "delta_key_heads": 2,
+        "delta_value_heads": 4,
+        "delta_key_size": 8,
+        "delta_value_size": 6,
+    },
     "qwen3": {"family": "qwen3", "qk_norm": True, "tie_word_embeddings": False},
 }
 
@@ -97,6 +105,19 @@ def test_windows_and_heads_are_decoded_as_they_are_trained(shape, fixed, prompts
             torch.testing.assert_close(torch.tensor(going.logprobs), expected, atol=1e-4, rtol=0)
             done += 1
     assert done == 5
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["blocks", "fixed"])
+def test_states_of_equal_prompts_are_those_behind_the_prompt(fixed, prompts):
+    """A copy of a state that has gone past its prompt would be of another text: slots are reused, and sequences end apart."""
+    model = ModelLoader(Model(**{**SMALL, "initializer_range": 0.3, **SHAPES["delta"]}), DDP(), 1, 50).load().eval()
+    group = [prompts[1], *[prompts[5]] * 5, prompts[2], prompts[1]]
+    steps = Decoding(model, group, Sampling(30), stops=STOPS, max_concurrent=3, fixed=fixed)
+    found = {going.number: going for going in steps if going.done}
+    assert len({len(going.ids) for going in found.values()}) > 2
+    for number, going in found.items():
+        expected = teacher_forced(model, group[number], going.ids, 1.0)
+        torch.testing.assert_close(torch.tensor(going.logprobs), expected, atol=1e-4, rtol=0)
 
 
 def test_fixed_shapes_give_what_blocks_give(model, prompts):

@@ -49,6 +49,10 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral3": {"sliding_window": None, "rope_parameters": MINISTRAL},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3": {"rope_parameters": YARN, "tie_word_embeddings": True},
+    "qwen3_5_text": {
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    },
     "seed_oss": {"attention_out_bias": True, "residual_dropout": 0.0, "attention_dropout": 0.0},
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "smollm3": {"use_sliding_window": True},

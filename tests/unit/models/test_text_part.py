@@ -7,18 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.chats import byte_tokenizer
 from tests.small_folder import write_folder
 from trainer.batch import Documents
 from trainer.functional import logits
 from trainer.models.header import read_shape
-from trainer.models.hf_format import FormatError, WeightFiles
+from trainer.models.hf_format import FormatError, WeightFiles, read_architecture, write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.models.text_part import text_names
 from trainer.parallel.ddp import DDP
 
 transformers = pytest.importorskip("transformers")
 TEXT = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": False,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
@@ -26,14 +27,31 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
-WRAPPERS = {"mistral3": ("mistral", "pixtral"), "llava": ("llama", "clip_vision_model")}
+QWEN = {
+    "depth": 1, "num_heads": 2, "hidden_size": 16, "intermediate_size": 24, "patch_size": 14, "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+WRAPPERS: dict[str, tuple[str, dict, dict]] = {
+    "llava": ("llama", {}, {"model_type": "clip_vision_model", **VISION}),
+    "gemma3": ("gemma3_text", {"sliding_window": 7}, {"model_type": "siglip_vision_model", **VISION}),
+    "mistral3": ("ministral3", {"rope_parameters": YARN}, {"model_type": "pixtral", **VISION}),
+    "qwen3_5": ("qwen3_5_text", DELTA, QWEN),
+}
 
 
 def wrapped(kind: str, folder: Path):
     """A tiny random image-text model, saved."""
-    text, vision = WRAPPERS[kind]
+    text, own, vision = WRAPPERS[kind]
     config = transformers.AutoConfig.for_model(
-        kind, text_config={"model_type": text, **TEXT}, vision_config={"model_type": vision, **VISION},
+        kind, text_config={"model_type": text, **TEXT, **own}, vision_config=vision,
         tie_word_embeddings=False, image_token_index=5, image_token_id=5,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -44,7 +62,7 @@ def wrapped(kind: str, folder: Path):
 
 @torch.no_grad()
 def ours(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = ModelLoader(Model(path=str(folder)), DDP(), 0, 96).load().eval()
+    model = ModelLoader(Model(path=str(folder)), DDP(), 0, 265).load().eval()
     return model(tokens, Documents.from_lengths([tokens.shape[1]], 1), logits)
 
 
@@ -53,12 +71,42 @@ def test_the_text_part_computes_what_it_computes_in_its_model(kind, tmp_path):
     theirs = wrapped(kind, tmp_path / "model")
     tokens = torch.randint(6, 96, (1, 20))
     expected = theirs(tokens).logits
-    torch.testing.assert_close(ours(tmp_path / "model", tokens), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(tmp_path / "model", tokens), expected, rtol=1e-4, atol=2e-5)
     assert read_shape(tmp_path / "model").family == WRAPPERS[kind][0]
-    [remark] = ModelLoader(Model(path=str(tmp_path / "model")), DDP(), 0, 96).remarks()
+    [remark] = ModelLoader(Model(path=str(tmp_path / "model")), DDP(), 0, 265).remarks()
     others = [n for n, _ in theirs.named_parameters() if "language_model" not in n and "lm_head" not in n]
     assert f"only the text part is read: {len(others)} tensors of other parts are left out (" in remark
-    assert "vision_tower" in remark
+    assert "vision_tower" in remark or "visual" in remark
+
+
+def test_the_text_part_is_exported_as_a_model_of_text(tmp_path):
+    theirs = wrapped("qwen3_5", tmp_path / "model")
+    load = ModelLoader(Model(path=str(tmp_path / "model")), DDP(), 0, 265)
+    write_model(
+        tmp_path / "export", load.architecture, load.load().named_parameters(), dtype=torch.float32, shard_bytes=10**9,
+        tokenizer=byte_tokenizer(), facts={},
+    )  # fmt: skip
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    tokens = torch.randint(6, 96, (1, 20))
+    assert type(again).__name__ == "Qwen3_5ForCausalLM"
+    torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_gemma_3_leaves_out_are_its_own(tmp_path):
+    # The text_config of google/gemma-3-4b-it.
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    )
+    a = read_architecture(tmp_path)
+    assert (a.vocab_size, a.num_attention_heads, a.num_key_value_heads, a.head_dim) == (262208, 8, 4, 256)
+    assert a.tie_word_embeddings
+    assert [layer.window for layer in a.layers[:6]] == [1024] * 5 + [None]
+    assert a.layers[5].rope.scaling == {"rope_type": "linear", "factor": 8.0}
+    assert a.layers[0].rope.scaling == {}
 
 
 @pytest.mark.parametrize("begin", ["model.language_model.", "language_model.model.", "language_model.", ""])
