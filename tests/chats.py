@@ -1,6 +1,7 @@
 """A tokenizer whose ids are bytes, so that spans can be written down by hand, and a few conversations."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -15,12 +16,17 @@ SPECIALS = [
 ]  # fmt: skip
 
 
-def byte_tokenizer(eos: str = "</s>", pad: str | None = None, template: str | None = None) -> Tokenizer:
-    """Every byte is a token, and so is every name in ``SPECIALS``."""
+def byte_tokenizer(
+    eos: str = "</s>", pad: str | None = None, template: str | None = None, merged: Sequence[str] = ()
+) -> Tokenizer:
+    """Every byte is a token, and so is every name in ``SPECIALS``; ``merged``: texts whose pairs are merged, words or not."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: n for n, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    if merged:
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(merged, trainer)
     backend.add_special_tokens(SPECIALS)
     settings = {
         "bos_token": "<s>",
@@ -70,15 +76,19 @@ def message(role: str, content, **keys) -> dict:
     return {"role": role, "content": content, **keys}
 
 
+def encoded(kind, file: str, tokenizer: Tokenizer = TOOL_TOKENIZER, **changed) -> list[tuple[list[int], list[bool]]]:
+    """Ids of every conversation of a file, and whether each is learnt, as a stage encodes it."""
+    data = kind(train=[file], **changed)
+    [source], template = data.sources(data.train), data.open_template(tokenizer)
+    if kind is ChatData:
+        return [(list(e.ids), list(e.trained)) for e in data.encoded(source, template, 4096)]
+    if kind is PromptData:
+        return [(list(p.ids), [False] * len(p.ids)) for p in data._encoded(source, template)]
+    pairs = list(data.encoded(source, template, 4096, dict.fromkeys(["too long", "equal answers", "repeated"], 0)))
+    return [(list(p.chosen.ids), list(p.chosen.trained)) for p in pairs]
+
+
 def rendered(kind, file: str, **changed) -> list[str]:
     """Every conversation of a file, with what is learnt of it in brackets, as a stage encodes it."""
-    data = kind(train=[file], **changed)
-    [source], template = data.sources(data.train), data.open_template(TOOL_TOKENIZER)
-    if kind is ChatData:
-        return [
-            marked(TOOL_TOKENIZER, e.ids, e.trained).removesuffix("\n") for e in data.encoded(source, template, 4096)
-        ]
-    if kind is PromptData:
-        return [TOOL_TOKENIZER.decode(p.ids, specials=True) for p in data._encoded(source, template)]
-    pairs = list(data.encoded(source, template, 4096, dict.fromkeys(["too long", "equal answers", "repeated"], 0)))
-    return [marked(TOOL_TOKENIZER, p.chosen.ids, p.chosen.trained) for p in pairs]
+    texts = [marked(TOOL_TOKENIZER, *one) for one in encoded(kind, file, **changed)]
+    return [text.removesuffix("\n") for text in texts] if kind is ChatData else texts

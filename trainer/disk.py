@@ -102,6 +102,12 @@ def write_bytes(file: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS left a pointer where the file belongs: so a clone looks without it."""
+    with file.open("rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def read_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Every line of a file of JSON objects with its object; None where it is damaged or was cut off.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import alternate, memory_gb
+from side_by_side import alternate, lines_of, memory_gb
 
 SIDES = ("onecurve", "onecurve-precomputed", "trl", "trl-precomputed")
 PARTS = {
@@ -55,7 +55,7 @@ def main() -> None:
     if not a.side:
         alternate(__file__, list(PARTS) if a.parts else a.sides, a.rounds, "pairs_per_second", "pairs/s")
         return
-    rows = [json.loads(line) for line in dict.fromkeys(a.file.read_text().splitlines())]
+    rows = [json.loads(line) for line in dict.fromkeys(lines_of(a.file))]
     rows = random.Random(a.seed).sample([row for row in rows if fits(row, a)], a.pairs)
     result = theirs(a, rows) if a.side.startswith("trl") else ours(a, rows)
     print(f"RESULT {json.dumps(result)}", flush=True)

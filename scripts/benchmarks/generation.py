@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import alternate, memory_gb
+from side_by_side import alternate, lines_of, memory_gb
 
 SIDES = ("onecurve", "transformers", "transformers-static", "vllm")
 END = 0
@@ -167,7 +167,7 @@ def prompts_of(a: argparse.Namespace) -> list[list[int]]:
     from trainer.data.tokenizer import open_tokenizer
 
     template = open_template(None, open_tokenizer(a.model))
-    rows = [json.loads(line)["messages"] for line in a.chats.read_text().splitlines()]
+    rows = [json.loads(line)["messages"] for line in lines_of(a.chats)]
     ends = [next(n for n, message in enumerate(row) if message["role"] == "user") + 1 for row in rows]
     prompts = [template.prompt(row[:end]) for row, end in zip(rows, ends, strict=True)]
     return [prompt for prompt in prompts if len(prompt) <= 512][: a.prompts]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import alternate, memory_gb
+from side_by_side import alternate, lines_of, memory_gb
 
 SIDES = ("onecurve", "trl")
 
@@ -94,7 +94,7 @@ def sizes_of(a: argparse.Namespace) -> Sizes:
 
 def rows_of(a: argparse.Namespace) -> list[dict[str, Any]]:
     """One prompt for each episode."""
-    lines = (a.work / "prompts.jsonl").read_text().splitlines()
+    lines = lines_of(a.work / "prompts.jsonl")
     return [json.loads(line) for line in lines[: sizes_of(a).episodes]]
 
 
@@ -141,7 +141,7 @@ def words() -> Any:
 
 def questions(a: argparse.Namespace, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """What is asked first in each conversation, where it is short enough."""
-    for line in dict.fromkeys(a.prompts.read_text().splitlines()):
+    for line in dict.fromkeys(lines_of(a.prompts)):
         messages = json.loads(line)["messages"]
         first = next(n for n, message in enumerate(messages) if message["role"] == "assistant")
         row = {"prompt": messages[:first]}

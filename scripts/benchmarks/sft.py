@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import alternate, memory_gb
+from side_by_side import alternate, lines_of, memory_gb
 
 SIDES = ("onecurve", "trl", "trl-packed")
 
@@ -82,7 +82,7 @@ def theirs(a: argparse.Namespace, *, packing: bool) -> dict[str, float]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    chats = [json.loads(line) for line in a.chats.read_text().splitlines()]
+    chats = [json.loads(line) for line in lines_of(a.chats)]
     clock: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]

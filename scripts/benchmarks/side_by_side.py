@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ def child(script: str, side: str, interpreter: str) -> dict[str, Any]:
     if not lines:
         sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
     return json.loads(lines[-1].removeprefix("RESULT "))  # type: ignore[no-any-return]
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a file of JSON lines. Only a line feed ends one: a text may hold U+2028, at which ``splitlines`` cuts."""
+    return file.read_text(encoding="utf-8").strip("\n").split("\n")
 
 
 def memory_gb() -> float:

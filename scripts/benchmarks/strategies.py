@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from side_by_side import lines_of
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
@@ -75,7 +77,7 @@ def measured(strategy: str, a: argparse.Namespace, threads: int | None = None) -
         said = process.communicate()[0]
         if process.returncode:
             sys.exit(f"strategy={strategy} failed:\n{said}")
-        lines = [line for line in map(json.loads, file.read_text().splitlines()) if "tokens_per_second" in line]
+        lines = [line for line in map(json.loads, lines_of(file)) if "tokens_per_second" in line]
         counts = [line["tokens"] - before["tokens"] for before, line in itertools.pairwise(lines)]
         seconds = [n / line["tokens_per_second"] for n, line in zip(counts, lines[1:], strict=True)]
         memory = max(line["memory_gb"] for line in lines)

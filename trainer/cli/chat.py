@@ -42,7 +42,7 @@ class Conversation:
 def main(arguments: Sequence[str]) -> int:
     """Load the folder and talk."""
     parser = parser_of("chat", __doc__)
-    parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
+    parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder (or hub id) of these families")
     parser.add_argument("--system", help="the system prompt")
     add_template_arguments(parser, date=None)
     add_sampling_arguments(parser, temperature=0.7, tokens=512)

@@ -45,11 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="the folder to write; must not exist")
     parser.add_argument("prompts", help="a file of prompts, as GRPO reads them")
     parser.add_argument(
-        "models", nargs="+", type=_named, metavar="NAME=FOLDER", help="exports, or other Hugging Face folders"
+        "models", nargs="+", type=_named, metavar="NAME=FOLDER", help="exports, or other folders or hub ids"
     )
     parser.add_argument("--function", help="scores the answers: package.module.name, or file.py:name")
     parser.add_argument(
-        "--reward", type=Path, help="a reward model's export, which scores them where there is no function"
+        "--reward", type=Path, help="a reward model's export or hub id, which scores them where there is no function"
     )
     parser.add_argument("--rows", type=int, default=None, help="so many prompts; default all")
     add_template_arguments(parser, instead="for models that have none")

@@ -28,7 +28,7 @@ from trainer.generation.sampling import Sampling
 def main(arguments: Sequence[str]) -> int:
     """Print the completions, as they are done."""
     parser = parser_of("generate", __doc__)
-    parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder of these families")
+    parser.add_argument("model", type=Path, help="an export, or any Hugging Face folder (or hub id) of these families")
     parser.add_argument("prompts", nargs="?", help="a file of prompts, as GRPO reads them")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     add_template_arguments(parser)

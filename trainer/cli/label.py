@@ -38,11 +38,11 @@ Judge = Callable[[list[Prompt], list[tuple[str, str]]], list[tuple[int | None, d
 def main(arguments: Sequence[str]) -> int:
     """Answer, judge, write."""
     parser = parser_of("label", __doc__)
-    parser.add_argument("model", type=Path, help="answers: an export with a chat template")
+    parser.add_argument("model", type=Path, help="answers: an export or a hub id, with a chat template")
     parser.add_argument("prompts", type=Path, help="JSON lines")
     parser.add_argument("out", type=Path, help="JSON lines of prompt, chosen, rejected")
     judge = parser.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--reward", type=Path, help="an exported reward model")
+    judge.add_argument("--reward", type=Path, help="an exported reward model, or a hub id")
     judge.add_argument("--judge", help="the URL of an OpenAI-compatible endpoint, up to /v1")
     parser.add_argument("--judge-model", help="the model's name at the endpoint")
     add_template_arguments(parser)

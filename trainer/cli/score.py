@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli.parsing import add_template_arguments, parser_of, template_options
+from trainer.data.hub import local_folder
 from trainer.data.row_formats import CHAT_FORMATS, read_rows
 from trainer.data.sources import DataSource
 from trainer.generation.pretrained import RewardModel, validate_scoring
@@ -26,7 +27,7 @@ BATCH = 16
 def main(arguments: Sequence[str]) -> int:
     """Score every line."""
     parser = parser_of("score", __doc__)
-    parser.add_argument("model", type=Path, help="an exported reward model")
+    parser.add_argument("model", type=Path, help="an exported reward model, or a hub id")
     parser.add_argument("answers", type=Path, help="JSON lines")
     parser.add_argument("--raw", action="store_true", help="not normalised")
     add_template_arguments(parser)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def scored(a: argparse.Namespace) -> Iterator[tuple[dict[str, Any], float]]:
     """Every row with its score."""
-    validate_scoring(a.model)
+    validate_scoring(local_folder(a.model))
     rows = list(read_rows(DataSource(str(a.answers)), CHAT_FORMATS))  # all of them before a model is loaded
     model = RewardModel.open(a.model, a.template, **template_options(a))
     for first in range(0, len(rows), BATCH):

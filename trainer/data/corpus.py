@@ -16,7 +16,7 @@ from trainer.config import Node, schema, setting
 from trainer.data.loader import Mixture
 from trainer.data.rows import RowStore, prepare_rows, tokenize
 from trainer.data.sources import DataSource, OnBadRow
-from trainer.data.store import UnitStore
+from trainer.data.store import UnitStore, source_facts, source_summary
 from trainer.data.streaming import Stream
 from trainer.data.tokenizer import Tokenizer
 
@@ -121,7 +121,7 @@ class Data(Node):
 class Files(Data):
     """Data out of files, folders or the hub."""
 
-    train: list[str] = setting(doc="files, folders or hub ids to learn from")
+    train: list[str] = setting(doc="files, folders or hub ids (owner/name:split) to learn from")
     eval: list[str] = setting(list, "files, folders or hub ids to measure on; each is a source of its own")
     columns: dict[str, str] = setting(dict, "which column holds what, where it is not called so")
     source_columns: dict[str, dict[str, str]] = setting(
@@ -178,8 +178,8 @@ class Files(Data):
     def remarks(self) -> list[str]:
         """What is to be said of the sources as they are named."""
         both = [
-            path for path in self.eval if path in self.train and not Path(path).is_dir()
-        ]  # a folder may have two splits
+            path for path in self.eval if path in self.train and (Path(path).is_file() or ":" in path)
+        ]  # a folder and a hub id may have two splits
         return [f"data.eval: {path} is in data.train, too: its figures say nothing about other data" for path in both]
 
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> UnitStore:
@@ -206,11 +206,10 @@ class TextData(Files):
         if not self.streaming:
             return super().open(tokenizer, length, seed)
         heldout = {s.name: self.rows(s, tokenizer, length) for s in self.sources(self.eval, heldout=True)}
-        return Corpus(
-            Stream(self.sources(self.train), tokenizer, length, self.window),
-            heldout,
-            self.remarks() + summaries(heldout),
-        )
+        sources = self.sources(self.train)
+        stream = Stream(sources, tokenizer, length, self.window)
+        notes = [line for s in sources for line in source_summary(s.name, source_facts(s))]
+        return Corpus(stream, heldout, [*self.remarks(), *notes, *summaries(heldout)])
 
     def rows(self, source: DataSource, tokenizer: Tokenizer, length: int) -> RowStore:
         key = [source.fingerprint(), self.on_bad_row]

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import zstandard
 
 from trainer.config import InputError
-from trainer.disk import BROKEN, disk_error
+from trainer.disk import BROKEN, disk_error, is_pointer
 
 TEXT, TABLES = (".txt", ".text", ".md"), (".jsonl", ".json", ".parquet", ".arrow")
 SUFFIXES = (*TEXT, *TABLES)
@@ -64,6 +64,8 @@ def rows_of(file: Path, column: str) -> Iterator[tuple[str, dict[str, Any] | Bad
         DataError: if the file is damaged or cut off, whatever a run does about bad rows: how much is gone is not known.
     """
     with damage(file):
+        if is_pointer(file):
+            raise DataError(f"{file} is a pointer of Git LFS, not the file; run git lfs pull in its folder")
         kind = kind_of(file)
         if kind in TEXT:
             text = _text(file)

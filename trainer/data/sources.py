@@ -1,8 +1,9 @@
-"""One named part of the data: a file, a folder, or a hub id, and what is done about rows that cannot be used."""
+"""One named part of the data: a file, a folder, or a split of the hub, and what is done about rows that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,12 +22,15 @@ from trainer.data.files import (
     rows_of,
     without_nulls,
 )
-from trainer.data.folders import select
+from trainer.data.folders import one_split, select
+from trainer.data.hub import HubSplit, hub_split
 
 __all__ = ["LOST", "DataError", "DataSource", "OnBadRow"]
 
 
 NULLS = "nulls inside a column are read as keys that are not there: in Parquet and Arrow all rows have the keys of any"
+FILE = re.compile(r"\.[A-Za-z]\w*$")
+"""How the name of a file ends; a data set may be called 1.5, too."""
 LOST = "a text is lost that the template does not write"
 """Notes on rows."""
 
@@ -42,7 +46,7 @@ class OnBadRow(StrEnum):
 class DataSource:
     """One named part of the data.
 
-    ``path``: a file, a folder, or a hub id.
+    ``path``: a file, a folder, or a hub id (owner/name, owner/name:split, owner/name:configuration:split).
     ``column``: the column that holds a document's text.
     ``columns``: the row's name of a column, by ours.
     ``roles``: the role of a speaker, by the name that the rows give it.
@@ -65,11 +69,15 @@ class DataSource:
     form: str | None = None
 
     def __post_init__(self) -> None:
-        self.name = self.name or Path(self.path).name.partition(".")[0] or self.path
+        name = Path(self.path).name.partition(".")[0] if self._hub is None else Path(self._hub.name).name
+        self.name = self.name or name or self.path
 
     @property
     def names(self) -> tuple[str, str, str]:
         """What it may be called: `name`, with all but the endings that say how it is read, with its folder before that."""
+        if self._hub is not None:
+            longer = [Path(self._hub.name).name, *filter(None, self._hub[1:])]
+            return self.name, ".".join(longer), ".".join([Path(self._hub.name).parent.name, *longer])
         stem = Path(self.path).name
         for suffix in (*COMPRESSED, *SUFFIXES):
             stem = stem.removesuffix(suffix)
@@ -78,6 +86,12 @@ class DataSource:
     @property
     def local(self) -> bool:
         return Path(self.path).exists()
+
+    @property
+    def _hub(self) -> HubSplit | None:
+        """What is read of the hub; None for a file or a folder, also for one that is missed."""
+        hub = None if self.local else hub_split(self.path)
+        return None if hub is None or FILE.search(hub.name) else hub
 
     def problem(self) -> str | None:
         """Why this source cannot be opened, if that can be seen from its name."""
@@ -90,22 +104,24 @@ class DataSource:
             return str(error)
         if empty:
             return f"{self.path} holds no file of a kind that is read ({', '.join(SUFFIXES)})"
-        looks_local = path.suffix != "" or self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))
-        if not path.exists() and looks_local:
-            return f"{self.path} does not exist; give a file, a folder, or a hub id (owner/name)"
+        if not path.exists() and self._hub is None:
+            return f"{self.path} does not exist; give a file, a folder, or a hub id (owner/name, or owner/name:split)"
         return None
 
     def files(self) -> list[Path]:
         """The files of this source in the order in which they are read; of a folder those of one split."""
         path = Path(self.path)
         if path.is_dir():
-            return select(path, heldout=self.heldout).files
+            selection = select(path, heldout=self.heldout)
+            self.notes.update(dict.fromkeys(selection.notes, 0))
+            return selection.files
         return [path] if path.is_file() else []
 
     def fingerprint(self) -> str:
         """Of the content: a changed file is another source."""
         if not self.local:
-            return hashlib.sha256(f"hub:{self.path}:{self.column}".encode()).hexdigest()
+            which = ":heldout" if self.heldout else ""
+            return hashlib.sha256(f"hub:{self.path}:{self.column}{which}".encode()).hexdigest()
         digest = hashlib.sha256(self.column.encode())
         for file in self.files():
             with damage(file), file.open("rb") as stream:
@@ -133,10 +149,8 @@ class DataSource:
         """
         if problem := self.problem():
             raise DataError(problem)
-        if not self.local:
-            yield from self._usable(self._hub(), nulls=True)
-        elif Path(self.path).is_dir():
-            self.notes.update(dict.fromkeys(select(Path(self.path), heldout=self.heldout).notes, 0))
+        if self._hub is not None:
+            yield from self._usable(self._rows_of_hub(self._hub), nulls=True)
         for file in self.files():
             yield from self._rows_of(file)
 
@@ -181,13 +195,10 @@ class DataSource:
             else:
                 yield text
 
-    def _hub(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(self.path, split="train")
-        except Exception as error:  # whatever a network and a library of its own raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            remedy = "is the name right, and is there a network? A downloaded folder is read as well"
-            raise DataError(f"{self.path} does not come from the hub ({reason}); {remedy}") from None
-        yield from ((f"{self.path}, row {number}", dict(row)) for number, row in enumerate(rows))
+    def _rows_of_hub(self, hub: HubSplit) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
+        splits = hub.splits()
+        split, notes = (hub.split, []) if hub.split else one_split(hub.name, splits, ":", heldout=self.heldout)
+        if split not in splits:
+            raise DataError(f"{hub.name} has no split {split}; it has {', '.join(splits)}")
+        self.notes.update(dict.fromkeys(notes, 0))
+        yield from ((f"{self.path}, row {number}", dict(row)) for number, row in enumerate(splits[split]))

@@ -29,11 +29,11 @@ class Stream:
     """
 
     def __init__(self, sources: Sequence[DataSource], tokenizer: Tokenizer, length: int, window: int) -> None:
-        self.shards = [(s, file) for s in sources for file in s.files()]
-        if not self.shards:
+        if remote := [s.path for s in sources if not s.local]:
             raise DataError(
-                "data.streaming=true reads files and folders; hub ids are prepared with data.streaming=false"
+                f"data.streaming=true reads files and folders; {', '.join(remote)} is prepared with data.streaming=false"
             )
+        self.shards = [(s, file) for s in sources for file in s.files()]
         self.tokenizer, self.length, self.window = tokenizer, length, window
         named = [f"{file}:{file.stat().st_size}" for _, file in self.shards]
         parts = [*named, tokenizer.fingerprint, str(length), str(window), *document_key(tokenizer)]

@@ -21,7 +21,7 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data import sentencepiece_format, tekken_format
 from trainer.data.hub import absence, folder_of
 from trainer.data.tokenizer_files import INHERITED, ROLES, locate, settings_of
-from trainer.disk import write_text
+from trainer.disk import is_pointer, write_text
 
 ENDS = ("add_bos_token", "add_eos_token")
 GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -248,6 +248,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = locate(Path(path))
     stored = settings_of(file.parent)
+    if is_pointer(file):
+        raise ConfigError([f"{file} is a pointer of Git LFS, not the file; run git lfs pull in its folder"])
     added, tekken = stored.pop("added_tokens"), tekken_format.is_tekken(file)
     try:
         if file.suffix == ".model":
@@ -256,7 +258,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         elif tekken:
             definition, settings = tekken_format.definition_of(file)
         else:
-            definition, settings = file.read_text(), {}
+            definition, settings = file.read_text(encoding="utf-8"), {}
     except UnicodeDecodeError as error:
         raise ConfigError([f"{file} is not UTF-8 ({error})"]) from None
     except Exception as error:  # a damaged tokenizer.model ends in protobuf's own

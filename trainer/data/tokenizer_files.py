@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,48 +36,75 @@ def locate(path: Path) -> Path:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer, in whichever files a folder has.
+    """Names of the special tokens, what exports inherit, templates, ids that end a generation (``stops``).
 
-    Names of the special tokens, what exports inherit, templates, ids that end a generation; and under
-    ``added_tokens``, by id, the name of each token beside a ``tokenizer.model`` and whether it is special.
+    Under ``added_tokens``, by id: the name of each token beside a ``tokenizer.model`` and whether it is special.
 
     Raises:
-        ConfigError: naming a file that is damaged.
+        ConfigError: naming the file that is damaged.
     """
     settings: dict[str, Any] = {}
-    added = {number: (name, True) for name, number in _stored(folder / "added_tokens.json").items()}
-    for file in ("chat_template.json", "special_tokens_map.json", "tokenizer_config.json"):
-        stored = _stored(folder / file)
-        roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
-        settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
-        settings |= {
-            k: stored[k] for k in ("chat_template", "tokenizer_class", *INHERITED) if stored.get(k) is not None
-        }
-        decoder = stored.get("added_tokens_decoder") or {}
-        added |= {int(number): (token["content"], bool(token.get("special"))) for number, token in decoder.items()}
-    if (folder / "chat_template.jinja").is_file():
-        settings["chat_template"] = (folder / "chat_template.jinja").read_text()
     named: dict[str, str] = {}
-    if isinstance(settings.get("chat_template"), list):
-        named = {t["name"]: t["template"] for t in settings["chat_template"]}
-        settings["chat_template"] = named.pop("default", None)
-    named |= {f.stem: f.read_text() for f in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    with _damage(folder / "added_tokens.json") as file:
+        added = {int(number): (name, True) for name, number in _stored(file).items()}
+    for name in ("chat_template.json", "special_tokens_map.json", "tokenizer_config.json"):
+        with _damage(folder / name) as file:
+            stored = _stored(file)
+            roles = {role: stored[role] for role in ROLES if stored.get(role) is not None}
+            settings |= {role: value["content"] if isinstance(value, dict) else value for role, value in roles.items()}
+            settings |= {
+                k: stored[k] for k in ("chat_template", "tokenizer_class", *INHERITED) if stored.get(k) is not None
+            }
+            decoder = stored.get("added_tokens_decoder") or {}
+            added |= {int(number): (token["content"], bool(token.get("special"))) for number, token in decoder.items()}
+            named = named if stored.get("chat_template") is None else _templates(settings)
+    if (folder / "chat_template.jinja").is_file():
+        with _damage(folder / "chat_template.jinja") as file:
+            settings["chat_template"] = file.read_text(encoding="utf-8")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        with _damage(path) as file:
+            named[file.stem] = file.read_text(encoding="utf-8")
     return {**settings, "named_templates": named, "stops": _stops(folder), "added_tokens": added}
+
+
+def _templates(settings: dict[str, Any]) -> dict[str, str]:
+    """The templates beside the usual one, which alone stays in ``settings``.
+
+    Raises:
+        TypeError: if one is no text.
+    """
+    every = settings.get("chat_template")
+    named = {t["name"]: t["template"] for t in every} if isinstance(every, list) else {"default": every}
+    if wrong := [text for text in named.values() if not isinstance(text, str | None)]:
+        raise TypeError(f"a chat template is {type(wrong[0]).__name__}, not text")
+    if isinstance(every, list):
+        settings["chat_template"] = named.get("default")
+    return {name: text for name, text in named.items() if name != "default"}
 
 
 def _stops(folder: Path) -> list[int]:
     """The ids that end a generation, as the model of the same folder has them."""
-    ends = _stored(folder / "generation_config.json").get("eos_token_id")
+    with _damage(folder / "generation_config.json") as file:
+        ends = _stored(file).get("eos_token_id")
     return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]
 
 
-def _stored(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+@contextmanager
+def _damage(file: Path) -> Iterator[Path]:
+    """Name a file that is cut off, or whose content has another form.
+
+    Raises:
+        ConfigError: for everything that such content makes what reads it raise.
+    """
     try:
-        stored = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError([f"{file} is not JSON ({error}); was its download cut off?"]) from None
+        yield file
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError([f"{file} is damaged or has another form ({why}); was its download cut off?"]) from None
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not isinstance(stored, dict):
-        raise ConfigError([f"{file} holds no settings by name; was its download cut off?"])
+        raise TypeError("it holds no settings by name")
     return stored

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.data.hub import local_folder
 from trainer.data.jinja_environment import TRAINING_DAY, midnight
 from trainer.data.messages import Chat
 from trainer.data.preferences import encode
@@ -35,15 +36,18 @@ class ChatModel:
     template: Template
 
     @classmethod
-    def open(cls, folder: Path, template: str | None = None, **options: Any) -> ChatModel:
+    def open(cls, folder: str | Path, template: str | None = None, **options: Any) -> ChatModel:
         """Load it onto the GPU in bf16 if there is one, else onto the CPU in float32.
 
+        ``folder``: or a hub id.
         ``template``: another one than the folder's own. ``options``: of the `Template`, such as its settings.
 
         Raises:
+            InputError: if it is a hub id that has no folder.
             FormatError: if the folder holds no model of a known family.
             TemplateError: if there is no template, or none that fits the tokenizer, or one without these settings.
         """
+        folder = local_folder(folder)
         read_shape(folder)  # a folder that is no model is named as such, not by the tokenizer that it lacks
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer, **options)
@@ -80,12 +84,13 @@ class RewardModel:
     std: float = 1.0
 
     @classmethod
-    def open(cls, folder: Path, template: str | None = None, **options: Any) -> RewardModel:
+    def open(cls, folder: str | Path, template: str | None = None, **options: Any) -> RewardModel:
         """Load it, like `ChatModel.open`; its template writes the day of training.
 
         Raises:
             FormatError: if the folder holds no model that scores.
         """
+        folder = local_folder(folder)
         validate_scoring(folder)
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer, **{"now": midnight(TRAINING_DAY), **options})
@@ -118,6 +123,7 @@ def validate_scoring(folder: Path) -> None:
 def scoring_problem(folder: Path) -> str | None:
     """Why a folder holds no model that scores; None if it does."""
     try:
+        score_statistics(folder)
         if read_shape(folder).scores and HEAD in WeightFiles(folder).files:
             return None
     except FormatError as error:
@@ -126,10 +132,17 @@ def scoring_problem(folder: Path) -> str | None:
 
 
 def score_statistics(folder: Path) -> tuple[float, float]:
-    """Mean and standard deviation of the scores that a reward model was trained on; 0 and 1 where they are not recorded."""
+    """Mean and standard deviation of the scores that a reward model was trained on; 0 and 1 where they are not recorded.
+
+    Raises:
+        FormatError: if the record is damaged.
+    """
     record = folder / "onecurve.json"
-    statistics = read_object(record).get("reward", {}) if record.is_file() else {}
-    return statistics.get("mean", 0.0), statistics.get("std", 0.0) or 1.0
+    recorded = read_object(record).get("reward", {}) if record.is_file() else {}
+    try:
+        return float(recorded.get("mean", 0.0)), float(recorded.get("std", 0.0)) or 1.0
+    except (AttributeError, TypeError, ValueError):
+        raise FormatError(f"{record}: reward={recorded!r} is no mean and std; export the model again") from None
 
 
 def _on_device(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from torch import nn
 from trainer.checkpoint import Checkpointer, Checkpoints
 from trainer.compose import compose
 from trainer.diagnostics import preflight
+from trainer.disk import read_objects
 from trainer.gpu_check.bench import SMALL, TINYWORLD, Bench, Training
 from trainer.jobs.stages import stage_environment
 from trainer.parallel import distributed
@@ -53,7 +53,7 @@ QUIET_RUN = ("checkpoint.every=3", "tracking.every=1", "tracking.wandb.mode=disa
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_objects(folder / "metrics.jsonl")
 
 
 def stalls(bench: Bench) -> None:

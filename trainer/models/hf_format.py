@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config import InputError
-from trainer.disk import digest, save_tensors, sync, write_text
+from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
 from trainer.models.text_part import left_out, text_config, text_names
@@ -80,6 +80,13 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def damaged(file: Path, error: Exception) -> FormatError:
+    """What to raise for a file of tensors that cannot be opened."""
+    if file.is_file() and is_pointer(file):
+        return FormatError(f"{file} is a pointer of Git LFS, not the file; run git lfs pull in its folder")
+    return FormatError(f"{file} is damaged ({error}); download it again")
+
+
 def config_json(a: Architecture, dtype: torch.dtype, tokens: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``config.json`` of an architecture; ``tokens``: ids by name (``bos_token_id``, ...)."""
     family = FAMILIES[a.family]
@@ -138,7 +145,7 @@ class WeightFiles:
             try:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             except Exception as error:
-                raise FormatError(f"{self.folder / file} is damaged ({error})") from None
+                raise damaged(self.folder / file, error) from None
         return self._open[file]
 
     def fingerprint(self) -> str:

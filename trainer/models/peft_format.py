@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.disk import digest, save_tensors, sync, write_text
-from trainer.models.hf_format import FormatError, read_object
+from trainer.models.hf_format import FormatError, damaged, read_object
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 UNUSED = {
@@ -81,7 +81,7 @@ class AdapterFolder:
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise FormatError(f"{folder / WEIGHTS} is damaged ({error})") from None
+            raise damaged(folder / WEIGHTS, error) from None
 
     def shape_problem(self, needed: Mapping[str, tuple[int, ...]]) -> str | None:
         """What keeps the adapter's matrices from being those that a model needs, by name and shape."""

@@ -9,6 +9,7 @@ from enum import StrEnum, auto
 from pathlib import Path
 
 from trainer.config import Node, schema, setting
+from trainer.data.hub import absence, folder_of
 from trainer.generation.sampling import Sampling
 from trainer.generation.vllm import filter_problems
 from trainer.rl.advantages import AGGREGATES, ESTIMATORS, Estimator
@@ -134,8 +135,11 @@ class PolicyGradientSettings(Node):
     critic: CriticInit = setting(
         CriticInit.reward, "what the critic starts from: the reward model, the policy, or head: a vector on its states"
     )
-    critic_path: str | None = setting(None, "a folder to start the critic from instead")
+    critic_path: str | None = setting(None, "a folder or a hub id (owner/name) to start the critic from instead")
     critic_lr: float = setting(5e-6, "base learning rate of the critic", least=0)
+
+    def __post_init__(self) -> None:
+        self.critic_path = None if self.critic_path is None else folder_of(self.critic_path)
 
     def problems(self) -> Iterator[str]:
         if self.advantage not in ESTIMATORS:
@@ -165,7 +169,9 @@ class PolicyGradientSettings(Node):
                 yield f"pipeline.unfinished=bootstrap needs a critic, which {self.advantage} has not; use mask"
         elif self.critic is CriticInit.reward and self.critic_folder is None:
             yield "pipeline.critic=reward needs a reward model in pipeline.reward; use pipeline.critic=policy or head"
-        if self.critic_path is not None and not Path(self.critic_path).is_dir():
+        if self.critic_path is not None and (absent := absence(self.critic_path)):
+            yield f"pipeline.critic_path={self.critic_path}: {absent}"
+        elif self.critic_path is not None and not Path(self.critic_path).is_dir():
             yield f"pipeline.critic_path={self.critic_path} is not a directory; give a Hugging Face folder"
 
     @property

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data.sources import DataError, DataSource
+from trainer.data.sources import DataError, DataSource, OnBadRow
 
 
 def texts(folder, heldout=False):
@@ -96,6 +96,69 @@ def test_a_saved_data_set_that_is_not_all_there_is_refused(tmp_path):
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train_sft", "train_gen"]}')
     with pytest.raises(DataError, match="has the splits train_sft, train_gen; name one of them"):
         DataSource(str(tmp_path / "all")).files()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+def linked(folder, name):
+    (folder / name).symlink_to(folder / "gone")
+
+
+FAULTS = {
+    "a link into a cache that was cleaned up": (
+        lambda one: linked(one, "b.jsonl"),
+        "b.jsonl link to files that are gone",
+    ),
+    "a clone without LFS": (lambda one: (one / "b.txt").write_bytes(POINTER), "b.txt is a pointer of Git LFS"),
+    "a state that is a list": (lambda one: state(one, []), "state.json is damaged"),
+    "a state that lists numbers": (lambda one: state(one, {"_data_files": [3]}), "state.json is damaged"),
+    "a state that lists no names": (lambda one: state(one, {"_data_files": [{"file": "a"}]}), "state.json is damaged"),
+    "a state that names a file elsewhere": (
+        lambda one: state(one, {"_data_files": [{"filename": "../a.arrow"}]}),
+        "state.json is damaged .*names nothing that lies beside it",
+    ),
+    "a saved shard that is empty": (
+        lambda one: state(one, {"_data_files": [{"filename": "b.arrow"}]}),
+        "b.arrow is damaged or cut off",
+    ),
+    "splits that are no list": (lambda one: splits(one, {"splits": 3}), "dataset_dict.json is damaged"),
+    "a split that is not there": (
+        lambda one: splits(one, {"splits": ["train"]}),
+        "lacks train, which its dataset_dict",
+    ),
+    "a split that is the folder above": (lambda one: splits(one, {"splits": [".."]}), "dataset_dict.json is damaged"),
+}
+
+
+def state(folder, value):
+    (folder / "state.json").write_text(json.dumps(value))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "b.arrow").touch()
+
+
+def splits(folder, value):
+    (folder / "dataset_dict.json").write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_folder_is_an_error_that_names_the_file(name, tmp_path):
+    write(tmp_path, "a.jsonl")
+    damage, sentence = FAULTS[name]
+    damage(tmp_path)
+    with pytest.raises(DataError, match=sentence) as refused:
+        list(DataSource(str(tmp_path), on_bad_row=OnBadRow.skip).documents())
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_shards_that_are_not_all_there_are_counted_aloud(tmp_path):
+    write(tmp_path, *(f"train-{n:05}-of-00003.parquet" for n in (0, 2)), "test-00000-of-00001.parquet")
+    read, notes = texts(tmp_path)
+    assert len(read) == 2
+    assert f"only 2 of the 3 files train-*-of-00003 are in {tmp_path}; is all of it downloaded?" in notes
+    write(tmp_path, "train-00001-of-00003.parquet")
+    assert len(texts(tmp_path)[1]) == 1
 
 
 def test_a_name_that_is_no_file_is_not_asked_of_the_hub():

@@ -1,39 +1,65 @@
-"""Hub ids: the folder that comes of one, and what is said where there is none."""
+"""Hub ids: the folder or the split that comes of one, and what is said where there is none."""
 
 import json
+import os
+import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote
 
 import pytest
 from huggingface_hub import constants
 
+from tests.chats import byte_tokenizer
+from tests.small_folder import write_folder
+from trainer.config import InputError
 from trainer.data import hub
+from trainer.data.built_in_templates import BUILT_IN
+from trainer.data.chats import ChatData
+from trainer.data.sources import DataError, DataSource
 from trainer.data.tokenizer import TokenizerChoice
+from trainer.generation.pretrained import ChatModel, RewardModel
+from trainer.rl.settings import PolicyGradientSettings
 
 COMMIT = "a" * 40
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "pytorch_model.bin": b"pickled"}
+SPLITS = {
+    "README.md": b"# Chats",
+    **{f"{s}.jsonl": json.dumps({"text": f"of {s}"}).encode() for s in ("train", "validation", "test")},
+}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Enough of the hub to download the model owner/tiny."""
+    """Enough of the hub to download from it."""
 
-    def do_GET(self) -> None:
-        name = self.path.partition("?")[0].rpartition("/")[2]
-        if self.path.startswith("/api/models/owner/tiny/"):
-            siblings = [{"rfilename": file} for file in FILES]
-            entries = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in FILES.items()]
-            body = json.dumps(
-                entries if "/tree/" in self.path else {"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}
-            )
-            self.answer(200, body.encode(), {"Content-Type": "application/json"})
-        elif self.path.startswith("/owner/tiny/resolve/") and name in FILES:
-            self.answer(200, FILES[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+    repos: ClassVar[dict[str, dict[str, bytes]]] = {}
+
+    def do_GET(self, asked: dict[str, list[str]] | None = None) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if (match := re.fullmatch(r"/api/(\w+/owner/\w+)(/.*)?", path)) and match[1] in self.repos:
+            files, what = self.repos[match[1]], match[2] or ""
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in files.items()]
+            facts = {"id": match[1].partition("/")[2], "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
+            wanted = [entry for entry in entries if asked is None or entry["path"] in asked.get("paths", [])]
+            body = wanted if what.startswith(("/tree/", "/paths-info/")) else facts
+            self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        elif match := re.fullmatch(r"/(datasets/)?(owner/\w+)/resolve/\w+/(.+)", path):
+            files = self.repos.get(f"{match[1] or 'models/'}{match[2]}", {})
+            if match[3] in files:
+                self.answer(200, files[match[3]], {"ETag": f'"{match[3]}"', "X-Repo-Commit": COMMIT})
+            else:
+                self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()))
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -51,6 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 def served(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Hub, "repos", {"models/owner/tiny": FILES, "datasets/owner/chats": SPLITS})
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -81,7 +108,78 @@ def test_what_neither_exists_nor_comes_from_the_hub_is_refused_in_a_sentence(net
     if not network:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     [problem] = TokenizerChoice(path="models/smollm2").problems()
-    assert (
-        "tokenizer.path=models/smollm2: no folder is called models/smollm2, and the Hugging Face hub does not"
-        in problem
+    sentence = "no folder is called models/smollm2, and the Hugging Face hub does not"
+    assert f"tokenizer.path=models/smollm2: {sentence}" in problem
+    assert any(
+        f"pipeline.critic_path=models/smollm2: {sentence}" in p
+        for p in PolicyGradientSettings(critic_path="models/smollm2").problems()
     )
+    for kind in (ChatModel, RewardModel):
+        with pytest.raises(InputError, match=sentence):
+            kind.open("models/smollm2")
+
+
+def test_models_that_verbs_open_and_a_critic_may_be_ids(served):
+    template = BUILT_IN["chatml"]
+    for name, scores in (("chat", False), ("scorer", True)):
+        folder = write_folder(served.folder / "made" / name, scores=scores, template=template)
+        Hub.repos[f"models/owner/{name}"] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert ChatModel.open("owner/chat").tokenizer.fingerprint == byte_tokenizer(template=template).fingerprint
+    assert RewardModel.open("owner/scorer").mean == 0
+    critic = PolicyGradientSettings(critic_path="owner/scorer").critic_path
+    assert critic is not None
+    assert critic.startswith(str(served.folder))
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    """Imported before a test names another endpoint, which would stay."""
+    return pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def data(datasets, served, monkeypatch):
+    """A data set of three splits; gives the documents of a source and what was said of it."""
+    endpoint = os.environ["HF_ENDPOINT"]
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", served.folder / "datasets")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+
+    def read(path: str, **options) -> tuple[list[str], list[str]]:
+        source = DataSource(path, **options)
+        assert source.problem() is None
+        return list(source.documents()), list(source.notes)
+
+    return read
+
+
+def test_of_a_data_set_one_split_is_read_or_the_one_that_is_named(data):
+    assert data("owner/chats") == (["of train"], ["the splits validation, test of owner/chats are not read"])
+    assert data("owner/chats", heldout=True)[0] == ["of validation"]
+    assert data("owner/chats:test") == (["of test"], [])
+    assert data("owner/chats:default:test", heldout=True)[0] == ["of test"]
+    with pytest.raises(DataError, match="owner/chats has no split dev; it has train, validation, test"):
+        data("owner/chats:dev")
+    with pytest.raises(DataError, match=r"owner/none does not come from the hub .*owner/name:configuration:split"):
+        data("owner/none:main:train")
+
+
+def test_a_data_set_is_asked_of_the_cache_alone_where_there_is_no_network(data, monkeypatch):
+    data("owner/chats")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    started = time.monotonic()
+    assert data("owner/chats:test")[0] == ["of test"]
+    with pytest.raises(DataError, match="owner/none does not come from the hub"):
+        data("owner/none")
+    assert time.monotonic() - started < 4  # its library would try for half a minute
+
+
+def test_splits_of_one_data_set_have_names_of_their_own():
+    paths = ["owner/chats:test", "owner/chats:validation", "other/chats:main:test", "owner/set-1.5"]
+    names = [source.name for source in ChatData(train=[], eval=paths).sources(paths)]
+    assert names == ["chats.test", "chats.validation", "chats.main.test", "set-1.5"]
+    digests = {DataSource("owner/chats", heldout=heldout).fingerprint() for heldout in (True, False)}
+    assert len(digests) == 2

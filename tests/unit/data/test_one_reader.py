@@ -12,11 +12,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.chats import message, rendered
+from tests.chats import TOOL_TEMPLATE, byte_tokenizer, encoded, message, rendered
 from trainer.data.chats import ChatData, TrainOn
 from trainer.data.labelled import LabelledData
 from trainer.data.preferences import PreferenceData
+from trainer.data.preferences import encode as scored
 from trainer.data.prompts import PromptData
+from trainer.data.row_formats import CHAT_FORMATS, read_rows
+from trainer.data.sources import DataSource
+from trainer.data.templates import open_template
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 OTHER = {"type": "function", "function": {"name": "alarm", "arguments": {"time": 7, "repeat": True}}}
@@ -102,9 +106,9 @@ def written(folder: Path, name: str, rows: list[dict]) -> str:
 
 
 NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r" + NONCHARACTERS), min_size=1, max_size=12).map(
-    lambda text: text + "x"
-)
+LETTERS = st.text(st.characters(codec="utf-8", exclude_characters="\r" + NONCHARACTERS), min_size=1, max_size=12)
+NAMES = st.sampled_from(["<|im_end|>", "</s>", "\n\nIt is cold", " assistant\n"])
+TEXT = st.lists(LETTERS | NAMES, min_size=1, max_size=3).map(lambda parts: "".join(parts) + "x")
 CONVERSATIONS = st.builds(
     lambda system, texts: [
         *([message("system", system)] if system else []),
@@ -115,24 +119,38 @@ CONVERSATIONS = st.builds(
 )
 
 
+MERGING = byte_tokenizer(
+    "<|im_end|>",
+    template=TOOL_TEMPLATE,
+    merged=["assistant\nIt is cold", "assistant\n\nIt is cold", "user\nIs it?"] * 9,
+)
+"""Its tokens cross every boundary that no special token holds: between words, and from a role into what is said."""
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CONVERSATIONS, st.sampled_from(sorted(ASKED)), st.sampled_from(sorted(ANSWERED)), st.sampled_from(sorted(FILES)))
-def test_every_form_in_every_file_is_the_same_for_every_stage(tmp_path, conversation, asked, answered, name):
+def test_every_form_in_every_file_gives_every_stage_the_same_ids(tmp_path, conversation, asked, answered, name):
     *prompt, last = conversation
     plain = written(tmp_path, "rows.jsonl", [{"messages": conversation}])
-    [reference] = rendered(ChatData, plain, train_on=TrainOn.last_assistant)
+    [(ids, trained)] = encoded(ChatData, plain, MERGING, train_on=TrainOn.last_assistant)
+    start, end = trained.index(True), len(trained) - trained[::-1].index(True)
     row, answer = ASKED[asked](prompt), ANSWERED[answered](prompt, last["content"])
     other = ANSWERED[answered](prompt, last["content"] + "!")
     column = "output" if asked == "Alpaca" else "completion"
 
-    def stage(kind, columns: dict, **changed) -> list[str]:
-        return rendered(kind, written(tmp_path, name, [{**row, **columns}]), **changed)
+    def stage(kind, columns: dict, **changed) -> list[tuple[list[int], list[bool]]]:
+        return encoded(kind, written(tmp_path, name, [{**row, **columns}]), MERGING, **changed)
 
-    assert stage(PreferenceData, {"chosen": answer, "rejected": other}) == [reference]
-    assert stage(PromptData, {}) == [reference[: reference.rindex("⟦")]]
+    # What the template writes behind the answer is in SFT's rows alone, and not learnt there.
+    assert MERGING.decode(ids[end:], specials=True) == "\n"
+    assert stage(PreferenceData, {"chosen": answer, "rejected": other}) == [(ids[:end], trained[:end])]
+    assert stage(PromptData, {}) == [(ids[:start], trained[:start])]
     if asked in ("prompt", "Alpaca"):
-        assert stage(ChatData, {column: answer}, train_on=TrainOn.completion) == [reference]
-        assert stage(LabelledData, {column: answer, "label": True}) == [reference]
+        assert stage(ChatData, {column: answer}, train_on=TrainOn.completion) == [(ids, trained)]
+        assert stage(LabelledData, {column: answer, "label": True}) == [(ids[:end], trained[:end])]
+        # As a reward model scores it.
+        [(_, chat)] = read_rows(DataSource(written(tmp_path, name, [{**row, column: answer}])), CHAT_FORMATS)
+        assert list(scored(chat, open_template(None, MERGING)).ids) == ids[:end]
 
 
 def called(question: str, call: dict, result: str, answer: str) -> list[dict]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.small_folder import write_folder
 from trainer.config import ConfigError
 from trainer.data.tokenizer import open_tokenizer
+from trainer.generation.pretrained import scoring_problem
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, WeightFiles
 from trainer.models.load import Model
@@ -103,7 +104,46 @@ def test_a_damaged_file_of_a_tokenizer_is_named(name, folder):
     if name == "tokenizer.model":
         (folder / "tokenizer.json").unlink()
     (folder / name).write_text('{"cut')
+    tokenizer_refused(folder)
+
+
+def tokenizer_refused(folder: Path) -> None:
     with pytest.raises(ConfigError) as error:
         open_tokenizer(folder)
     assert f"{folder}/" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+FORMS = {
+    "a pointer": ("tokenizer.json", POINTER.encode()),
+    "a template of Latin-1": ("chat_template.jinja", b"{{ '\xe9' }}"),
+    "a template that is a number": ("tokenizer_config.json", b'{"chat_template": 3}'),
+    "templates without names": ("tokenizer_config.json", b'{"chat_template": [{"template": "a"}]}'),
+    "tokens by no number": ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": {"content": "<a>"}}}'),
+    "tokens without a name": ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": {}}}'),
+    "a role without a name": ("special_tokens_map.json", b'{"eos_token": {"lstrip": false}}'),
+    "ids that are no numbers": ("added_tokens.json", b'{"<a>": "many"}'),
+    "a list": ("generation_config.json", b"[]"),
+    "nested too deep": ("generation_config.json", b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_of_another_form_beside_a_tokenizer_is_named(name, folder):
+    file, content = FORMS[name]
+    (folder / file).write_bytes(content)
+    tokenizer_refused(folder)
+
+
+def test_a_pointer_in_place_of_weights_is_called_one(folder):
+    (folder / "model.safetensors").write_text(POINTER)
+    [problem] = Model(path=str(folder)).problems()
+    assert f"{folder / 'model.safetensors'} is a pointer of Git LFS, not the file; run git lfs pull" in problem
+
+
+def test_a_damaged_record_of_a_reward_model_is_seen_before_it_scores(tmp_path):
+    scorer = write_folder(tmp_path / "scorer", scores=True)
+    assert scoring_problem(scorer) is None
+    (scorer / "onecurve.json").write_text('{"reward": [1, 2]}')
+    assert "onecurve.json: reward=[1, 2] is no mean and std" in str(scoring_problem(scorer))

@@ -1,12 +1,15 @@
 """The reference is what the policy is before its first step: every start x every algorithm x every kind of reference."""
 
 import itertools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.chats import byte_tokenizer, write_jsonl
 from tests.command import metrics
+from tests.ranks import free_port, on_ranks
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.export.peft import export_adapter
@@ -85,10 +88,10 @@ def world(tmp_path_factory):
     return folder
 
 
-def losses(algorithm: str, start: str, kind: str, folder) -> list[dict]:
+def losses(algorithm: str, start: str, kind: str, folder, *more: str) -> list[dict]:
     """The steps of a run in the world's folder."""
     data = next(word.partition("=")[2] for word in ALGORITHMS[algorithm] if word.startswith("data="))
-    name = f"{algorithm}-{start.replace(' ', '_')}-{kind}"
+    name = f"{algorithm}-{start.replace(' ', '_')}-{kind}-{len(more)}"
     run(
         compose([
             *ALGORITHMS[algorithm], *STARTS[start], f"pipeline.reference={kind}", "model.path=model", "data.template=chatml",
@@ -96,7 +99,7 @@ def losses(algorithm: str, start: str, kind: str, folder) -> list[dict]:
             "batch.length=96", f"steps={STEPS}", "schedule=constant", "schedule.warmup=0", "optimizer.lr=0.01",
             "precision=fp32",
             "tracking.wandb.mode=disabled", "tracking.tensorboard=false", "tracking.report=false", "evaluation.samples=0",
-            "checkpoint.every=0",
+            "checkpoint.every=0", *more,
         ])
     )  # fmt: skip
     return [line for line in metrics(folder / name) if "loss" in line]
@@ -113,9 +116,65 @@ def test_the_reference_is_the_policy_before_its_first_step(start, algorithm, wor
     else:
         with pytest.raises(ConfigError, match=r"adapters_off needs adapter=lora.*use pipeline.reference=model"):
             losses(algorithm, start, "adapters_off", world)
+    if not learns_offline:
+        with pytest.raises(ConfigError, match=r"pipeline\.reference=precomputed"):
+            losses(algorithm, start, "precomputed", world)
     for steps in runs.values():
         assert {name: steps[0][name] for name in STILL[algorithm]} == pytest.approx(STILL[algorithm], abs=1e-5)
     first, *others = ([step["loss"] for step in steps] for steps in runs.values())
     assert abs(first[-1] - first[0]) > 1e-3
     for other in others:
         assert other == pytest.approx(first, rel=1e-4)
+
+
+STRATEGIES = {
+    "ddp": ["strategy=ddp"],
+    "zero1": ["strategy=zero1"],
+    "zero2": ["strategy=zero2"],
+    "zero3": ["strategy=zero3", "+strategy.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"],
+}
+PRECOMPUTED = [("full", "dpo"), ("lora with new tokens", "dpo"), ("lora from an adapter", "dpo"), ("full", "kto")]
+
+
+def square() -> dict[str, list[tuple[str, str, str]]]:
+    """Cells of the table by strategy: a Latin square of starts and algorithms, every kind of reference in each strategy."""
+    cells: dict[str, list[tuple[str, str, str]]] = {strategy: [] for strategy in STRATEGIES}
+    for row, start in enumerate(STARTS):
+        for column, algorithm in enumerate(ALGORITHMS):
+            kind = "precomputed" if (start, algorithm) in PRECOMPUTED else "model"
+            cell = (algorithm, start, "adapters_off" if start == "lora" else kind)
+            cells[list(STRATEGIES)[(row + column) % len(STRATEGIES)]].append(cell)
+    return cells
+
+
+def on_a_rank(
+    cells: list[tuple[str, str, str]], folder: Path, ports: list[int], overrides: list[str]
+) -> list[list[dict]]:
+    """The steps of several runs of this rank's, each of which meets the others anew."""
+    os.chdir(folder)
+    every = []
+    for cell, port in zip(cells, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        every.append(losses(*cell, folder, *overrides))
+    return every
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_under_every_strategy_have_the_same_reference(strategy, world, monkeypatch):
+    monkeypatch.chdir(world)
+    cells, few = square()[strategy], ["steps=8", "batch.micro=4"]
+    assert {kind for _, _, kind in cells} == {"model", "precomputed", "adapters_off"}
+    overrides = [*few, *STRATEGIES[strategy], "preflight=false"]
+    ports = [free_port() for _ in cells]
+    together, _ = on_ranks(2, on_a_rank, cells, world, ports, overrides, joined=False)
+    for (algorithm, start, kind), steps in zip(cells, together, strict=True):
+        assert {name: steps[0][name] for name in STILL[algorithm]} == pytest.approx(STILL[algorithm], abs=1e-5)
+        alone = losses(algorithm, start, kind, world, *few)
+        # Sums in another order, through 8 steps of Adam.
+        assert [s["loss"] for s in steps] == pytest.approx([s["loss"] for s in alone], rel=1e-4), (
+            algorithm,
+            start,
+            kind,
+        )
+        assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 1e-3
