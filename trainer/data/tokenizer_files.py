@@ -74,7 +74,7 @@ def _templates(settings: dict[str, Any]) -> dict[str, str]:
         TypeError: if one is no text.
     """
     every = settings.get("chat_template")
-    named = {t["name"]: t["template"] for t in every} if isinstance(every, list) else {"default": every}
+    named: dict[str, Any] = {t["name"]: t["template"] for t in every} if isinstance(every, list) else {"default": every}
     if wrong := [text for text in named.values() if not isinstance(text, str | None)]:
         raise TypeError(f"a chat template is {type(wrong[0]).__name__}, not text")
     if isinstance(every, list):
