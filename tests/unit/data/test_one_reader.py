@@ -149,7 +149,7 @@ def test_every_form_in_every_file_gives_every_stage_the_same_ids(tmp_path, conve
         assert stage(ChatData, {column: answer}, train_on=TrainOn.completion) == [(ids, trained)]
         assert stage(LabelledData, {column: answer, "label": True}) == [(ids[:end], trained[:end])]
         # As a reward model scores it.
-        [(_, chat)] = read_rows(DataSource(written(tmp_path, name, [{**row, column: answer}])), CHAT_FORMATS)
+        [(_, chat, _)] = read_rows(DataSource(written(tmp_path, name, [{**row, column: answer}])), CHAT_FORMATS)
         assert list(scored(chat, open_template(None, MERGING)).ids) == ids[:end]
 
 
