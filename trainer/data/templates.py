@@ -311,11 +311,7 @@ def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Tem
     if problem := unknown_template(name):
         raise TemplateError(f"the chat template {problem}")
     if name.endswith(SUFFIX):
-        try:
-            source = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"data.template={name} cannot be read ({error}); give a file of UTF-8 text") from None
-        return Template(source, tokenizer, **options)
+        return Template(Path(name).read_text(), tokenizer, **options)
     lacking = [token for token in NEEDED.get(name, ()) if token not in tokenizer.specials]
     if lacking:
         add = ",".join(f"'{token}'" for token in lacking)
