@@ -19,9 +19,14 @@ def draw_for(key: Sequence[int], rows: Sequence[int]) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def dropout(x: Tensor, part: float, place: str) -> Tensor:
-    """Zero a ``part`` of ``x`` ``(B, ...)``, the rest scaled up (Srivastava et al. 2014); ``place``: where in the model."""
+    """Zero a ``part`` of ``x``, the rest scaled up (Srivastava et al. 2014).
+
+    ``x`` ``(B, T, ...)``, or ``(1, B * T, ...)`` where rows that share beginnings lie end to end.
+    ``place``: where in the model.
+    """
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for number, mask in enumerate(keep):
+    end_to_end = x.dim() > 2 and len(x) == 1 and x.shape[1] % len(_rows) == 0
+    for number, mask in enumerate(keep.view(len(_rows), -1, *x.shape[2:]) if end_to_end else keep):
         turn, row = divmod(number, len(_rows))
         digest = hashlib.blake2b(f"{_rows[row]}:{turn}:{place}".encode(), digest_size=7).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big"))

@@ -309,6 +309,7 @@ def test_what_is_dropped_depends_on_the_row_and_not_on_its_neighbours():
     x = torch.ones(2, 50, 20)
     draw_for((0, 1), [4, 5])
     both = dropout(x, 0.25, "q")
+    assert torch.equal(dropout(x.view(1, 100, 20), 0.25, "q"), both.view(1, 100, 20))  # rows end to end
     draw_for((0, 1), [5])
     assert torch.equal(dropout(x[:1], 0.25, "q")[0], both[1])
     assert not torch.equal(both[0], both[1])
