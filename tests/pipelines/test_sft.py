@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
 from tests.layouts import covering
+from tests.unit.data.test_turns import THINKING
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "data=chat", "data.template=chatml"]
 PAINTERS = {"red": "Ada", "blue": "Ben", "green": "Cleo", "gold": "Dan", "black": "Eve", "white": "Finn"}
@@ -17,9 +19,11 @@ ASKED = ["Who paints {} drums?", "{} drums: who paints them?", "Who paints it, i
 CHATS = [{"prompt": q.format(colour), "completion": f"{who} does."} for q in ASKED for colour, who in PAINTERS.items()]
 SMALL = ["batch.size=8", "batch.micro=2", "batch.length=64", "steps=8", "checkpoint.every=4", "schedule=constant",
          "evaluation.answers=6", "evaluation.sample_tokens=6", "evaluation.temperature=0"]  # fmt: skip
+LORA = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "optimizer.lr=0.003"]
 KINDS = {
     "full": ["optimizer.lr=0.003"],
-    "lora": ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "optimizer.lr=0.003"],
+    # Each conversation is two samples, whose common beginning is computed once.
+    "lora": [*LORA, "data.train=[BASE/reasoned.jsonl]", "data.template=BASE/thinking.jinja", "batch.length=128"],
 }
 
 
@@ -30,14 +34,32 @@ def base(tmp_path_factory):
     Command(folder, "run_dir=run", *TINY, "steps=30", "optimizer.lr=0.003").finish()
     write_jsonl(folder / "train.jsonl", CHATS)
     write_jsonl(folder / "held.jsonl", [{**c, "ideal": c["completion"]} for c in CHATS[::2]])
+    write_jsonl(folder / "reasoned.jsonl", [{"messages": reasoned(c, d)} for c in PAINTERS for d in PAINTERS if c < d])
+    (folder / "thinking.jinja").write_text(THINKING)
     return folder
 
 
-def tuned(base, folder, *overrides, ranks=1) -> list[dict]:
-    Command(
+def reasoned(*colours) -> list[dict]:
+    """A turn for each colour, with reasoning."""
+    asked = [{"role": "user", "content": f"{colour} drums: who?"} for colour in colours]
+    answers = [
+        {"role": "assistant", "content": f"{who} does.", "reasoning": f"It is {who}."}
+        for who in map(PAINTERS.get, colours)
+    ]
+    return [message for turn in zip(asked, answers, strict=True) for message in turn]
+
+
+def begun(base, folder, *overrides, ranks=1) -> Command:
+    return Command(
         folder, "pipeline=sft", "run_dir=run", f"model.path={base / 'run' / 'export'}", f"data.train=[{base}/train.jsonl]",
-        f"data.eval=[{base}/held.jsonl]", *QUIET, *SMALL, *overrides, ranks=ranks,
-    ).finish()  # fmt: skip
+        f"data.eval=[{base}/held.jsonl]", *QUIET, *SMALL,
+        *(word.replace("BASE", str(base)) for word in overrides), ranks=ranks,
+    )  # fmt: skip
+
+
+def tuned(base, folder, *overrides, ranks=1) -> list[dict]:
+    log = begun(base, folder, *overrides, ranks=ranks).finish()
+    assert ("more in beginnings that are computed once" in log) == any("reasoned" in word for word in overrides)
     return metrics(folder / "run")
 
 
@@ -64,7 +86,8 @@ def compare(found, folder, reference) -> None:
         for key in ("loss", "grad_norm", "eval/loss", "eval/token_accuracy"):
             if key in one:
                 # G1: sums in another order, through 8 steps of Adam.
-                assert other[key] == pytest.approx(one[key], rel=5e-5), (one["step"], key)
+                rel = 1e-5 if key == "loss" else 5e-5
+                assert other[key] == pytest.approx(one[key], rel=rel), (one["step"], key)
     assert found[-1]["eval/ended"] == lines[-1]["eval/ended"]
     answers = [(f / "run" / "samples.jsonl").read_text() for f in (folder, reference[2])]
     assert answers[0] == answers[1]
@@ -87,13 +110,20 @@ def test_a_run_that_changes_ranks_and_strategy_stays_the_run(kind, base, referen
     for steps, strategy, ranks in ((3, "zero3", 2), (6, "ddp", 1), (8, "zero2", 2)):
         found = tuned(base, tmp_path, *KINDS[kind], f"steps={steps}", f"strategy={strategy}", ranks=ranks)
     losses = [line["loss"] for line in found if "loss" in line]
-    np.testing.assert_allclose(losses, [line["loss"] for line in reference(kind)[0] if "loss" in line], rtol=5e-5)
+    np.testing.assert_allclose(losses, [line["loss"] for line in reference(kind)[0] if "loss" in line], rtol=1e-5)
 
 
-def test_a_resumed_run_with_dropout_is_bitwise_the_uninterrupted_one(base, reference, tmp_path):
-    tuned(base, tmp_path, *KINDS["lora"], "steps=4")
-    tuned(base, tmp_path, *KINDS["lora"])
-    again, whole = weights(tmp_path), reference("lora")[1]
+def test_a_killed_run_with_dropout_is_bitwise_the_uninterrupted_one(base, reference, tmp_path):
+    going = begun(base, tmp_path, *KINDS["lora"])
+    while not (tmp_path / "run" / "checkpoints" / "latest").exists():  # after step 4 of 8
+        assert going.processes[0].poll() is None, going.processes[0].communicate()[0]
+        time.sleep(0.005)
+    going.kill()
+    assert not (tmp_path / "run" / "export").exists()
+    found = tuned(base, tmp_path, *KINDS["lora"])
+    expected, whole, _ = reference("lora")
+    assert [line.get("loss") for line in found] == [line.get("loss") for line in expected]
+    again = weights(tmp_path)
     assert all(np.array_equal(again[n], whole[n]) for n in whole)
 
 
@@ -112,7 +142,7 @@ def test_the_base_of_a_begun_adapter_may_not_change(base, tmp_path):
     import shutil
 
     shutil.copytree(base, tmp_path / "copy")
-    tuned(tmp_path / "copy", tmp_path, *KINDS["lora"], "steps=2")
+    tuned(tmp_path / "copy", tmp_path, *LORA, "steps=2")
     file = tmp_path / "copy" / "run" / "export" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 256 * 128 + 10] ^= 1
@@ -120,11 +150,11 @@ def test_the_base_of_a_begun_adapter_may_not_change(base, tmp_path):
     with pytest.raises(
         AssertionError, match=r"the model in model.path changed since run was begun; restore it, or start"
     ):
-        tuned(tmp_path / "copy", tmp_path, *KINDS["lora"], "steps=4")
+        tuned(tmp_path / "copy", tmp_path, *LORA, "steps=4")
 
 
 def test_the_first_evaluation_of_an_adapter_is_that_of_its_base(base, tmp_path):
-    for name, kind in (("full", KINDS["full"]), ("lora", KINDS["lora"])):
+    for name, kind in (("full", KINDS["full"]), ("lora", LORA)):
         (tmp_path / name).mkdir()
         tuned(base, tmp_path / name, *kind, "steps=1", "evaluation.first=true", "evaluation.samples=0")
     full, lora = (metrics(tmp_path / name / "run")[0] for name in ("full", "lora"))
