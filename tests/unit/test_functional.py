@@ -163,6 +163,28 @@ def test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kep
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
+def test_bounded_logits_have_the_loss_logprobs_and_gradients_of_autograd(kept, temperature, monkeypatch):
+    monkeypatch.setattr(functional, "KEPT_BYTES", kept)
+    hidden, weight, targets, mask = inputs()
+    head = Head(weight, cap=1.5)
+    scores = (1.5 * torch.tanh(hidden @ weight.T / 1.5)).double()
+    expected = (F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none") * mask.flatten()).sum()
+    loss = cross_entropy(hidden, head, targets=targets, mask=mask)[0]
+    log_p = (scores / temperature).log_softmax(-1)
+    chosen, entropy = log_p.gather(-1, targets[..., None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    values, entropies = logprobs(hidden, head, targets=targets, temperature=temperature)
+    up = torch.randn(2, 11, generator=torch.Generator().manual_seed(5))
+    pairs = [(loss, expected), ((values * up).sum(), (chosen * up).sum())]
+    pairs += [((values * up + entropies).sum(), (chosen * up + entropy).sum())]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        mine, theirs = (torch.autograd.grad(t, (hidden, weight), retain_graph=True) for t in (found, wanted))
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
 MEASURE = """
 import sys, torch
 from torch.nn import functional as F

@@ -1,11 +1,18 @@
 """Attention inside documents, against a dense mask."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.shapes import architecture
 from trainer.batch import Documents
+from trainer.functional import logits
+from trainer.generation import cache, decoding
+from trainer.generation.sampling import Sampling
 from trainer.models.attention import Scores, attend
+from trainer.models.transformer import Transformer
 
 CASES = [
     ((7, 9, 3, 5, 17, 1, 6), 2, None),
@@ -92,3 +99,49 @@ def test_positions_restart_in_every_document():
     documents = Documents.from_lengths((3, 2, 5), 2)
     assert documents.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
     assert documents.offsets.tolist() == [0, 3, 5, 10]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_and_bounds_are_those_of_explicit_attention_in_training_and_through_a_cache(window):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 11, heads, 8, generator=draw) for heads in (4, 2, 2))
+    scores = Scores(0.4, window, cap=2.0, sinks=torch.randn(4, generator=draw).requires_grad_())
+    q.requires_grad_()
+    lengths = [7, 4]
+    found = attend(q, k, v, Documents.from_lengths(lengths, 1), scores)
+    parts = []
+    for queries, keys, values in zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True):
+        keys, values = (t.repeat_interleave(2, 2) for t in (keys, values))
+        products = 2.0 * torch.tanh(torch.einsum("bqhd,bkhd->bhqk", queries, keys) * 0.4 / 2.0)
+        back = torch.arange(keys.shape[1])[:, None] - torch.arange(keys.shape[1])
+        products = products.masked_fill((back < 0) | (back >= (window or 99)), -torch.inf)
+        sink = scores.sinks[None, :, None, None].expand(*products.shape[:3], 1)
+        weights = torch.cat([products, sink], -1).softmax(-1)[..., :-1]
+        parts.append(torch.einsum("bhqk,bkhd->bqhd", weights, values))
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # float32, another order of sums
+    upstream = torch.randn(expected.shape, generator=draw)
+    mine, theirs = (torch.autograd.grad(t, (q, scores.sinks), upstream, retain_graph=True) for t in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixed", [False, True], ids=["blocks", "fixed"])
+def test_a_model_with_sinks_decodes_as_it_is_trained(fixed, monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK", 8)
+    a = dataclasses.replace(
+        architecture(50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8, num_key_value_heads=2),
+        sinks=True,
+    )
+    model = Transformer(a).eval()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    prompts = [list(range(5, 5 + n)) for n in (1, 9, 17)]
+    for sequence in decoding.Decoding(model, prompts, Sampling(12, temperature=0), stops=(), fixed=fixed):
+        if sequence.done:
+            ids = torch.tensor([[*sequence.prompt, *sequence.ids]])
+            out = model(ids, Documents.from_lengths([ids.shape[1]], 1), logits)[0, len(sequence.prompt) - 1 : -1]
+            expected = out.log_softmax(-1).amax(-1)
+            torch.testing.assert_close(torch.tensor(sequence.logprobs), expected, rtol=0, atol=1e-5)

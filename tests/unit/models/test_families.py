@@ -21,6 +21,8 @@ from trainer.models.families import FAMILIES
 from trainer.models.hf_format import read_architecture, write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA, is_adapter
+from trainer.models.peft_format import write_adapter
+from trainer.models.peft_layout import in_peft_layout
 from trainer.parallel.ddp import DDP
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -104,7 +106,11 @@ class Case:
 
 @pytest.fixture(scope="module", params=sorted(OWN))
 def case(request, tmp_path_factory) -> Case:
-    kind, folder = request.param, tmp_path_factory.mktemp(request.param) / "theirs"
+    return built(request.param, tmp_path_factory.mktemp(request.param) / "theirs")
+
+
+def built(kind: str, folder: Path) -> Case:
+    """A family's model with random weights."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **TINY | OWN[kind])
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -214,6 +220,27 @@ def test_a_merged_adapter_computes_what_the_adapted_model_does(case, tmp_path):
     expected = again(TOKENS).logits
     assert compared(ours_on(adapted, TOKENS, [30]), expected) < 1e-4
     assert compared(expected, case.theirs(TOKENS).logits) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", ["phi3", "glm4", "granitemoehybrid"])
+def test_peft_opens_adapters_of_what_is_one_tensor_there_and_several_here(kind, rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    case = built(kind, tmp_path / "theirs")
+    # Of q, k and v only two are adapted.
+    lora = LoRA(rank=2, alpha=3.0, rslora=rslora, targets=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
+    load = ModelLoader(Model(path=str(case.folder)), DDP(), 0, 96, lora, longest=30)
+    adapted = load.load().eval()
+    draw = torch.Generator().manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("lora_B.weight"):
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    trained = {name: p for name, p in adapted.named_parameters() if is_adapter(name)}
+    settings, tensors = in_peft_layout(lora.peft_settings(trained), trained, load.architecture, load.shapes)
+    write_adapter(tmp_path / "adapter", settings, tensors, None, NoTokenizer(), {})
+    theirs = peft.PeftModel.from_pretrained(case.theirs, tmp_path / "adapter").eval()
+    assert compared(ours_on(adapted, TOKENS, [30]), theirs(TOKENS).logits) < 1e-4
 
 
 NEEDED = (
