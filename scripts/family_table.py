@@ -84,6 +84,14 @@ def _else(family: Family, a: Architecture) -> str:
     return "; ".join(parts) or "-"
 
 
+def _experts(family: Family, a: Architecture) -> str:
+    parts = ["sigmoid router" if a.router_sigmoid else "softmax router"]
+    parts += ["first layers dense"] if family.layers.dense else []
+    parts += [f"shared expert{' with a gate' if a.shared_gate else ''}"] if "shared_size" in family.keys else []
+    parts += ["biases, clamped"] if a.expert_bias else []
+    return f", experts: {', '.join(parts)}"
+
+
 def _row(name: str, family: Family) -> str:
     sizes = {
         family.named[size].name: 64
@@ -92,7 +100,7 @@ def _row(name: str, family: Family) -> str:
     config = {"model_type": name, "num_hidden_layers": 12, "position_embedding_type": "rope", **sizes}
     a = family.read(config)
     mlp = f"{a.activation.removesuffix('_pytorch_tanh')}{'' if a.gated else ', no gate'}"
-    mlp += f", {a.experts} experts, {a.experts_per_token} a token" if a.experts else ""
+    mlp += _experts(family, a) if a.experts else ""
     gguf = "import" if name in GGUF.values() else "-"
     cells = [
         f"`{name}`", f"{family.classes}ForCausalLM", _norms(a), _queries(family, a), _positions(family, a),

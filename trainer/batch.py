@@ -92,12 +92,14 @@ class Documents:
     ``longest``: the largest of them. A field, because a compiled block reads it.
     ``offsets`` ``(D + 1,)``: int32, the first token of each, and the end (``cu_seqlens`` of varlen attention).
     ``positions`` ``(B, T)``: int64, the position of every token in its document.
+    ``real`` ``(B, T)``: bool, which tokens are not padding; None = all.
     """
 
     lengths: tuple[int, ...]
     longest: int
     offsets: Tensor
     positions: Tensor
+    real: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: list[int] | tuple[int, ...], rows: int) -> Documents:
@@ -124,12 +126,14 @@ class Branches:
     ``index`` ``(U,)``: the place in the row of each of them.
     ``back`` ``(T,)``: the place among them of each token of the row.
     ``positions`` ``(1, T)``: the position of each token of the row in its sequence.
+    ``real`` ``(1, T)``: bool, which tokens are not padding; None = all.
     """
 
     sequences: Documents
     index: Tensor
     back: Tensor
     positions: Tensor
+    real: Tensor | None = None
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], tokens: int) -> Branches:

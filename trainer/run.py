@@ -118,6 +118,7 @@ class Run(Node):
             yield f"the pipeline learns from {wanted} and the data holds {offered}; choose another data="
         yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
+        yield from self.model.validate_adapter(self.adapter)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
 
     @property
@@ -233,14 +234,14 @@ def run(cfg: Run) -> dict[str, float]:
         hosts = cfg.check_ranks(folder, architecture, world)
         models = cfg.pipeline.models(load, tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
-        models.trained = engine.model
+        models.trained, models.balancer = engine.model, cfg.model.balancer(engine.module, cfg.adapter)
         watchdog.started()
         cfg.pipeline.prepare(models, engine, corpus, cfg.data.cache_folder)
         watch = Stopwatch(world.device, watchdog)
         guard, tokens = Guard(cfg.guard, world.device), TokenCounter(world.device)
         plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, cfg.seed, watch)
         with closing(cfg.pipeline.batches(models, engine, corpus, plan)) as batches:
-            parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": tokens}
+            parts: dict[str, Part] = {"data": batches, "guard": guard, "seen": tokens, **models.parts}
             with watchdog.phase("restore"):
                 checkpoints = Checkpointer(cfg.checkpoint, folder / "checkpoints", engine, parts, attempt.facts)
                 done, last = checkpoints.restore(), cfg.length(corpus)

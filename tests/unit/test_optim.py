@@ -3,11 +3,14 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from tests.mixtures import small
+from trainer.models.experts import MixtureOfExperts
 from trainer.optim import AdamW, Constant, Cosine, Linear, Muon, WarmupStableDecay, create_state, gradient_norm
 from trainer.optim.muon import BatchedMuon, Replicas, _newton_schulz
 
@@ -67,6 +70,7 @@ def test_created_state_changes_nothing_about_the_first_step(kind):
     assert all(torch.equal(a, b) for a, b in zip(stepped(True), stepped(False), strict=True))
 
 
+THEIRS = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
 SHAPES = [(6, 4), (6, 4), (4, 6), (5, 5), (6, 4)]
 
 
@@ -74,7 +78,7 @@ def matrices(optimizer, *, steps: int = 3, **attributes) -> list[torch.Tensor]:
     """Matrices, and their momentum, after steps along drawn gradients."""
     draw = torch.Generator().manual_seed(1)
     parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    made = optimizer(parameters, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    made = optimizer(parameters, lr=0.02, weight_decay=0.1, momentum=0.9)
     for name, value in attributes.items():
         setattr(made, name, value)
     for _ in range(steps):
@@ -85,14 +89,40 @@ def matrices(optimizer, *, steps: int = 3, **attributes) -> list[torch.Tensor]:
 
 
 def test_batched_muon_is_pytorchs_bit_for_bit():
-    for mine, theirs in zip(matrices(BatchedMuon), matrices(torch.optim.Muon), strict=True):
+    for mine, theirs in zip(matrices(BatchedMuon), matrices(THEIRS), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_each_matrix_of_a_stack_is_updated_by_itself():
+    draw = torch.Generator().manual_seed(1)
+    stack = nn.Parameter(torch.randn(3, 6, 4, generator=draw))
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    gradient = torch.randn(3, 6, 4, generator=draw)
+    gradient[1] = 0  # an expert that no token went to
+    stack.grad = gradient.clone()
+    for parameter, own in zip(alone, gradient, strict=True):
+        parameter.grad = own.clone()
+    for parameters in ([stack], alone):
+        BatchedMuon(parameters, lr=0.02, weight_decay=0.1, momentum=0.9).step()
+    assert torch.equal(stack.detach(), torch.stack([parameter.detach() for parameter in alone]))
+    assert torch.isfinite(stack).all()
+
+
+def test_stacked_experts_go_with_muon_and_routers_and_biases_do_not():
+    model = MixtureOfExperts(small(expert_bias=True))
+    muon, adamw = Muon(lr=0.02).build(model)
+    shapes = [tuple(p.shape) for group in muon.param_groups for p in group["params"]]
+    assert shapes == [(4, 32, 16), (4, 16, 16)]
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    biases = ("router.bias", "experts.gate_up_proj.bias", "experts.down_proj.bias")
+    assert decay == {"router.weight": 0.1, **dict.fromkeys(biases, 0.0)}
 
 
 def test_batched_muon_divides_by_the_scale_and_skips_by_a_tensor():
     halved = matrices(BatchedMuon, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))
     # Orthogonalisation ignores the size of a gradient; momentum is halved exactly.
-    for mine, theirs in zip(halved[5:], matrices(torch.optim.Muon)[5:], strict=True):
+    for mine, theirs in zip(halved[5:], matrices(THEIRS)[5:], strict=True):
         assert torch.equal(2 * mine, theirs)
     skipped = matrices(BatchedMuon, grad_scale=torch.tensor(math.nan), found_inf=torch.tensor(1.0))
     draw = torch.Generator().manual_seed(1)

@@ -50,10 +50,19 @@ def test_a_run_leaves_metrics_a_checkpoint_and_an_exported_model(tmp_path):
     assert Model(path=str(tmp_path / "r" / "export")).architecture(512).hidden_size == 32
 
 
-def test_a_run_that_was_continued_is_the_run_that_was_not(tmp_path):
-    go("run_dir=whole", "steps=4", "schedule=constant", "evaluation.every=2")
-    go("run_dir=parts", "steps=2", "schedule=constant", "evaluation.every=2")
-    go("run_dir=parts", "steps=4", "schedule=constant", "evaluation.every=2")
+SOFTMAX = ["model.family=mixtral", "model.experts=4", "model.intermediate_size=32", "model.router_z_loss=0.001"]
+SIGMOID = [
+    "model.family=glm4_moe", "model.experts=4", "model.expert_size=32", "model.shared_size=32", "model.dense_layers=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [[], SOFTMAX, SIGMOID], ids=["dense", "softmax", "sigmoid"])
+def test_a_run_that_was_continued_is_the_run_that_was_not(model, tmp_path):
+    constant = ["schedule=constant", "evaluation.every=2", *model]
+    latest = go("run_dir=whole", "steps=4", *constant)
+    go("run_dir=parts", "steps=2", *constant)
+    go("run_dir=parts", "steps=4", *constant)
+    assert ("router/load_max" in latest) is bool(model)
     assert steady(tmp_path / "parts") == steady(tmp_path / "whole")
     one, other = (load_file(tmp_path / d / "export" / "model.safetensors") for d in ("whole", "parts"))
     assert all(np.array_equal(one[name], other[name]) for name in one)

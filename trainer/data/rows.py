@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,7 @@ def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: i
     """Lay segments end to end in rows of ``length`` positions, the rest padding: a document of its own."""
     tokens = torch.full((len(rows), length), pad, dtype=torch.int64)
     targets, mask = tokens.clone(), torch.zeros(len(rows), length)
+    filled = torch.zeros(len(rows), length, dtype=torch.bool)
     lengths: list[int] = []
     real, branching = 0, False
     for row, segments in enumerate(rows):
@@ -151,12 +153,15 @@ def collate(rows: Sequence[Sequence[Segment]], numbers: Sequence[int], length: i
             lengths.append(len(ids) - 1)
             at = end
         real += at
+        filled[row, :at] = True
         if at < length:
             lengths.append(length - at)
     documents: Documents | Branches = Documents.from_lengths(lengths, len(rows))
     if branching:
         documents = _branches(rows, length)
-        tokens, targets, mask = (t.view(1, -1) for t in (tokens, targets, mask))
+        tokens, targets, mask, filled = (t.view(1, -1) for t in (tokens, targets, mask, filled))
+    if real < tokens.numel():
+        documents = replace(documents, real=filled)
     count = torch.tensor(real, dtype=torch.float64)
     # Here, because on a device nobody can count them without waiting for it.
     places = mask.flatten().nonzero().squeeze(1)

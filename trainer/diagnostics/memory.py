@@ -134,29 +134,40 @@ def activations(a: Architecture, layout: Layout) -> float:
 def backward(a: Architecture, layout: Layout) -> float:
     """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
     again = _block(a, layout) - _stored(a, layout)
-    gradients = 2 * layout.stream * a.hidden_size + 2 * layout.compute * a.intermediate_size
+    gradients = 2 * layout.stream * a.hidden_size + layout.compute * (2 * mlp_width(a) + routed_width(a))
     return float(layout.micro * layout.length * (again + gradients))
 
 
-def _stored(a: Architecture, layout: Layout) -> int:
+def mlp_width(a: Architecture) -> float:
+    """Width of what a token passes through behind attention: of an MLP, or of its experts together; the mean over layers."""
+    sparse = sum(layer.sparse for layer in a.layers) / len(a.layers)
+    return (1 - sparse) * a.intermediate_size + sparse * (a.experts_per_token * a.expert_size + a.shared_size)
+
+
+def routed_width(a: Architecture) -> float:
+    """Width of the copies of a token that go to its experts together; the mean over layers."""
+    return sum(layer.sparse for layer in a.layers) / len(a.layers) * a.experts_per_token * a.hidden_size
+
+
+def _stored(a: Architecture, layout: Layout) -> float:
     """Bytes that a block keeps of a token from its forward to its backward."""
     inputs = layout.stream * a.hidden_size
     heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    products = layout.compute * (2 * heads + 2 * groups + 2 * a.hidden_size + 2 * a.intermediate_size)
+    products = layout.compute * (2 * heads + 2 * groups + 2 * a.hidden_size + 2 * mlp_width(a) + routed_width(a))
     stored = {Recompute.none: _block(a, layout), Recompute.selective: inputs + products, Recompute.full: inputs}
     return stored[layout.recompute]
 
 
-def _block(a: Architecture, layout: Layout) -> int:
+def _block(a: Architecture, layout: Layout) -> float:
     """Bytes of a token that a block's backward reads.
 
     What its norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
-    of the MLP's width (two without a gate); and queries and keys before their own norms.
+    of the MLP's width (two without a gate); queries and keys before their own norms; what goes to experts and comes back.
     """
     c, heads, groups = layout.compute, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     norms, normed = 4 if a.norm_before and a.norm_after else 2, bool(a.qk_norm)
     projected = (2 + normed) * heads + (2 + normed) * groups
-    inner = (4 if a.gated else 2) * a.intermediate_size
+    inner = (4 if a.gated else 2) * mlp_width(a) + 2 * routed_width(a)
     return norms * _norm(layout) * a.hidden_size + c * (norms * a.hidden_size + projected + inner)
 
 

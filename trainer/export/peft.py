@@ -63,4 +63,5 @@ def export_adapter(
 
 def _trained(engine: Engine, load: ModelLoader) -> Iterator[tuple[str, Tensor]]:
     """Trained tensors of the model and its adapter, without those of what is trained beside it (a critic)."""
-    return ((n, tensor) for n, tensor in engine.weights(frozen=False) if is_adapter(n) or n in load.shapes)
+    own = load.shapes.keys() - load.buffers
+    return ((n, tensor) for n, tensor in engine.weights(frozen=False) if is_adapter(n) or n in own)

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.models.architecture import Architecture
+from trainer.models.expert_families import EXPERT_FAMILIES
 from trainer.models.family import ACTIVATION, Family, Key, fused, power, renamed, switch
+from trainer.models.keys import ALL_BIAS, BIAS, EPS, HEAD_DIM, IN_BIAS, MLP_BIAS, MULTIPLIERS, TIED
 from trainer.models.layers import LINEAR, Layers
 from trainer.models.mlp import ACTIVATIONS
 from trainer.models.rope import NEEDED, turned_size
@@ -18,17 +20,6 @@ def _of_gemma(name: str) -> str:
     return "gelu_pytorch_tanh" if name == "gelu" else str(ACTIVATION.read(name))
 
 
-HEAD_DIM = {"head_dim": Key("head_dim", 128)}
-EPS = {"rms_norm_eps": Key("rms_norm_eps", 1e-5)}
-TIED = {"tie_word_embeddings": Key("tie_word_embeddings", True)}
-IN_BIAS = {"attention_bias": Key("attention_bias", False)}
-BIAS = {**IN_BIAS, "attention_output_bias": Key("attention_bias", False)}
-MLP_BIAS = {"mlp_bias": Key("mlp_bias", False)}
-ALL_BIAS = {feature: Key("use_bias", False) for feature in ("attention_bias", "attention_output_bias", "mlp_bias")}
-MULTIPLIERS = {
-    "embedding_scale": Key("embedding_multiplier", 1.0), "residual_scale": Key("residual_multiplier", 1.0),
-    "attention_scale": Key("attention_multiplier", 1.0), "logit_scale": power("logits_scaling", -1),
-}  # fmt: skip
 AFTER = {"norm_before": False, "norm_after": True}
 SANDWICH = renamed(
     {
@@ -151,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family("StableLm", {"layer_norm": True, "norm_bias": True}, {
         "attention_bias": Key("use_qkv_bias", False), "rms_norm_eps": Key("layer_norm_eps", 1e-5),
     }, Layers(fraction=0.25), only={"qk_layernorm": False, "use_parallel_residual": False}),
+    **EXPERT_FAMILIES,
 }  # fmt: skip
 """Families by ``model_type``. A user's module may add its own."""
 
@@ -168,6 +160,8 @@ def problems_of(a: Architecture, prefix: str = "model.") -> Iterator[str]:
             f"{prefix}delta_value_heads={a.delta_value_heads} is not a multiple of "
             f"{prefix}delta_key_heads={a.delta_key_heads}; use {prefix}delta_value_heads={2 * a.delta_key_heads}"
         )
+    if a.experts_per_token > a.experts:
+        yield f"{prefix}experts_per_token={a.experts_per_token} is more than {prefix}experts={a.experts}; use at most as many"
     if a.activation not in ACTIVATIONS:
         yield f"{prefix}activation={a.activation} is not known; use one of {', '.join(ACTIVATIONS)}"
     if a.ropes and a.head_dim % 2:

@@ -49,6 +49,10 @@ class Key:
         _validate(name, value, type(self.absent).__name__ if self.absent is not None else kind, feature)
         return self.read(value)
 
+    def written(self, a: Architecture, feature: str) -> Any:
+        """Its value for an architecture's ``feature``."""
+        return self.write(getattr(a, feature))
+
 
 KINDS = {f.name: str(f.type) for f in fields(Architecture)}
 FROM_ZERO = ("experts", "experts_per_token", "expert_size", "shared_size")
@@ -158,6 +162,8 @@ class Family:
     ``tensors``: what has another name or layout on disk; of two rules for one of ours the first is written.
     ``only``: keys of which one value can be computed.
     ``written``: keys that ``transformers`` wants though they mean nothing.
+    ``peft_experts``: whether PEFT's adapters of its experts are of matrices as they are stacked here.
+    ``quantized``: methods whose tensors ``tensors`` makes numbers of.
     """
 
     classes: str
@@ -167,6 +173,8 @@ class Family:
     tensors: tuple[Tensors, ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+    peft_experts: bool = False
+    quantized: tuple[str, ...] = ()
 
     @property
     def named(self) -> dict[str, Key]:
@@ -221,7 +229,7 @@ class Family:
         return differing
 
     def _written(self, a: Architecture) -> dict[str, Any]:
-        config = {key.name: key.write(getattr(a, feature)) for feature, key in self.named.items()}
+        config = {key.name: key.written(a, feature) for feature, key in self.named.items()}
         return {**config, **self.layers.write(a), **self.only, **self.written}
 
     def rule_of(self, name: str) -> tuple[str, Tensors | None]:

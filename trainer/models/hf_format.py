@@ -41,8 +41,8 @@ def read_architecture(folder: Path) -> Architecture:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
-    if config.get("quantization_config"):
-        raise FormatError(f"{file}: {quantized(folder, config['quantization_config'])}")
+    if (quantization := config.get("quantization_config")) and not _readable(quantization, kind):
+        raise FormatError(f"{file}: {quantized(folder, quantization)}")
     classes = config.get("architectures") or []
     if not isinstance(classes, list):
         raise FormatError(f"{file}: architectures={json.dumps(classes)[:80]} is not a list; correct the file")
@@ -51,6 +51,10 @@ def read_architecture(folder: Path) -> Architecture:
     except ValueError as error:
         raise FormatError(f"{file}: {error}") from None
     return dataclasses.replace(a, scores=any(str(name).endswith(SCORE) for name in classes))
+
+
+def _readable(quantization: Any, kind: str) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") in FAMILIES[kind].quantized
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.hub import absence, folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
+from trainer.models.balance import Balancer, BalanceRates
 from trainer.models.delta import initial_delta
 from trainer.models.families import problems_of
 from trainer.models.header import read_shape
@@ -52,6 +53,15 @@ class ModelOptions(Node):
         False, "torch.compile the blocks for training; null = on CUDA where everything else allows it"
     )
     vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
+    router_balance_loss: float | None = setting(
+        None, "weight of the loss that spreads tokens over experts; null = 0.001 from scratch, 0 with a path", least=0
+    )
+    router_z_loss: float = setting(0.0, "weight of softmax routers' squared log-partition; 0.001 is usual", least=0)
+    router_bias_rate: float | None = setting(
+        None,
+        "step of sigmoid routers' choice bias towards an even load; null = 0.001 from scratch, 0 with a path",
+        least=0,
+    )
 
 
 @schema("model/transformer")
@@ -78,6 +88,21 @@ class Model(Shape, ModelOptions):
             yield f"model.path={self.path}: {error}"
             return
         yield from (f"{self.path}/config.json: {problem}" for problem in problems_of(architecture, ""))
+
+    def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
+        """One sentence for what does not work beside an adapter."""
+        if adapter.freezes_model and self.router_bias_rate:
+            yield (
+                f"model.router_bias_rate={self.router_bias_rate:g} changes the routers, which adapter=lora freezes and does "
+                "not export; leave it out, or use adapter=none"
+            )
+
+    def balancer(self, module: nn.Module, adapter: Adapter) -> Balancer | None:
+        """What keeps the experts of a trained module busy alike; None where it has none."""
+        default = 1e-3 if self.path is None and not adapter.freezes_model else 0.0
+        loss, rate = (default if v is None else v for v in (self.router_balance_loss, self.router_bias_rate))
+        balancer = Balancer(module, BalanceRates(loss, self.router_z_loss, rate))
+        return balancer if balancer.routers else None
 
     def validate_compiled(self, device: torch.device, dtype: torch.dtype, a: Architecture) -> Iterator[str]:
         """One sentence for what does not work in compiled blocks that compute in ``dtype``."""
@@ -213,7 +238,10 @@ class ModelLoader:
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
         if self.files is not None:
             own = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
-            self._validate_weights(self.files, own)
+            buffers = dict(persistent_buffers(model))
+            self._validate_weights(self.files, {**own, **{n: tuple(b.shape) for n, b in buffers.items()}})
+            for name, buffer in buffers.items():
+                buffer.copy_(self.start(name))
         for name, parameter in model.named_parameters():
             added = self.adapter.initial(name, self.strategy.shape_of(parameter), self.seed)
             self.strategy.fill(parameter, self.start(name) if added is None else added)
@@ -256,10 +284,16 @@ class ModelLoader:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The model's own parameters, tied ones once, in their order."""
+        """The model's own tensors, tied ones once, in their order."""
         with torch.device("meta"):
             model = Transformer(self.architecture)
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
+
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Those of them that no gradient changes: the choice biases of routers."""
+        with torch.device("meta"):
+            return frozenset(name for name, _ in persistent_buffers(Transformer(self.architecture)))
 
     @cached_property
     def _rows_added(self) -> int:
@@ -269,6 +303,12 @@ class ModelLoader:
     def _validate_weights(self, files: StoredWeights, wanted: dict[str, tuple[int, ...]]) -> None:
         tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings or self.scores else set[str]()
         files.validate(wanted, {HEAD, *tied}, TABLES, self._rows_added)
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are part of a model, by name."""
+    saved = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
 
 def initial(
@@ -284,7 +324,7 @@ def initial(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     if (drawn := initial_delta(name, shape, generator)) is not None:
         return drawn
-    if name.endswith(("bias", "sinks")):
+    if name.endswith(("bias", "sinks", "router.balance")):
         return torch.zeros(*shape)
     if len(shape) < 2 or "norm" in name.split(".")[-2]:
         return torch.full(shape, 1.0 - norm_offset)

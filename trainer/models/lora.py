@@ -20,11 +20,14 @@ from trainer.data.hub import folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
+from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
+from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"]
+ADAPTABLE = (nn.Linear, GroupedLinear)
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -155,12 +158,25 @@ class LoRA(Adapter):
     def validate_architecture(self, architecture: Architecture) -> None:
         with torch.device("meta"):
             model = Transformer(architecture)
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        linears = [name for name, m in model.named_modules() if isinstance(m, ADAPTABLE)]
+        stacks = [name for name, m in model.named_modules() if isinstance(m, GroupedLinear)]
         modules = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
         problems = [
             f"adapter.targets: {pattern} matches no linear layer; there are {', '.join(PROJECTIONS)}"
             for pattern in unmatched(self.targets, linears)
+            if self.targets != PROJECTIONS  # the default: those of them that a model has
         ]
+        adapted = [name for name in stacks if matches(name, self.targets)]
+        if adapted and not FAMILIES[architecture.family].peft_experts:
+            problems.append(
+                f"adapter.targets: PEFT's layout does not fit the experts of family {architecture.family}; name other "
+                f"layers, such as adapter.targets=[{','.join(PROJECTIONS[:4])}]"
+            )
+        if adapted and self.dropout:
+            problems.append(
+                f"adapter.dropout={self.dropout:g} is drawn row by row, and experts see tokens in another order; use 0, or "
+                "leave the experts' gate_up_proj and down_proj out of adapter.targets"
+            )
         problems += [
             f"adapter.full: {pattern} matches no module with weights; there are embed_tokens, model.norm and others"
             for pattern in unmatched(self.full, modules)
@@ -181,7 +197,8 @@ class LoRA(Adapter):
         ][:1]
         if self.path is not None and not problems:
             self.install(model, grown=False)
-            needed = {n: tuple(p.shape) for n, p in model.named_parameters() if is_adapter(n)}
+            own = to_peft({n: p for n, p in model.named_parameters() if is_adapter(n)})
+            needed = {name: tuple(tensor.shape) for name, tensor in own.items()}
             problem = AdapterFolder(Path(self.path)).shape_problem(needed)
             problems += [f"adapter.path={self.path}: {problem}"] if problem else []
         if problems:
@@ -197,16 +214,21 @@ class LoRA(Adapter):
         model.requires_grad_(False)
         full = [*self.full, *(EMBEDDINGS if grown else ()), "score"]
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and matches(name, self.targets):
+            if isinstance(module, ADAPTABLE) and matches(name, self.targets):
                 parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], LoRALinear(module, self.rank, self.scale, self.dropout, name))
+                setattr(parent, name.rpartition(".")[2], self._adapted(module, name))
             elif matches(name, full):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
 
+    def _adapted(self, module: nn.Linear | GroupedLinear, name: str) -> nn.Module:
+        if isinstance(module, GroupedLinear):
+            return LoRAGroupedLinear(module, self.rank, self.scale)
+        return LoRALinear(module, self.rank, self.scale, self.dropout, name)
+
     def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
         if self.path is not None and (stored := AdapterFolder(Path(self.path)).tensor(name)) is not None:
-            return stored
+            return from_peft(name, stored, shape[0])
         if not is_adapter(name):
             return None
         if name.endswith("lora_B.weight"):
@@ -214,11 +236,11 @@ class LoRA(Adapter):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         # Kaiming-uniform with a = sqrt(5), as linear layers are born.
-        return torch.empty(*shape).uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5, generator=generator)
+        return torch.empty(*shape).uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
 
     def frozen_matrices(self, model: nn.Module) -> Iterator[nn.Parameter]:
         for module in model.modules():
-            if isinstance(module, nn.Linear | LoRALinear):
+            if isinstance(module, (*ADAPTABLE, LoRALinear, LoRAGroupedLinear)):
                 yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
 
     def moves_reference(self, new_tokens: int) -> str | None:
@@ -275,7 +297,7 @@ class LoRALinear(nn.Module):
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model for a while: what the adapters add is left out."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear | LoRAGroupedLinear)]
     for layer in layers:
         layer.active = False
     try:

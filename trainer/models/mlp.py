@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.models.architecture import Architecture, Layer
+from trainer.models.architecture import Architecture
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -42,10 +42,3 @@ class MLP(nn.Module):
         if not self.gated:
             return self.down_proj(self.activation(self.up_proj(x)))  # type: ignore[no-any-return]
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
-
-
-def mlp_of(a: Architecture, layer: Layer) -> nn.Module:
-    """What a layer has after its mixer."""
-    if layer.sparse:
-        raise NotImplementedError("experts are not built yet")
-    return MLP(a, a.intermediate_size)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from trainer.disk import digest, save_tensors, sync, write_text
 from trainer.models.hf_format import FormatError, damaged, read_object
+from trainer.models.lora_experts import peft_source
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 UNUSED = {
     "use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
-    "layers_to_transform": None, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+    "layers_to_transform": None, "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
 """Settings of PEFT's that change what an adapter computes and that we do not have, each with the value that is no change."""
 
@@ -35,6 +36,7 @@ class Settings:
     ``full``: modules whose own weights are saved with it.
     ``dropout``: part of its inputs that is dropped in training.
     ``ranks``, ``alphas``: of layers that have others, by name.
+    ``parameters``: ends of the names of adapted parameters that are stacks of experts' matrices.
     """
 
     rank: int
@@ -45,6 +47,7 @@ class Settings:
     dropout: float = 0.0
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
 class AdapterFolder:
@@ -68,6 +71,8 @@ class AdapterFolder:
         targets = config.get("target_modules")
         if not isinstance(targets, list):
             raise FormatError(f"{CONFIG} names target_modules by an expression ({targets}); only a list is read")
+        # Ours by whole names, so that they fit no other layer.
+        targets = [*targets, *(f"*.{name}" for name in config.get("target_parameters") or ())]
         try:
             self.settings = Settings(
                 int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False)), tuple(sorted(targets)),
@@ -98,11 +103,12 @@ class AdapterFolder:
         return digest(self.folder / WEIGHTS)[:24]
 
     def tensor(self, name: str) -> Tensor | None:
-        """A tensor by the model's name for it; None if the adapter does not hold it."""
-        if PREFIX + name not in self.shapes:
+        """A tensor by the model's name for it, as PEFT lays it out; None if the adapter does not hold it."""
+        source = PREFIX + peft_source(name, {key.removeprefix(PREFIX) for key in self.shapes})
+        if source not in self.shapes:
             return None
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(PREFIX + name)
+            tensor: Tensor = file.get_tensor(source)
         return tensor
 
 
@@ -129,6 +135,7 @@ def write_adapter(
         "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "target_modules": list(settings.targets),
         "modules_to_save": list(settings.full) or None, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "rank_pattern": dict(settings.ranks), "alpha_pattern": dict(settings.alphas),
+        "target_parameters": list(settings.parameters) or None,
     }  # fmt: skip
     partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)

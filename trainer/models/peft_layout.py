@@ -14,6 +14,7 @@ from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
 from trainer.models.family import Tensors, split_layer
 from trainer.models.lora import is_adapter
+from trainer.models.lora_experts import is_of_experts, parameters_in_peft, to_peft
 from trainer.models.peft_format import Settings
 
 Sides = dict[str, Tensor]
@@ -29,7 +30,10 @@ def in_peft_layout(
     ``shapes``: of the model's own parameters by our names.
     """
     family = FAMILIES[a.family]
-    placed = dict(family.stored(iter({n: t for n, t in trained.items() if not is_adapter(n)}.items()), a))
+    of_experts = to_peft({name: tensor for name, tensor in trained.items() if is_of_experts(name)})
+    parameters = parameters_in_peft(trained)
+    trained = {name: tensor for name, tensor in trained.items() if not is_of_experts(name)}
+    placed = of_experts | dict(family.stored(iter({n: t for n, t in trained.items() if not is_adapter(n)}.items()), a))
     modules: dict[str, Sides] = defaultdict(dict)
     for name, tensor in trained.items():
         if is_adapter(name):
@@ -55,6 +59,9 @@ def in_peft_layout(
         ranks[theirs] = settings.rank * len(down)
     for theirs, sides in adapted.items():
         placed |= {f"{theirs}.lora_{side}.weight": tensor for side, tensor in sides.items()}
+    if parameters:
+        # By their whole names: PEFT takes some names of projections for those of experts, too.
+        settings = dataclasses.replace(settings, targets=tuple(adapted), parameters=tuple(parameters))
     if adapted.keys() == modules.keys():
         return settings, placed
     # Its output is scaled by alpha / rank, or by alpha / sqrt(rank).

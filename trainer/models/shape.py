@@ -61,11 +61,24 @@ class Shape:
     delta_value_heads: int | None = setting(None, "its heads of values, a multiple; null = the family's", least=1)
     delta_key_size: int | None = setting(None, "width of its keys; null = the family's", least=1)
     delta_value_size: int | None = setting(None, "width of its values; null = the family's", least=1)
+    experts: int = setting(0, "MLPs of a layer that a token is routed to some of; 0 = one for all tokens", least=0)
+    experts_per_token: int = setting(2, "experts that a token goes to", least=1)
+    expert_size: int | None = setting(None, "width of an expert; null = intermediate_size", least=1)
+    shared_size: int = setting(0, "width of an MLP that every token goes to beside its experts; 0 = none", least=0)
+    dense_layers: int = setting(0, "first layers with one MLP for all tokens, though the others have experts", least=0)
+    router_normalised: bool | None = setting(
+        None, "whether the weights of a token's experts add up to 1; null = as in the family"
+    )
+    router_scale: float | None = setting(None, "factor of those weights; null = the family's", above=0)
     initializer_range: float = setting(0.02, "standard deviation of new matrices", above=0)
 
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Settings that a family's `config.json` has under names of its own."""
+
+
+OF_EXPERTS = ("experts", "experts_per_token", "expert_size", "shared_size", "router_normalised", "router_scale")
+"""Settings that mean nothing without experts."""
 
 
 def architecture_of(shape: Shape, vocab_size: int) -> Architecture:
@@ -91,9 +104,17 @@ def architecture_of(shape: Shape, vocab_size: int) -> Architecture:
     changes = {name: value for name, value in settings.items() if value is not None and name != "num_hidden_layers"}
     if "qk_norm" in changes:
         changes["qk_norm"] = (a.qk_norm or "head") if shape.qk_norm else ""
-    if not any(layer.window for layer in a.layers):
-        changes["layers"] = tuple(_windowed(shape, n, layer) for n, layer in enumerate(a.layers))
-    return dataclasses.replace(a, **changes)
+    layers = a.layers
+    if not any(layer.window for layer in layers):
+        layers = tuple(_windowed(shape, n, layer) for n, layer in enumerate(layers))
+    if shape.experts:
+        changes["expert_size"] = shape.expert_size or shape.intermediate_size
+    else:
+        changes = {name: value for name, value in changes.items() if name not in OF_EXPERTS}
+        changes |= dict.fromkeys(OF_EXPERTS[:4], 0)
+    sparse = [shape.experts > 0 and n >= shape.dense_layers for n in range(len(layers))]
+    layers = tuple(dataclasses.replace(layer, sparse=on) for layer, on in zip(layers, sparse, strict=True))
+    return dataclasses.replace(a, **changes, layers=layers)
 
 
 def _windowed(shape: Shape, number: int, layer: Layer) -> Layer:

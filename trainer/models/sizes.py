@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from trainer.models.architecture import Architecture
+from trainer.models.experts import Router, SharedExpertGate
+from trainer.models.grouped import GroupedLinear
 from trainer.models.transformer import Transformer
 
 
@@ -21,8 +23,13 @@ def parameters_of(a: Architecture) -> int:
 
 @cache
 def multiplied_by(a: Architecture) -> int:
-    """Weights that multiply a token: all but the input embedding; a tied one counts once, as the projection."""
+    """Weights that multiply a token: all but the input embedding; a tied one counts once, as the projection.
+
+    Of experts those that a token goes to.
+    """
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(a, scores=False))
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return linears + a.vocab_size * a.hidden_size
+    plain = (nn.Linear, Router, SharedExpertGate)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, plain))
+    stacked = sum(m.weight.numel() for m in model.modules() if isinstance(m, GroupedLinear))
+    return linears + stacked * a.experts_per_token // max(a.experts, 1) + a.vocab_size * a.hidden_size

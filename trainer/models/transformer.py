@@ -20,7 +20,7 @@ from trainer.models.architecture import Architecture, Rope
 from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
 from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
-from trainer.models.mlp import mlp_of
+from trainer.models.experts import mlp_of
 from trainer.models.norm import norm_of
 from trainer.models.rope import angles, frequencies, growth, rotate
 
@@ -142,20 +142,36 @@ class Block(nn.Module):
         if a.norm_after:
             self.mlp_output_norm = norm_of(a, a.hidden_size)
         self.before, self.after, self.parallel, self.scale = a.norm_before, a.norm_after, a.parallel, a.residual_scale
+        self.sparse = a.layers[number].sparse
 
-    def forward(self, x: Tensor, turned: Turned, context: Context, places: Tensor | None = None) -> Tensor:
-        """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted."""
+    def forward(
+        self,
+        x: Tensor,
+        turned: Turned,
+        context: Context,
+        places: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted.
+
+        ``real`` ``(B, T)``: the tokens that experts are counted for, None = all.
+        """
         normed = self.input_layernorm(x) if self.before else x
         mixer = self.linear_attn if self.recurrent else self.self_attn
         added = mixer(normed, turned, context, places)
         added = self._scaled(self.attention_output_norm(added) if self.after else added)
         if places is not None:
             x = x.index_select(1, places)
+            real = None if real is None else real.index_select(1, places)
         if self.parallel:
-            return x + added + self._scaled(self.mlp(normed if places is None else normed.index_select(1, places)))
+            normed = normed if places is None else normed.index_select(1, places)
+            return x + added + self._scaled(self._after_mixer(normed, real))
         x = x + added
-        out = self.mlp(self.post_attention_layernorm(x) if self.before else x)
+        out = self._after_mixer(self.post_attention_layernorm(x) if self.before else x, real)
         return x + self._scaled(self.mlp_output_norm(out) if self.after else out)
+
+    def _after_mixer(self, x: Tensor, real: Tensor | None) -> Tensor:
+        return self.mlp(x, real) if self.sparse else self.mlp(x)  # type: ignore[no-any-return]
 
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.scale == 1.0 else added * self.scale
@@ -254,11 +270,12 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(tokens)
         *turned, last_turned = self.model.turned(documents.positions, working_dtype(x))
         run = self._in_training(x) if self.training and torch.is_grad_enabled() else nn.Module.__call__
+        real = getattr(documents, "real", None) if self.architecture.experts else None
         *blocks, last = self.model.layers
         for block, own in zip(blocks, turned, strict=True):
-            x = run(block, x, own, context, None)
+            x = run(block, x, own, context, None, real)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
-        x = run(last, x, last_turned, context, places)
+        x = run(last, x, last_turned, context, places, real)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
@@ -291,7 +308,9 @@ class Transformer(nn.Module):
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Save expensive ops (matrix products, attention); norms, activations and rotations are computed again."""
-    expensive = ("mm", "addmm", "bmm", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn")
+    expensive = (
+        "mm", "addmm", "bmm", "_grouped_mm", "grouped_", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn",
+    )  # fmt: skip
     # Of torch_attn::_varlen_attn, too, which is not aten's.
     name = operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else str(operation)
     return CheckpointPolicy.MUST_SAVE if name.startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE

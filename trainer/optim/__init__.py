@@ -110,7 +110,6 @@ class Muon(AdamW):
             lr=self.lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
-            adjust_lr_fn="match_rms_adamw",
         )
         adamw = torch.optim.AdamW(others, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
         return [muon, adamw]
@@ -147,11 +146,15 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def hidden_matrices(module: nn.Module) -> list[Tensor]:
-    """Weights of linear layers that are neither an embedding nor the vocabulary projection."""
+    """Weights of linear layers, or of stacks of them, that are neither an embedding nor the vocabulary projection."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    linears = [(name, m.weight) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    linears = [(name, m.weight) for name, m in module.named_modules() if isinstance(m, nn.Linear) or _stacked(m)]
     heads = {id(w) for name, w in linears if name.rpartition(".")[2].endswith("head")}
     return [w for _, w in linears if w.requires_grad and id(w) not in embeddings | heads]
+
+
+def _stacked(module: nn.Module) -> bool:
+    return bool(getattr(module, "casts_weights", False))
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the polynomial of a Newton-Schulz step."""
 STACK_BYTES = 256 * 2**20
 """Bytes of matrices that one rank orthogonalises at once: enough for a device, little beside a model."""
 
@@ -32,6 +34,8 @@ class Replicas:
 class BatchedMuon(torch.optim.Muon):
     """PyTorch's Muon for many matrices of one shape at a time, each orthogonalised by one of the ``replicas``.
 
+    A parameter is a matrix, or a stack of them ``(E, rows, columns)``, of which each is updated by itself.
+
     Like PyTorch's fused AdamW it divides gradients by ``grad_scale`` and does nothing where ``found_inf`` is 1, without
     asking the device.
     """
@@ -39,6 +43,14 @@ class BatchedMuon(torch.optim.Muon):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     replicas: Replicas = Replicas()
+
+    def __init__(self, groups: Any, *, lr: float, weight_decay: float, momentum: float) -> None:
+        # Not PyTorch's own, which refuses stacks of matrices.
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": True, "ns_coefficients": COEFFICIENTS,
+            "eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw",
+        }  # fmt: skip
+        torch.optim.Optimizer.__init__(self, groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,14 +85,15 @@ class BatchedMuon(torch.optim.Muon):
         if skipped is not None:
             updates = updates.masked_fill(skipped, 0)
             decay = torch.where(skipped, 1.0, torch.full_like(skipped, decay, dtype=torch.float32))
-        rows, columns = parameters[0].shape
+        rows, columns = parameters[0].shape[-2:]
         # Of the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982, eq. 4).
         rate = lr * 0.2 * math.sqrt(max(rows, columns))
         torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-rate)
 
     def _orthogonal(self, updates: Tensor, group: dict[str, Any]) -> Tensor:
-        """`orthogonal` of ``(n, rows, columns)``, of which every replica computes as many."""
+        """`orthogonal` of ``(n, ..., rows, columns)``, of which every replica computes as many."""
+        shape, updates = updates.shape, updates.flatten(0, -3)
         count, ranks = len(updates), self.replicas.size
         mine = -(-count // ranks)
         if mine * ranks > count:
@@ -88,10 +101,10 @@ class BatchedMuon(torch.optim.Muon):
         own = updates[self.replicas.rank * mine :][:mine]
         done = orthogonal(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
         if ranks == 1:
-            return done
+            return done.view(shape)
         # As bytes: what carries tensors between CPUs does not know bfloat16.
         shared = self.replicas.stack(done.contiguous().view(torch.uint8))
-        return shared.view(torch.bfloat16).flatten(0, 1)[:count]
+        return shared.view(torch.bfloat16).flatten(0, 1)[:count].view(shape)
 
 
 def orthogonal(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

@@ -100,8 +100,7 @@ class Engine(ABC):
         reports = []
         self.model.train()
         self._has_weight = weight > 0
-        # Strategies average over ranks; the objective is a sum over them. A weight of 0 leaves a gradient of 0.
-        factor = self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
+        factor = self.factor(weight)
         # One context around all of them: autocast then casts every weight once a step.
         with self.autocast():
             for number, batch in enumerate(micro_batches, start=1):
@@ -111,6 +110,11 @@ class Engine(ABC):
                         self.backward(loss * factor)
                 reports.append(report)
         return reports
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """What a sum over ``weight`` units is multiplied by before its backward; 0 units leave a gradient of 0."""
+        # Strategies average over ranks; the objective is a sum over them.
+        return self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch's forward and backward; gradients meet those of other ranks in the ``last`` one."""

@@ -74,9 +74,8 @@ class Strategy(Node):
             # Never the buffers: DeepSpeed leaves the angles of a trained model in float32, too.
             low_precision = self.low_precision_weights(precision, cuda=device.type == "cuda")
             for layer in module.modules():
-                for parameter in (
-                    layer.parameters(recurse=False) if low_precision or isinstance(layer, nn.Linear) else ()
-                ):
+                narrow = low_precision or isinstance(layer, nn.Linear) or getattr(layer, "casts_weights", False)
+                for parameter in layer.parameters(recurse=False) if narrow else ():
                     self.cast_frozen(parameter, precision.dtype)
         return module.to(device)
 

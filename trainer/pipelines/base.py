@@ -18,6 +18,7 @@ from trainer.diagnostics.first_step import FirstStep
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
+from trainer.models.balance import Balancer
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
 from trainer.parallel import distributed
@@ -55,12 +56,19 @@ class Models:
     """The models of a run: the one that is trained (wrapped by the engine once it exists), and frozen ones by name.
 
     ``origin``: fingerprint of what the trained one started from.
+    ``balancer``: keeps the trained one's experts busy alike; None where it has none.
     """
 
     trained: nn.Module
     tokenizer: Tokenizer
     origin: str = ""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
+    balancer: Balancer | None = None
+
+    @property
+    def parts(self) -> dict[str, Balancer]:
+        """Parts of the run whose state is in its checkpoints, by name."""
+        return {} if self.balancer is None else {"routing": self.balancer}
 
 
 @dataclass

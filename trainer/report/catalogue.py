@@ -14,6 +14,7 @@ SECTIONS = {
     "rewards": "Rewards",
     "policy": "Policy",
     "value": "Value function",
+    "routing": "Experts",
     "optimisation": "Optimisation",
     "machine": "Speed and memory",
     "further": "Further metrics",

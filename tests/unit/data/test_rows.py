@@ -25,7 +25,7 @@ from trainer.config import ConfigError
 from trainer.data.corpus import TextData
 from trainer.data.loader import Loader, Mixture, permuted
 from trainer.data.packing import best_fit, segments_of
-from trainer.data.rows import prepare_rows, tokenize
+from trainer.data.rows import Segment, collate, prepare_rows, tokenize
 from trainer.data.sources import DataError, DataSource, OnBadRow
 from trainer.data.streaming import Stream
 from trainer.tinyworld.data import TinyWorldData
@@ -101,6 +101,16 @@ def order(rows, ranks: int, steps: int, size: int = 6) -> list[list[int]]:
     for loader in loaders:
         loader.close()
     return found
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_padding_is_told_from_documents(shared):
+    row = [Segment(np.arange(4)), Segment(np.arange(3), None, shared)]
+    found = collate([row, [Segment(np.arange(9))], []], [0, 1, -1], 8, 0).documents.real
+    expected = [[True] * 5 + [False] * 3, [True] * 8, [False] * 8]
+    flat = [[flag for flags in expected for flag in flags]]
+    assert found.tolist() == (flat if shared else expected)
+    assert collate([[Segment(np.arange(9))]], [0], 8, 0).documents.real is None
 
 
 def test_a_step_learns_from_the_same_rows_on_any_number_of_ranks(mixture):

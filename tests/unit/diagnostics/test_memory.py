@@ -19,6 +19,16 @@ SEVEN = architecture(
 )  # fmt: skip
 
 
+def test_all_experts_take_memory():
+    # Qwen3-30B-A3B, whose card says 30.5 billion.
+    shape = architecture(
+        vocab_size=151936, family="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, experts=128, experts_per_token=8, expert_size=768,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    assert parameters_of(shape) == 30_532_122_624
+
+
 def layout(**changes) -> Layout:
     usual = {"stage": 0, "ranks": 64, "low_precision_weights": True, "compute": 2, "micro": 1, "length": 2048}
     return Layout(**{**usual, **changes})

@@ -19,7 +19,7 @@ from trainer.generation import cache, decoding
 from trainer.generation.sampling import Sampling
 from trainer.models.families import FAMILIES
 from trainer.models.hf_format import read_architecture, write_model
-from trainer.models.load import Model, ModelLoader
+from trainer.models.load import Model, ModelLoader, persistent_buffers
 from trainer.models.lora import LoRA, is_adapter
 from trainer.models.peft_format import write_adapter
 from trainer.models.peft_layout import in_peft_layout
@@ -80,6 +80,18 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"use_qk_norm": True},
     "cohere2": {},
     "nemotron": HALF | {"attention_bias": True},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {"num_experts": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 16},
+    "granitemoe": SCALES | {"num_local_experts": 4},
+    "glm4_moe": {
+        "n_routed_experts": 8, "n_shared_experts": 2, "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "stablelm": HALF | {"use_qkv_bias": True},
 }  # fmt: skip
 LENGTHS = [2, 19, 1, 8]
@@ -118,6 +130,9 @@ def built(kind: str, folder: Path) -> Case:
         for parameter in theirs.parameters():
             # Norms away from 1 and biases away from 0, so that a forgotten one shows.
             parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.dim() == 1) * parameter)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     theirs.save_pretrained(folder)
     # Longrope chooses by the longest document: 30 tokens here.
     ours = ModelLoader(Model(path=str(folder)), DDP(), 0, 96, longest=30).load()
@@ -165,8 +180,8 @@ def test_packed_documents_are_as_each_alone(case):
 def test_an_export_opens_in_transformers_and_computes_the_same(case, tmp_path):
     a = case.ours.architecture
     write_model(
-        tmp_path / "export", a, case.ours.named_parameters(), dtype=torch.float32, shard_bytes=10**9,
-        tokenizer=NoTokenizer(), facts={},
+        tmp_path / "export", a, iter([*case.ours.named_parameters(), *persistent_buffers(case.ours)]), dtype=torch.float32,
+        shard_bytes=10**9, tokenizer=NoTokenizer(), facts={},
     )  # fmt: skip
     assert (
         load_file(tmp_path / "export" / "model.safetensors").keys()
@@ -256,7 +271,7 @@ def test_absent_keys_have_the_values_that_transformers_gives_them(kind):
         key: full[key] for key in (*NEEDED, "max_position_embeddings", "shared_intermediate_size") if key in full
     }
     minimal |= {key: full[key] for key in FAMILIES[kind].only if key in full}
-    if kind in ("ministral3", "granitemoehybrid"):
+    if kind in ("ministral3", "granitemoehybrid", "gpt_oss"):
         pytest.skip("its absent keys mean another rotation, or a recurrence")
     mine, theirs = (FAMILIES[kind].read({"model_type": kind, **config}) for config in (minimal, full))
     assert dataclasses.asdict(mine) == dataclasses.asdict(theirs)

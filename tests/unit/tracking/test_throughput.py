@@ -22,6 +22,15 @@ def test_operations_are_six_a_weight_and_twelve_a_head_width_and_pair():
     assert training_flops(A, tokens=0, pairs=1) == 12 * 2 * 8
 
 
+def test_of_experts_those_count_that_a_token_goes_to():
+    # Attention as above, 192; two of four experts, 2 x 384; the router 4 x 8.
+    mixed = architecture(
+        vocab_size=100, family="mixtral", hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, experts=4,
+    )  # fmt: skip
+    assert training_flops(mixed, tokens=1, pairs=0) == 6 * (2 * (192 + 768 + 32) + 800)
+
+
 def test_the_model_has_the_weights_that_are_counted():
     from trainer.models.transformer import Transformer
 

@@ -1,0 +1,170 @@
+"""Mixtures of experts: every token goes through a few of many MLPs, which a router chooses. No token is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.functional import working_dtype
+from trainer.models.architecture import Architecture, Layer
+from trainer.models.grouped import Assignment, GroupedLinear
+from trainer.models.mlp import ACTIVATIONS, MLP
+
+
+@dataclass
+class RouterLosses:
+    """What a router adds to the objective of a step, and where it counts.
+
+    ``weights`` ``(2,)``: of the balance loss and of the z-loss of one token, already divided by the step's tokens.
+    ``tally`` ``(E + 3,)``: a leaf of the graph. Its gradient is `Router.statistics`: the backward runs once for every
+    forward that is learnt from, however often that is computed again.
+    """
+
+    weights: Tensor
+    tally: Tensor
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and what each then weighs; in float32.
+
+    A softmax (Shazeer et al. 2017, arXiv:1701.06538), or sigmoids with a bias ``balance`` that takes part in the choice
+    alone (DeepSeek-AI 2024, arXiv:2412.19437, eq. 16).
+
+    Attributes:
+        load: ``(E,)``, every expert's share of the choices of the step before, over all ranks.
+        losses: What is added to the objective of this micro-batch; None where nothing is learnt.
+    """
+
+    balance: Tensor | None
+    load: Tensor
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.choices, self.sigmoid = a.experts_per_token, a.router_sigmoid
+        self.normalised, self.scale = a.router_normalised, a.router_scale
+        self.weight = nn.Parameter(torch.empty(a.experts, a.hidden_size))
+        self.bias = nn.Parameter(torch.empty(a.experts)) if a.expert_bias else None
+        self.register_buffer("balance", torch.zeros(a.experts) if a.router_sigmoid else None)
+        self.register_buffer("load", torch.full((a.experts,), 1 / a.experts), persistent=False)
+        self.losses: RouterLosses | None = None
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts and weights ``(n, k)`` of tokens ``(n, d)``; ``real`` ``(n,)``: those that count, None = all."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+            ranked = scores if self.balance is None else scores + self.balance
+            chosen = ranked.detach().topk(self.choices).indices
+            weights = scores.gather(1, chosen)
+            if self.normalised:
+                weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.sigmoid else 0.0))
+            weights = weights * self.scale
+            if self.losses is None or not torch.is_grad_enabled():
+                return chosen, weights
+            counted = torch.ones_like(logits[:, 0]) if real is None else real.to(logits.dtype)
+            return chosen, self._with_losses(self.losses, weights, chosen, scores, logits, counted)
+
+    def _with_losses(
+        self, losses: RouterLosses, weights: Tensor, chosen: Tensor, scores: Tensor, logits: Tensor, counted: Tensor
+    ) -> Tensor:
+        """``weights``, whose backward adds the gradients of the router's losses.
+
+        Balance: E * sum over experts of load * probability (Fedus et al. 2021, arXiv:2101.03961, eq. 4), with the load of the
+        step before: it is then a sum over tokens, whatever they are grouped by. z: logsumexp ** 2 (Zoph et al. 2022,
+        arXiv:2202.08906, eq. 5). Neither is of sigmoids.
+        """
+        statistics = self.statistics(chosen, scores, logits, counted)
+        if self.sigmoid:
+            return _Attached.apply(weights, losses.tally, statistics.detach(), None)  # type: ignore[no-any-return, no-untyped-call]
+        added = (losses.weights * statistics[-2:]).sum()
+        return _Attached.apply(weights, losses.tally, statistics.detach(), added)  # type: ignore[no-any-return, no-untyped-call]
+
+    def statistics(self, chosen: Tensor, scores: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
+        """``(E + 3,)`` sums over tokens: how often each expert is chosen, entropy in nats, balance loss, z-loss."""
+        shares = scores / scores.sum(-1, keepdim=True) if self.sigmoid else scores
+        times = counted[:, None].expand_as(chosen).reshape(-1)
+        counts = torch.zeros_like(self.load).index_add(0, chosen.flatten(), times)
+        entropy = -(shares * shares.clamp(min=1e-30).log()).sum(-1).detach()
+        balance = len(self.load) * (shares * self.load).sum(-1)
+        z = logits.logsumexp(-1).square()
+        return torch.cat([counts, (torch.stack([entropy, balance, z]) * counted).sum(1)])
+
+
+class _Attached(torch.autograd.Function):
+    """A tensor as it is, whose backward adds a loss to the objective, and gives ``tally`` the ``statistics`` as gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tally: Tensor, statistics: Tensor, added: Tensor | None) -> Tensor:
+        ctx.save_for_backward(statistics)
+        ctx.adds = added is not None
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        [statistics] = ctx.saved_tensors
+        return gradients[0], statistics, None, statistics.new_ones(()) if ctx.adds else None
+
+
+class Experts(nn.Module):
+    """MLPs in two stacked tensors: the tokens' choices are sorted by expert, and a grouped product serves all of them."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.experts, self.limit, self.activation = a.experts, a.glu_limit, ACTIVATIONS[a.activation]
+        self.gate_up_proj = GroupedLinear(a.experts, a.hidden_size, 2 * a.expert_size, a.expert_bias)
+        self.down_proj = GroupedLinear(a.experts, a.expert_size, a.hidden_size, a.expert_bias)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Tokens ``(n, d)``, of which each goes through the ``chosen`` experts ``(n, k)`` and their results are added up."""
+        dtype = working_dtype(x)
+        assignment = Assignment.of(chosen, self.experts)
+        gate, up = self.gate_up_proj(assignment.dispatch(x.to(dtype)), assignment).chunk(2, -1)
+        out = assignment.combine(self.down_proj(self._gated(gate, up), assignment))
+        return (out * weights[..., None]).sum(1).to(dtype)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.limit is None:
+            return self.activation(gate) * up
+        # gpt-oss (OpenAI 2025, arXiv:2508.10925): a clamped SwiGLU of slope 1.702 whose linear part is shifted by 1.
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+class SharedExpertGate(nn.Module):
+    """What the expert that every token goes through weighs, token by token (Qwen2-MoE, arXiv:2407.10671)."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, a.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(n, d)`` to ``(n, 1)``."""
+        return F.linear(x, self.weight.to(x.dtype)).sigmoid()
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts in the MLP's place, and an MLP that every token goes through where there is a shared one."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.router, self.experts = Router(a), Experts(a)
+        self.shared = MLP(a, a.shared_size) if a.shared_size else None
+        self.shared_gate = SharedExpertGate(a) if a.shared_gate else None
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """``(B, T, d)`` to ``(B, T, d)``; ``real`` ``(B, T)``: tokens that count for balance, None = all."""
+        tokens = x.flatten(0, 1)
+        out = self.experts(tokens, *self.router(tokens, None if real is None else real.flatten()))
+        if self.shared is not None:
+            always = self.shared(tokens)
+            out = out + (always if self.shared_gate is None else always * self.shared_gate(tokens))
+        return out.view_as(x)  # type: ignore[no-any-return]
+
+
+def mlp_of(a: Architecture, layer: Layer) -> MLP | MixtureOfExperts:
+    """What a layer has after its mixer."""
+    return MixtureOfExperts(a) if layer.sparse else MLP(a, a.intermediate_size)
