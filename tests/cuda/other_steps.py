@@ -17,12 +17,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.cuda.fake_cuda import CUDA, Asked, fake, pretend
 from tests.cuda.steps import BF16, rows, shape, step
+from tests.shapes import architecture
 from trainer.batch import Batch, Documents, PackedRows
 from trainer.diagnostics.memory import Layout, memory
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling
-from trainer.models.architecture import Architecture
 from trainer.models.transformer import Recompute, Transformer, narrow_stream
 from trainer.parallel import distributed
 from trainer.parallel.precision import Compute, Precision
@@ -64,9 +64,9 @@ def decoded(**filters: float) -> dict[str, Any]:
     return {"graph": decoder.asked.report(), **beside}
 
 
-def used(recompute: Recompute, precision: Precision, *, qk_norm: bool = False) -> dict[str, float]:
+def used(recompute: Recompute, precision: Precision, *, qk_norm: str = "") -> dict[str, float]:
     """The most bytes that lived on the device in a step, and the estimate of them."""
-    a = Architecture(
+    a = architecture(
         num_hidden_layers=4, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
         head_dim=64, vocab_size=1024, qk_norm=qk_norm,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def main() -> None:
         "memory": {
             "none": used(Recompute.none, BF16), "selective": used(Recompute.selective, BF16),
             "full": used(Recompute.full, BF16), "fp16": used(Recompute.none, fp16),
-            "qk_norm": used(Recompute.none, BF16, qk_norm=True),
+            "qk_norm": used(Recompute.none, BF16, qk_norm="head"),
         },
     }  # fmt: skip
     pretend_another_rank()
