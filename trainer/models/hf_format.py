@@ -19,7 +19,7 @@ from trainer.config import InputError
 from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
-from trainer.models.text_part import left_out, text_config, text_names
+from trainer.models.text_part import ahead, left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, without_safetensors
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
@@ -120,10 +120,12 @@ class WeightFiles:
         self.folder = folder
         self._open: dict[str, Any] = {}
         stored = self._locate()
-        self._names = text_names(stored)
+        names = text_names(stored)
+        further = ahead(names, read_config(folder) if (folder / "config.json").is_file() else {})
+        self._names = {name: origin for name, origin in names.items() if name not in further}
         self.files = {name: stored[origin] for name, origin in self._names.items()}
-        self.left_out = left_out(stored, self._names.values())
-        """One sentence for the tensors that no model that reads text has; None where there are none."""
+        self.left_out = left_out(stored, self._names.values(), [names[name] for name in further])
+        """One sentence for the tensors that no model that reads text one token ahead has; None where there are none."""
 
     def _locate(self) -> dict[str, str]:
         index = self.folder / INDEX

@@ -1,4 +1,4 @@
-"""Image-text models of whose folders the text part is read: where it stands in ``config.json``, and its tensors' names."""
+"""What of a folder is a model that reads text: where an image-text model has it, and what predicts tokens further ahead."""
 
 from __future__ import annotations
 
@@ -35,10 +35,22 @@ def text_names(names: Collection[str]) -> dict[str, str]:
     return {**text, HEADS[0]: head[0]} if head else text
 
 
-def left_out(stored: Collection[str], used: Collection[str]) -> str | None:
-    """One sentence for the tensors of other parts that are not read; None where all are."""
-    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in set(stored) - set(used))
-    if not parts:
-        return None
+def ahead(names: Collection[str], config: Mapping[str, Any]) -> set[str]:
+    """The tensors of layers behind the model's last one, which predict tokens further ahead (arXiv:2412.19437, 2.2)."""
+    first, more = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    if type(first) is not int or type(more) is not int:
+        return set()
+    numbers = {name: name.removeprefix("model.layers.").partition(".")[0] for name in names}
+    return {name for name, n in numbers.items() if n.isdecimal() and first <= int(n) < first + more}
+
+
+def left_out(stored: Collection[str], used: Collection[str], predicting: Collection[str] = ()) -> str | None:
+    """One sentence for the tensors that are not read, those ``predicting`` further ahead among them; None where all are."""
+    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in {*stored} - {*used} - {*predicting})
     listed = ", ".join(f"{part} {count}" for part, count in sorted(parts.items()))
-    return f"only the text part is read: {sum(parts.values())} tensors of other parts are left out ({listed})"
+    sentences = [f"only the text part is read: {parts.total()} tensors of other parts are left out ({listed})"] * bool(
+        parts
+    )
+    if predicting:
+        sentences.append(f"{len(predicting)} tensors of layers that predict tokens further ahead are left out")
+    return "; ".join(sentences) or None

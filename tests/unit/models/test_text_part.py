@@ -109,6 +109,26 @@ def test_sizes_that_gemma_3_leaves_out_are_its_own(tmp_path):
     assert a.layers[0].rope.scaling == {}
 
 
+@pytest.mark.parametrize("predicting", [0, 1])
+def test_a_layer_that_predicts_further_ahead_is_left_out_and_counted(predicting, tmp_path):
+    # As zai-org/GLM-4.5 has it: behind the last of num_hidden_layers, with an embedding, norms and a head of its own.
+    folder = write_folder(tmp_path / "model")
+    config, stored = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    layer = {n.replace("layers.1.", "layers.2."): t + 1 for n, t in stored.items() if n.startswith("model.layers.1.")}
+    layer |= {f"model.layers.2.{name}.weight": torch.ones(16) for name in ("enorm", "hnorm", "shared_head.norm")}
+    save_file({**stored, **layer}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": predicting}))
+    load = ModelLoader(Model(path=str(folder)), DDP(), 0, byte_tokenizer().vocab_size)
+    if not predicting:
+        with pytest.raises(FormatError, match="num_hidden_layers=2, and the files hold 3 layers"):
+            read_shape(folder)
+        return
+    assert read_shape(folder).num_hidden_layers == 2
+    assert {name: p.shape for name, p in load.load().named_parameters()} == {n: t.shape for n, t in stored.items()}
+    [remark] = load.remarks()
+    assert remark.endswith(f"model: {len(layer)} tensors of layers that predict tokens further ahead are left out")
+
+
 @pytest.mark.parametrize("begin", ["model.language_model.", "language_model.model.", "language_model.", ""])
 def test_names_of_every_release_are_read(begin, tmp_path):
     folder = write_folder(tmp_path / "model")
