@@ -5,13 +5,14 @@ Nothing here depends on ranks, micro-batches or accumulation (docs/algorithms.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.models.architecture import Architecture
 from trainer.models.experts import Router, RouterLosses
 from trainer.parallel import distributed
 
@@ -31,6 +32,17 @@ class BalanceRates:
     balance_loss: float = 0.0
     z_loss: float = 0.0
     bias_rate: float = 0.0
+
+
+def without_effect(a: Architecture, loss: float | None, z_loss: float | None, bias_rate: float | None) -> Iterator[str]:
+    """One sentence for each of ``model.router_*`` that is set and that no router of the architecture heeds."""
+    of_sigmoid = {"balance_loss": False, "z_loss": False, "bias_rate": True}
+    for (name, sigmoid), value in zip(of_sigmoid.items(), (loss, z_loss, bias_rate), strict=True):
+        if value and not a.experts:
+            yield f"model.router_{name}={value:g} has no effect on a model without experts; leave it out"
+        elif value and sigmoid is not a.router_sigmoid:
+            own, other = ("sigmoid", "router_bias_rate") if a.router_sigmoid else ("softmax", "router_balance_loss")
+            yield f"model.router_{name}={value:g} has no effect on {own} routers; use model.{other}"
 
 
 class Balancer:

@@ -18,14 +18,14 @@ from trainer.config import ConfigError, Node, schema, setting
 from trainer.data.hub import absence, folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
-from trainer.models.balance import Balancer, BalanceRates
+from trainer.models.balance import Balancer, BalanceRates, without_effect
 from trainer.models.delta import initial_delta
 from trainer.models.families import problems_of
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
-from trainer.models.shape import Shape, architecture_of, stretched
+from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Recompute, Transformer
 from trainer.parallel.malloc import long_lived_allocations
@@ -75,9 +75,10 @@ class Model(Shape, ModelOptions):
 
     def problems(self) -> Iterator[str]:
         if self.path is None:
-            yield from problems_of(architecture_of(self, self.vocab_size or 1))
-            if self.full_attention_every is not None and self.sliding_window is None:
-                yield f"model.full_attention_every={self.full_attention_every} has no effect without model.sliding_window"
+            a = architecture_of(self, self.vocab_size or 1)
+            yield from problems_of(a)
+            yield from needless(self)
+            yield from self._router_problems(a)
             return
         if absent := absence(self.path):
             yield f"model.path={self.path}: {absent}"
@@ -88,6 +89,10 @@ class Model(Shape, ModelOptions):
             yield f"model.path={self.path}: {error}"
             return
         yield from (f"{self.path}/config.json: {problem}" for problem in problems_of(architecture, ""))
+        yield from self._router_problems(architecture)
+
+    def _router_problems(self, a: Architecture) -> Iterator[str]:
+        return without_effect(a, self.router_balance_loss, self.router_z_loss, self.router_bias_rate)
 
     def validate_adapter(self, adapter: Adapter) -> Iterator[str]:
         """One sentence for what does not work beside an adapter."""

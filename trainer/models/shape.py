@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,16 @@ SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_val
 
 OF_EXPERTS = ("experts", "experts_per_token", "expert_size", "shared_size", "router_normalised", "router_scale")
 """Settings that mean nothing without experts."""
+
+
+def needless(shape: Shape) -> Iterator[str]:
+    """One sentence for each setting that has no effect without another one."""
+    needing = {"sliding_window": ("full_attention_every",), "experts": (*OF_EXPERTS[1:], "dense_layers")}
+    defaults = {f.name: f.default for f in dataclasses.fields(shape)}
+    for needed, names in needing.items():
+        for name in names if not getattr(shape, needed) else ():
+            if (value := getattr(shape, name)) != defaults[name]:
+                yield f"model.{name}={str(value).lower()} has no effect without model.{needed}; leave it out, or set both"
 
 
 def architecture_of(shape: Shape, vocab_size: int) -> Architecture:

@@ -112,6 +112,11 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("both biases and a family without", ["model.qk_norm=true"], "cannot be written as family llama"),
     ("heads that do not divide", ["model.num_attention_heads=5"], "num_attention_heads=5 is not a multiple of"),
     ("an unknown rope", ["model.rope_scaling={rope_type: ntk}"], "rope_type=ntk is not known"),
+    (
+        "a router of a folder without experts",
+        [*SFT, "model.router_z_loss=0.1"],
+        "on a model without experts; leave it out",
+    ),
     ("layers beside a folder", [*SFT, "model.num_hidden_layers=2"], "has no effect beside model.path=model"),
     ("muon under ZeRO-3", [*TEXT, "strategy=zero3"], "muon"),
     (

@@ -9,6 +9,7 @@ from tests.mixtures import mixture, small
 from trainer.models.balance import Balancer, BalanceRates
 from trainer.models.experts import Experts, MixtureOfExperts, Router
 from trainer.models.grouped import Assignment, grouped_product, has_grouped_product
+from trainer.models.load import Model
 
 
 def one_by_one(experts: Experts, x, chosen, weights):
@@ -203,3 +204,27 @@ def test_loads_and_gradients_do_not_depend_on_micro_batches():
         results.append((layer.router.weight.grad, layer.router.load.clone()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert torch.equal(results[0][1], results[1][1])
+
+
+MIXTRAL = {"family": "mixtral", "experts": 4}
+GLM = {"family": "glm4_moe", "experts": 4, "intermediate_size": 32, "shared_size": 32, "dense_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"router_balance_loss": 0.01}, "model.router_balance_loss=0.01 has no effect on a model without experts"),
+        ({"router_z_loss": 0.001}, "model.router_z_loss=0.001 has no effect on a model without experts"),
+        ({"router_bias_rate": 0.001}, "model.router_bias_rate=0.001 has no effect on a model without experts"),
+        ({"expert_size": 16}, "model.expert_size=16 has no effect without model.experts"),
+        ({"router_normalised": True}, "model.router_normalised=true has no effect without model.experts"),
+        ({**MIXTRAL, "router_bias_rate": 0.001}, "has no effect on softmax routers; use model.router_balance_loss"),
+        ({**GLM, "router_z_loss": 0.001}, "has no effect on sigmoid routers; use model.router_bias_rate"),
+        ({**MIXTRAL, "router_z_loss": 0.001, "router_balance_loss": 0.0}, None),
+        ({**GLM, "router_bias_rate": 0.001}, None),
+    ],
+)
+def test_a_setting_that_no_router_heeds_is_one_sentence(settings, sentence):
+    problems = list(Model(**settings).problems())
+    assert len(problems) == (sentence is not None), problems
+    assert sentence is None or sentence in problems[0]
