@@ -20,7 +20,7 @@ from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
 from trainer.models.text_part import ahead, left_out, text_config, text_names
-from trainer.models.unread_folders import absent, quantized, without_safetensors
+from trainer.models.unread_folders import absent, quantized, unsupported, without_safetensors
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
 INDEX = "model.safetensors.index.json"
@@ -40,7 +40,7 @@ def read_architecture(folder: Path) -> Architecture:
     config = read_config(folder)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise FormatError(f"{file}: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}")
+        raise FormatError(f"{file}: {unsupported(config, FAMILIES)}")
     if (quantization := config.get("quantization_config")) and not _readable(quantization, kind):
         raise FormatError(f"{file}: {quantized(folder, quantization)}")
     classes = config.get("architectures") or []

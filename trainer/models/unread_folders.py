@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ DEQUANTIZED = (
 )
 """The command that writes a folder of bfloat16 weights beside one of fp8 weights. The original format would be fp8 again."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
+NEEDS = {
+    "kv_lora_rank": "multi-head latent attention", "mamba_d_state": "Mamba layers", "ssm_state_size": "Mamba layers",
+    "time_step_rank": "Mamba layers", "conv_L_cache": "short convolutions", "altup_num_inputs": "alternating updates",
+    "linear_attn_alpha_factor": "lightning attention", "attention_chunk_size": "attention in chunks",
+    "n_positions": "learned positions", "alibi": "ALiBi", "is_encoder_decoder": "an encoder",
+}  # fmt: skip
+"""Keys of ``config.json`` that only models have which need something that the decoder does not compute."""
 
 
 def quantized(folder: Path, settings: Any) -> str:
@@ -46,3 +54,16 @@ def absent(folder: Path) -> str:
     hub = not folder.is_absolute() and len(folder.parts) == 2
     download = f"; for a model of the hub: hf download {folder} --local-dir models/{folder.name}" if hub else ""
     return f"{folder} does not exist{download or '; name a Hugging Face folder, such as the export/ of a run'}"
+
+
+def unsupported(config: Mapping[str, Any], families: Collection[str]) -> str:
+    """Of a ``model_type`` that is none of the ``families``: what it needs, as far as its configuration tells."""
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    needs = list(dict.fromkeys(word for key, word in NEEDS.items() if config.get(key)))
+    if not needs and classes and all(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
+        needs = ["an encoder"]
+    listed = f"the {len(families)} that it computes are in docs/families.md"
+    if needs:
+        return f"model_type={kind} is not supported: it needs {', '.join(needs)}, which the decoder lacks; {listed}"
+    rule = "no row of trainer/models/families.py describes it"
+    return f"model_type={kind} is not supported: {rule}; add one as docs/extending.md shows; {listed}"
