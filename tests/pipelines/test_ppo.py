@@ -19,6 +19,7 @@ from trainer.config import ConfigError
 from trainer.generation.pretrained import RewardModel
 from trainer.generation.scoring import score
 from trainer.rl.experience import Experience
+from trainer.run import run as start
 
 PROMPTS = [
     {"prompt": f"In {place} {name}", "wanted": name}
@@ -145,6 +146,23 @@ def test_what_the_sampler_said_serves_in_place_of_reading_again(kind, ranks, str
     # Another estimate of the same entropy: of the tokens that were drawn, about 150 of them.
     assert found[0]["objective/entropy"] != expected[0]["objective/entropy"]
     assert found[0]["objective/entropy"] == pytest.approx(expected[0]["objective/entropy"], rel=0.2)
+
+
+def test_sampler_and_trainer_route_a_policy_of_experts_alike_at_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "worth.py").write_text(WORTH)
+    write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    # Weights so large that a token which goes to another expert has another probability by far.
+    shape = ["model.family=mixtral", "model.experts=8", "model.initializer_range=0.3", "tracking.report=false"]
+    start(compose(["run_dir=base", *TINY, *shape, "steps=1", "model.intermediate_size=32"]))
+    own = ["model.path=base/export", "data.train=[prompts.jsonl]", "data.eval=[prompts.jsonl]", "data.cache=cache"]
+    start(compose(["run_dir=r", *SMALL, *VOWELS, *KINDS["grpo"], *own, "steps=1", "tracking.report=false"]))
+    first = metrics(tmp_path / "r")[0]
+    # Float32: the same sums in another order, of the same experts.
+    assert first["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert first["rollout/mismatch"] < 1e-5
+    assert first["router/load_max"] > 1
 
 
 def test_the_kl_coefficient_follows_its_target(reference):
