@@ -86,7 +86,7 @@ def _else(family: Family, a: Architecture) -> str:
 
 def _experts(family: Family, a: Architecture) -> str:
     parts = ["sigmoid router" if a.router_sigmoid else "softmax router"]
-    parts += ["first layers dense"] if family.layers.dense else []
+    parts += ["some layers dense"] if family.layers.dense else []
     parts += [f"shared expert{' with a gate' if a.shared_gate else ''}"] if "shared_size" in family.keys else []
     parts += ["biases, clamped"] if a.expert_bias else []
     return f", experts: {', '.join(parts)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.models.architecture import Architecture
 from trainer.models.family import Family, Key, Tensors, renamed, switch
 from trainer.models.keys import BIAS, EPS, IN_BIAS, MULTIPLIERS
-from trainer.models.layers import Layers
+from trainer.models.layers import LISTED, Layers
 from trainer.models.mxfp4 import from_mxfp4
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -112,7 +112,7 @@ QWEN_TENSORS = (
     *stacked(GATE_UP, "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
     *stacked(DOWN, "mlp.experts.{}.down_proj.weight"),
 )
-EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+QWEN_LAYERS = Layers(dense=LISTED)
 
 EXPERT_FAMILIES: dict[str, Family] = {
     "mixtral": Family("Mixtral", {}, {**EXPERTS, **EPS, **groups(8)}, Layers(slide=True, dense="", thetas=(1e6, 1e6)), (
@@ -126,13 +126,13 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "attention_bias": Key("qkv_bias", True),
             "experts_per_token": Key("num_experts_per_tok", 4), "expert_size": Key("moe_intermediate_size", 1408),
             "shared_size": Key("shared_expert_intermediate_size", 5632),
-        }, Layers(dense=""), (
+        }, QWEN_LAYERS, (
             *QWEN_TENSORS, *shared("mlp.shared_expert"), *renamed({"mlp.shared_gate": "mlp.shared_expert_gate"}),
-        ), {**EVERY_LAYER, "use_sliding_window": False}, peft_experts=True,
+        ), {"use_sliding_window": False}, peft_experts=True,
     ),
     "qwen3_moe": Family(
-        "Qwen3Moe", {"qk_norm": "head"}, {**BIAS, **QWEN_EXPERTS, **groups(4)}, Layers(dense=""), QWEN_TENSORS,
-        {**EVERY_LAYER, "use_sliding_window": False}, peft_experts=True,
+        "Qwen3Moe", {"qk_norm": "head"}, {**BIAS, **QWEN_EXPERTS, **groups(4)}, QWEN_LAYERS, QWEN_TENSORS,
+        {"use_sliding_window": False}, peft_experts=True,
     ),
     "olmoe": Family("Olmoe", {"qk_norm": "width"}, {
         **BIAS, **EPS, **QWEN_EXPERTS, "experts": Key("num_experts", 64, "num_local_experts"),

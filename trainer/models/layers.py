@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.models.architecture import Architecture, Layer, Rope
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+LISTED, STEP = "mlp_only_layers", "decoder_sparse_step"
+"""Keys with the numbers of the layers that have an MLP, and of which of the others every n-th has experts (Qwen)."""
 MOST = 10_000
 """Layers: more than any model has, and few enough to be read."""
 WITH_ORIGINAL = ("yarn", "longrope", "llama3")
@@ -26,8 +28,8 @@ class Layers:
     ``full_every``: without ``layer_types`` every n-th layer sees all and the others are of type ``other``; 0 = all are
     alike. ``rope``: "same"; "by_type": a rotation each for both types of attention; "sliding": only layers with a window
     turn; "listed": those of ``no_rope_layers``; "named": all with ``position_embedding_type`` rope, else none.
-    ``dense``: the key with the number of first layers that have an MLP though the family has experts; "" if none has, None
-    without experts.
+    ``dense``: the key with the number of first layers that have an MLP though the family has experts, or `LISTED`; "" if
+    none has, None without experts.
     ``thetas`` (of full and of sliding layers) and ``fraction`` (of a head that turns): where absent. ``local_theta``: an
     earlier key for that of sliding layers. ``mixed``: whether ``layer_types`` is written only where layers differ.
     """
@@ -55,14 +57,30 @@ class Layers:
             raise ValueError(f"num_hidden_layers={json.dumps(count)} is not a positive integer below {MOST}")
         window = self._window(config)
         turning = self._turning(config, count)
-        kinds = self._kinds(config, count, window, turning)
+        kinds, dense = self._kinds(config, count, window, turning), self._dense(config, count)
         for n, kind in enumerate(kinds):
             slides, delta = kind == SLIDING and window is not None, kind == LINEAR
             still = delta or (self.rope == "listed" and not turning[n])
             still |= self.rope == "sliding" and window is not None and not slides
             still |= self.rope == "named" and config.get("position_embedding_type") != "rope"
-            sparse = self.dense is not None and n >= (config.get(self.dense, 1) if self.dense else 0)
-            yield Layer(window if slides else None, None if still else self._rope(config, slides), sparse, delta)
+            rope = None if still else self._rope(config, slides)
+            yield Layer(window if slides else None, rope, n not in dense, delta)
+
+    def _dense(self, config: Mapping[str, Any], count: int) -> Collection[int]:
+        """The layers that have no experts."""
+        if not self.dense:
+            return range(count if self.dense is None else 0)
+        if self.dense != LISTED:
+            first = config.get(self.dense, 1)
+            if type(first) is not int or first < 0:
+                raise ValueError(f"{self.dense}={json.dumps(first)[:80]} is not a number of layers; correct the file")
+            return range(first)
+        listed, step = config.get(LISTED) or [], config.get(STEP, 1)
+        if not isinstance(listed, list) or any(type(n) is not int for n in listed):
+            raise ValueError(f"{LISTED}={json.dumps(listed)[:80]} is not a list of layers' numbers; correct the file")
+        if type(step) is not int or step < 1:
+            raise ValueError(f"{STEP}={json.dumps(step)[:80]} is not a positive integer; correct the file")
+        return {*listed, *(n for n in range(count) if (n + 1) % step)}
 
     def _window(self, config: Mapping[str, Any]) -> int | None:
         if not self.slide or (self.switched and not config.get("use_sliding_window")):
@@ -153,9 +171,11 @@ class Layers:
             config["position_embedding_type"] = "rope" if any(layer.rope for layer in a.layers) else None
         if self.rope == "listed":
             config["no_rope_layers"] = [int(layer.rope is not None) for layer in a.layers]
-        if self.dense:
-            sparse = [layer.sparse for layer in a.layers]
-            config[self.dense] = sparse.index(True) if True in sparse else len(sparse)
+        dense = [n for n, layer in enumerate(a.layers) if not layer.sparse]
+        if self.dense == LISTED:
+            config |= {LISTED: dense, STEP: 1}
+        elif self.dense:
+            config[self.dense] = next((n for n, layer in enumerate(a.layers) if layer.sparse), len(dense))
         return config
 
     @property

@@ -91,6 +91,11 @@ REFUSED = {
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
         "has missing keys original_max_position_embeddings",
     ),
+    "experts nowhere": ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0 is not a positive"),
+    "an MLP by name": ({"model_type": "qwen2_moe", "mlp_only_layers": ["0"]}, "is not a list of layers' numbers"),
+    "dense layers of no number": (
+        {"model_type": "glm4_moe", "first_k_dense_replace": None}, "first_k_dense_replace=null is not a number of layers"
+    ),
     "attention both ways": (
         {"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention=true cannot be computed"
     ),

@@ -83,8 +83,9 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {
         "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
     },
-    "qwen3_moe": {"num_experts": 16, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "qwen3_moe": {"num_experts": 16, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "olmoe": {"num_experts": 16},
     "granitemoe": SCALES | {"num_local_experts": 4},
     "glm4_moe": {
