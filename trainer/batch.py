@@ -191,6 +191,11 @@ class Batch:
         raise NotImplementedError(f"{type(self).__name__} does not count what it attends to")
 
     @property
+    def tokens_by_row(self) -> tuple[int, ...] | None:
+        """Tokens of each unit, where units of different lengths lie end to end in a single row; None where they do not."""
+        return None
+
+    @property
     def texts(self) -> list[dict[str, Any]]:
         """Texts to show with the step that learns from it, as rows of ``samples.jsonl``."""
         return []

@@ -104,7 +104,7 @@ def loss_of(pipeline: Pipeline, models: Models, key: tuple[int, ...], batch: Any
 
     ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
     """
-    draw_for(key, batch.rows.tolist())
+    draw_for(key, batch.rows.tolist(), batch.tokens_by_row)
     routed = [] if models.balancer is None else models.balancer.open()
     loss, metrics = pipeline.loss(models, batch)
     metrics.mean("loss", loss, batch.weight)

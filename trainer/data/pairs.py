@@ -58,6 +58,7 @@ class AnswerBatch(TokenBatch):
     ``final_index`` ``(A,)``: the token that ends each answer.
     ``reference`` ``(A,)``: log-probability of each answer under the reference, in nats; nan where unknown.
     ``unit_mask`` ``(B,)``: 0 for a unit that only fills up a forward.
+    ``sizes``: tokens of each unit; they sum to T. Known to the host.
     """
 
     documents: Branches
@@ -67,11 +68,16 @@ class AnswerBatch(TokenBatch):
     final_index: Tensor
     reference: Tensor
     unit_mask: Tensor
+    sizes: tuple[int, ...]
 
     @property
     def weight(self) -> Tensor:
         """Units, a float64 scalar."""
         return self.unit_mask.sum(dtype=torch.float64)
+
+    @property
+    def tokens_by_row(self) -> tuple[int, ...]:
+        return self.sizes
 
     @property
     def parts(self) -> tuple[AnswerBatch, ...]:
@@ -215,6 +221,7 @@ def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], number
     logit_index: list[int] = []
     targets: list[int] = []
     sequence_id: list[int] = []
+    sizes: list[int] = []
     for shared, sides in units:
         start = len(tokens)
         tokens += list(sides[0].ids[:shared])
@@ -229,6 +236,7 @@ def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], number
                     targets.append(side.ids[at + 1])
                     sequence_id.append(len(sequences))
             sequences.append(sequence)
+        sizes.append(len(tokens) - start)
     return {
         "rows": torch.tensor(list(numbers)),
         "tokens": torch.tensor(tokens)[None],
@@ -237,6 +245,7 @@ def collate_shared_prefix(units: Sequence[tuple[int, Sequence[Encoded]]], number
         "targets": torch.tensor(targets, dtype=torch.int64),
         "sequence_id": torch.tensor(sequence_id, dtype=torch.int64),
         "final_index": torch.tensor([sequence[-1] for sequence in sequences]),
+        "sizes": tuple(sizes),
         "unit_mask": torch.tensor([float(n >= 0) for n in numbers]),
         "real": torch.tensor(len(tokens), dtype=torch.float64),
     }

@@ -9,26 +9,58 @@ import torch
 from torch import Tensor
 
 _rows: tuple[str, ...] = ("",)
+_tokens: tuple[int, ...] | None = None
+_places: Tensor | None = None
 
 
-def draw_for(key: Sequence[int], rows: Sequence[int]) -> None:
-    """Draw for these rows of the data until the next call; ``key``: what else it depends on (seed, step)."""
-    global _rows
+def draw_for(key: Sequence[int], rows: Sequence[int], tokens: tuple[int, ...] | None = None) -> None:
+    """Draw for these rows of the data until the next call.
+
+    ``key``: what else it depends on (seed, step).
+    ``tokens``: how many tokens each has, where they lie end to end in a single row; None where all have as many.
+    """
+    global _rows, _tokens, _places
     _rows = tuple(":".join(map(str, (*key, row))) for row in rows)
+    _tokens, _places = tokens, None
+
+
+def narrow_to(places: Tensor | None) -> None:
+    """Until the next call or draw: which tokens ``(n,)`` of a single row the last block computes alone; None = all."""
+    global _places
+    _places = places
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def dropout(x: Tensor, part: float, place: str) -> Tensor:
     """Zero a ``part`` of ``x``, the rest scaled up (Srivastava et al. 2014).
 
-    ``x`` ``(B, T, ...)``, or ``(1, B * T, ...)`` where rows that share beginnings lie end to end.
+    ``x`` ``(B, T, d)``, or all rows end to end, ``(1, T, d)`` or ``(T, d)``, of which the last block may have a few only.
     ``place``: where in the model.
+
+    Raises:
+        ValueError: if the tokens of a single row are not those that `draw_for` was told of.
     """
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    end_to_end = x.dim() > 2 and len(x) == 1 and x.shape[1] % len(_rows) == 0
-    for number, mask in enumerate(keep.view(len(_rows), -1, *x.shape[2:]) if end_to_end else keep):
+    if x.dim() == 2:
+        return dropout(x[None], part, place)[0]  # type: ignore[no-any-return]
+    narrowed = _tokens is not None and x.shape[1] != sum(_tokens)
+    if narrowed and (_places is None or x.shape[1] != len(_places)):
+        raise ValueError(f"dropout at {place} has {x.shape[1]} tokens of rows with {_tokens}, and nothing says which")
+    shape = (1, sum(_tokens), *x.shape[2:]) if _tokens is not None else x.shape
+    keep = torch.empty(shape, dtype=x.dtype, device=x.device)
+    for number, mask in enumerate(_row_by_row(keep)):
         turn, row = divmod(number, len(_rows))
         digest = hashlib.blake2b(f"{_rows[row]}:{turn}:{place}".encode(), digest_size=7).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big"))
         mask.bernoulli_(1 - part, generator=generator)
+    if narrowed:
+        assert _places is not None
+        keep = keep.index_select(1, _places)
     return x * keep / (1 - part)
+
+
+def _row_by_row(keep: Tensor) -> Sequence[Tensor]:
+    """Views of what belongs to each row of the data."""
+    if _tokens is not None:
+        return torch.split(keep[0], list(_tokens))
+    end_to_end = len(keep) == 1 and keep.shape[1] % len(_rows) == 0
+    return (keep.view(len(_rows), -1, *keep.shape[2:]) if end_to_end else keep).unbind()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from trainer.batch import Branches, Documents
 from trainer.functional import At, Head, working_dtype
 from trainer.functional.objective import compile_loss
+from trainer.models import dropout
 from trainer.models.architecture import Architecture, Rope
 from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
@@ -275,6 +276,8 @@ class Transformer(nn.Module):
         for block, own in zip(blocks, turned, strict=True):
             x = run(block, x, own, context, None, real)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
+        if self.training and torch.is_grad_enabled():
+            dropout.narrow_to(places)
         x = run(last, x, last_turned, context, places, real)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)

@@ -1,0 +1,104 @@
+"""What is dropped belongs to a pair or an answer: a step follows the same gradient however it is cut into micro-batches."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from trainer.data.labelled import LabelledBatch
+from trainer.data.pairs import AnswerBatch, Pair, collate, collate_shared_prefix
+from trainer.data.rows import Encoded
+from trainer.loop import loss_of
+from trainer.models.dropout import draw_for, dropout, narrow_to
+from trainer.models.load import Model, ModelLoader
+from trainer.models.lora import LoRA
+from trainer.models.transformer import Recompute
+from trainer.optim import AdamW
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Compute, Precision
+from trainer.pipelines.base import Models
+from trainer.pipelines.dpo import DPO
+from trainer.pipelines.kto import KTO
+from trainer.pipelines.reference import ReferenceSource
+from trainer.pipelines.reward import RewardModelling
+
+SHAPE = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 8, "initializer_range": 0.3,
+}  # fmt: skip
+PIPELINES = {
+    "dpo": DPO(reference=ReferenceSource.adapters_off),
+    "orpo": DPO(loss_type="orpo", reference=ReferenceSource.none),
+    "kto": KTO(reference=ReferenceSource.adapters_off),
+    "reward": RewardModelling(),
+}
+
+
+def answer(prompt: int, size: int, number: int) -> Encoded:
+    """Ids of a prompt and an answer of ``size`` ids that differs from all others."""
+    ids = [*range(prompt), *((7 * number + 3 * at) % 50 for at in range(size))]
+    return Encoded(ids, [False] * prompt + [True] * size)
+
+
+PAIRS = [Pair(answer(n + 2, 2 + n, n), answer(n + 2, 5 - n, n + 9), (n + 2) * (n % 2)) for n in range(4)]
+
+
+def labelled(pairs, numbers) -> LabelledBatch:
+    def side(answers):
+        fields = collate_shared_prefix([(0, [one]) for one in answers], numbers)
+        return AnswerBatch(**fields, reference=torch.zeros(len(answers)))
+
+    labels = torch.tensor([1.0 if n % 2 else -1.0 for n in numbers])
+    matched = side([pair.chosen for pair in pairs])
+    return LabelledBatch(**vars(matched), labels=labels, mismatched=side([pair.rejected for pair in pairs]))
+
+
+def gradient(name: str, micro: int, dropped: float = 0.3) -> torch.Tensor:
+    """What a step over four units follows, in micro-batches of ``micro``."""
+    pipeline = PIPELINES[name]
+    load = ModelLoader(
+        Model(**SHAPE, activation_checkpointing=Recompute.full),
+        DDP(),
+        3,
+        50,
+        LoRA(dropout=dropped),
+        scores=pipeline.scores,
+    )
+    engine = DDP().wrap(load.load(), AdamW(lr=0.1), Precision(Compute.fp32))
+    with torch.no_grad():
+        for number, parameter in enumerate(engine.model.parameters()):
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
+    models = Models(engine.model, None)
+    join = labelled if name == "kto" else collate
+    batches = [join(PAIRS[at : at + micro], range(10 + at, 10 + at + micro)) for at in range(0, 4, micro)]
+    prepared = pipeline.prepare_step(models, engine, batches)
+    engine.accumulate(partial(loss_of, pipeline, models, (0, 1)), prepared, torch.tensor(4.0))
+    return torch.cat([p.grad.flatten() for p in engine.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_with_dropout_the_split_into_micro_batches_changes_nothing(name):
+    together = gradient(name, 4)
+    for micro in (1, 2):
+        torch.testing.assert_close(gradient(name, micro), together, rtol=0, atol=1e-6)
+    assert not torch.allclose(gradient(name, 4, dropped=0.0), together, rtol=1e-2)
+
+
+def test_what_the_last_block_leaves_out_changes_no_draw():
+    x = torch.ones(1, 5, 20)
+    draw_for((0, 1), [4, 5], (3, 2))
+    complete = dropout(x, 0.25, "q")
+    places = torch.tensor([1, 3, 3])
+    narrow_to(places)
+    assert torch.equal(dropout(x[:, :3], 0.25, "q"), complete[:, places])
+    draw_for((0, 1), [5], (2,))
+    assert torch.equal(dropout(x[:, :2], 0.25, "q"), complete[:, 3:])
+    with pytest.raises(ValueError, match=r"dropout at q has 5 tokens of rows with \(2,\)"):
+        dropout(x, 0.25, "q")
+
+
+def test_tokens_without_rows_as_a_shared_expert_has_them_draw_alike():
+    draw_for((0, 1), [4, 5])
+    rows = dropout(torch.ones(2, 6, 20), 0.25, "q")
+    assert torch.equal(dropout(torch.ones(12, 20), 0.25, "q"), rows.view(12, 20))
