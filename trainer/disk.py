@@ -102,6 +102,18 @@ def write_bytes(file: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_text(file: Path) -> str:
+    """The text of a file that somebody wrote.
+
+    Raises:
+        InputError: if it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv") from None
+
+
 def is_pointer(file: Path) -> bool:
     """Whether Git LFS left a pointer where the file belongs: so a clone looks without it."""
     with file.open("rb") as stream:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.chats import byte_tokenizer
 from tests.command import ROOT
 from trainer.config import InputError
-from trainer.disk import AccessError, DiskError, disk_error, save_tensors, write_text, writing
+from trainer.data.templates import open_template
+from trainer.disk import AccessError, DiskError, disk_error, read_text, save_tensors, write_text, writing
+from trainer.jobs.recipe import Recipe
 
 
 def write_adding(file: Path) -> None:
@@ -56,6 +59,27 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(monkeyp
     write_text(tmp_path / "config.yaml", "a")
     assert done == ["config.yaml", "named", tmp_path.name]
     assert (tmp_path / "config.yaml").read_text() == "a"
+
+
+def test_what_a_killed_process_left_beside_a_file_neither_stops_the_next_nor_is_written(tmp_path):
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "config.yaml.partial").symlink_to(tmp_path / "other")
+    write_text(tmp_path / "config.yaml", "a")
+    assert (tmp_path / "config.yaml").read_text() == "a"
+    assert (tmp_path / "other").read_text() == "other"
+
+
+def test_a_text_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"chat.jinja is not UTF-8 \(byte 3\); convert it with iconv$"):
+        read_text(file)
+    for opened in (
+        lambda: open_template(str(file), byte_tokenizer()),
+        lambda: Recipe.read(str(file.rename(file.with_suffix(".yaml")))),
+    ):
+        with pytest.raises(InputError, match="is not UTF-8"):
+            opened()
 
 
 @pytest.mark.parametrize(

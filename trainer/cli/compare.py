@@ -24,6 +24,7 @@ from typing import Any
 
 from trainer.cli.parsing import add_sampling_arguments, add_template_arguments, parser_of, template_options
 from trainer.config import InputError
+from trainer.data.corpus import Prompt
 from trainer.data.messages import Chat
 from trainer.data.prompts import PROMPT_FORMATS
 from trainer.data.row_formats import read_rows
@@ -31,10 +32,11 @@ from trainer.data.sources import DataSource
 from trainer.data.templates import TOOL_USE, TemplateError, open_template
 from trainer.data.tokenizer import open_tokenizer
 from trainer.disk import write_text
+from trainer.generation.completion import Response
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
 from trainer.models.header import read_shape
-from trainer.rl.functions import load_reward
+from trainer.rl.rewards import FunctionReward
 
 Row = dict[str, Any]
 
@@ -117,9 +119,12 @@ def scorer(
 ) -> Callable[[Sequence[Row], Sequence[Chat], Sequence[str]], list[float | None]] | None:
     """What scores answers, if anything does."""
     if a.function:
-        function = load_reward(a.function)
-        return lambda rows, chats, texts: list(
-            function([c.messages[-1]["content"] for c in chats], list(texts), list(rows))
+        function = FunctionReward(function=a.function).scorer()
+        return lambda rows, chats, texts: function(
+            [
+                Response(Prompt([], chat.messages[-1]["content"], row=row), [], text, number)
+                for number, (row, chat, text) in enumerate(zip(rows, chats, texts, strict=True))
+            ]
         )
     if a.reward:
         judge = RewardModel.open(a.reward)

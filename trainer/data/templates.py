@@ -26,6 +26,7 @@ from trainer.data.message_forms import Forms
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokenizer_files import ROLES
 from trainer.data.turns import Turns
+from trainer.disk import read_text
 
 SUFFIX = ".jinja"
 TOOL_USE = "tool_use"
@@ -311,7 +312,7 @@ def open_template(name: str | None, tokenizer: Tokenizer, **options: Any) -> Tem
     if problem := unknown_template(name):
         raise TemplateError(f"the chat template {problem}")
     if name.endswith(SUFFIX):
-        return Template(Path(name).read_text(), tokenizer, **options)
+        return Template(read_text(Path(name)), tokenizer, **options)
     lacking = [token for token in NEEDED.get(name, ()) if token not in tokenizer.specials]
     if lacking:
         add = ",".join(f"'{token}'" for token in lacking)

@@ -14,6 +14,7 @@ import yaml
 
 from trainer.compose import config_folder
 from trainer.config import ConfigError
+from trainer.disk import read_text
 
 REFERENCE = re.compile(r"\{(\w+)\}")
 """``{NAME}`` in an argument: what the stage NAME gives; ``{out}``: this stage's own folder; ``{folder}``: the recipe's."""
@@ -124,7 +125,7 @@ def _load(named: str) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError([f"recipe={named} does not exist; use {known}, or the path of a YAML file"])
-    content = yaml.safe_load(file.read_text())
+    content = yaml.safe_load(read_text(file))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), Mapping) or "name" not in content:
         raise ConfigError([f"{file}: a recipe has a name and stages"])
     problems = list(_unknown_keys("the recipe", content, RECIPE_KEYS))

@@ -164,6 +164,10 @@ class FunctionReward(Reward):
             yield f"the reward's function={self.function} does not take (prompts, completions, rows) and arguments ({error})"
 
     def open(self, load: ModelLoader, tokenizer: Tokenizer) -> Scorer:
+        return self.scorer()
+
+    def scorer(self) -> Scorer:
+        """The function, with every failure of it as an error that names the row."""
         function = self._function()
 
         def scorer(responses: Sequence[Response]) -> list[float | None]:

@@ -46,8 +46,7 @@ class Console:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" not in values:
-            if values:  # an evaluation may have none, as of a pipeline without a held-out loss
-                self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
+            self.say(f"step {step}: " + "  ".join(f"{name} {_short(value)}" for name, value in values.items()))
             return
         score = f"  score {_short(values[SCORE])}" if SCORE in values else ""
         rate = f"{values['tokens_per_second']:,.0f} tokens/s"

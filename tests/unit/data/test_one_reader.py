@@ -107,7 +107,7 @@ def written(folder: Path, name: str, rows: list[dict]) -> str:
 
 NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 LETTERS = st.text(st.characters(codec="utf-8", exclude_characters="\r" + NONCHARACTERS), min_size=1, max_size=12)
-NAMES = st.sampled_from(["<|im_end|>", "</s>", "\n\nIt is cold", " assistant\n"])
+NAMES = st.sampled_from(["<|im_end|>", "</s>", "\n\nIt is cold", "It is cold", " assistant\n"])
 TEXT = st.lists(LETTERS | NAMES, min_size=1, max_size=3).map(lambda parts: "".join(parts) + "x")
 CONVERSATIONS = st.builds(
     lambda system, texts: [
