@@ -103,10 +103,14 @@ def test_a_folder_of_that_name_is_meant_first(served):
     assert hub.folder_of("runs/a/export") == "runs/a/export"
 
 
-@pytest.mark.parametrize("network", [True, False])
-def test_what_neither_exists_nor_comes_from_the_hub_is_refused_in_a_sentence(network, served, monkeypatch):
-    if not network:
+@pytest.mark.parametrize("where", ["network", "cache alone", "folder"])
+def test_what_neither_exists_nor_comes_from_the_hub_is_refused_in_a_sentence(where, served, monkeypatch):
+    if where != "network":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    if where == "cache alone":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if where == "folder":
+        (served.folder / "models").mkdir()
     [problem] = TokenizerChoice(path="models/smollm2").problems()
     sentence = "no folder is called models/smollm2, and the Hugging Face hub does not"
     assert f"tokenizer.path=models/smollm2: {sentence}" in problem
@@ -117,6 +121,14 @@ def test_what_neither_exists_nor_comes_from_the_hub_is_refused_in_a_sentence(net
     for kind in (ChatModel, RewardModel):
         with pytest.raises(InputError, match=sentence):
             kind.open("models/smollm2")
+
+
+def test_a_hub_that_does_not_answer_may_do_so_later(served, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for ask in (TokenizerChoice(path="owner/tiny").problems, lambda: ChatModel.open("owner/tiny")):
+        with pytest.raises(hub.HubError, match=r"no folder is called owner/tiny, .*the same command goes on"):
+            list(ask())
+    assert not issubclass(hub.HubError, InputError)  # exit code 1
 
 
 def test_models_that_verbs_open_and_a_critic_may_be_ids(served):
@@ -172,7 +184,7 @@ def test_a_data_set_is_asked_of_the_cache_alone_where_there_is_no_network(data, 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     started = time.monotonic()
     assert data("owner/chats:test")[0] == ["of test"]
-    with pytest.raises(DataError, match="owner/none does not come from the hub"):
+    with pytest.raises(hub.HubError, match="owner/none does not come from the hub"):
         data("owner/none")
     assert time.monotonic() - started < 4  # its library would try for half a minute
 
