@@ -165,7 +165,10 @@ def test_the_gradient_of_logprobs_is_the_plain_one_whether_probabilities_are_kep
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kept", [0, 1 << 20], ids=["computed again", "kept"])
-def test_bounded_logits_have_the_loss_logprobs_and_gradients_of_autograd(kept, temperature, monkeypatch):
+@pytest.mark.parametrize("place", ["blocks", "in_place"])
+def test_bounded_logits_have_the_loss_logprobs_and_gradients_of_autograd(place, kept, temperature, monkeypatch):
+    if place == "in_place":
+        monkeypatch.setattr(objective, "IN_PLACE", {"cpu"})
     monkeypatch.setattr(functional, "KEPT_BYTES", kept)
     hidden, weight, targets, mask = inputs()
     head = Head(weight, cap=1.5)
