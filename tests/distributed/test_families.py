@@ -1,0 +1,73 @@
+"""Every family in shards: its parameters are gathered wherever a feature of its own reads them."""
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import on_ranks
+from tests.unit.models.test_families import LENGTHS, OWN, TOKENS, built
+from trainer.batch import Documents
+from trainer.functional import cross_entropy
+from trainer.metrics import Metrics
+from trainer.models.load import Model, ModelLoader
+from trainer.optim import AdamW
+from trainer.parallel import distributed
+from trainer.parallel.ddp import DDP
+from trainer.parallel.precision import Precision
+from trainer.parallel.zero import Zero3
+
+
+class Row:
+    """A batch that knows nothing but its tokens."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def to(self, device: torch.device) -> "Row":
+        return self
+
+
+def losses_of(folder: Path, strategy: DDP | Zero3) -> list[float]:
+    """The sum of losses before and after a step, a row of packed documents a rank."""
+    engine = strategy.wrap(
+        ModelLoader(Model(path=str(folder)), strategy, 0, 96, longest=30).load(), AdamW(lr=0.01), Precision()
+    )
+    row = TOKENS[distributed.world().data.share([0, 1])]
+    documents = Documents.from_lengths(LENGTHS, 1)
+    sums: list[torch.Tensor] = []
+
+    def loss_of(batch: Row) -> tuple[torch.Tensor, Metrics]:
+        targets = batch.tokens.roll(-1, 1)
+        read = partial(cross_entropy, targets=targets, mask=torch.ones(targets.shape))
+        loss = engine.model(batch.tokens, documents, read)[0]
+        sums.append(loss.detach())
+        return loss, Metrics()
+
+    engine.accumulate(loss_of, [Row(row)], torch.tensor(60.0))
+    engine.step()
+    with torch.no_grad():
+        loss_of(Row(row))
+    return [float(distributed.sum_over_data(loss.double())) for loss in sums]
+
+
+def in_both(folders: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """By family what a whole copy learns on each rank, and what shards do."""
+    gc.freeze()  # DeepSpeed collects for every engine, and all that is imported would be looked through each time
+    shards = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return {
+        kind: (losses_of(folders / kind, DDP()), losses_of(folders / kind, Zero3(deepspeed=shards)))
+        for kind in sorted(OWN)
+    }
+
+
+@pytest.mark.slow
+def test_every_family_learns_the_same_in_shards_as_in_copies(tmp_path):
+    for kind in OWN:
+        built(kind, tmp_path / kind)
+    [losses, _] = on_ranks(2, in_both, tmp_path)
+    for kind, (copies, shards) in losses.items():
+        assert shards == pytest.approx(copies, rel=1e-5), kind
+        assert copies[1] < copies[0], kind
