@@ -113,6 +113,10 @@ QWEN_TENSORS = (
     *stacked(DOWN, "mlp.experts.{}.down_proj.weight"),
 )
 QWEN_LAYERS = Layers(dense=LISTED)
+GPT_OSS_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
 
 EXPERT_FAMILIES: dict[str, Family] = {
     "mixtral": Family("Mixtral", {}, {**EXPERTS, **EPS, **groups(8)}, Layers(slide=True, dense="", thetas=(1e6, 1e6)), (
@@ -157,7 +161,7 @@ EXPERT_FAMILIES: dict[str, Family] = {
             "glu_limit": Key("swiglu_limit", 7.0),
             "attention_output_bias": Key("attention_bias", True), "head_dim": Key("head_dim", 64),
             "experts": Key("num_local_experts", 128), "experts_per_token": Key("num_experts_per_tok", 4),
-        }, Layers(slide=True, window=128, full_every=2, dense="", thetas=(150000.0, 150000.0)),
+        }, Layers(slide=True, window=128, full_every=2, dense="", thetas=(150000.0, 150000.0), scaling=GPT_OSS_YARN),
         (*turned(GATE_UP, woven=True), *turned(DOWN, woven=False)), {"swiglu_alpha": 1.702}, quantized=("mxfp4",),
     ),
 }  # fmt: skip

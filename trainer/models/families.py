@@ -56,13 +56,20 @@ DELTA = {
     "delta_value_heads": Key("linear_num_value_heads", 32), "delta_value_size": Key("linear_value_head_dim", 128),
     "delta_width": Key("linear_conv_kernel_dim", 4),
 }  # fmt: skip
+MINISTRAL_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+    "max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 QWEN = Layers(slide=True, window=4096, switched=True)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", {}, {**BIAS, **MLP_BIAS}),
     "mistral": Family("Mistral", layers=Layers(slide=True, window=4096, mixed=True)),
     "ministral": Family("Ministral", layers=Layers(slide=True, window=4096, mixed=True)),
-    "ministral3": Family("Ministral3", {}, {**EPS, **HEAD_DIM}, Layers(slide=True, thetas=(1e6, 1e6))),
+    "ministral3": Family(
+        "Ministral3", {}, {**EPS, **HEAD_DIM}, Layers(slide=True, thetas=(1e6, 1e6), scaling=MINISTRAL_YARN),
+    ),
     "qwen2": Family("Qwen2", {"attention_bias": True}, layers=QWEN),
     "qwen3": Family("Qwen3", {"qk_norm": "head"}, {**BIAS, **HEAD_DIM}, QWEN),
     "qwen3_5_text": Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.models.architecture import Architecture, Layer, Rope
@@ -32,6 +32,7 @@ class Layers:
     none has, None without experts.
     ``thetas`` (of full and of sliding layers) and ``fraction`` (of a head that turns): where absent. ``local_theta``: an
     earlier key for that of sliding layers. ``mixed``: whether ``layer_types`` is written only where layers differ.
+    ``scaling``: the ``rope_parameters`` of a configuration without any; a null in it is what the configuration says.
     """
 
     slide: bool = False
@@ -45,6 +46,7 @@ class Layers:
     fraction: float = 1.0
     local_theta: str = "rope_theta"
     mixed: bool = False
+    scaling: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, config: Mapping[str, Any]) -> Iterator[Layer]:
         """Every layer.
@@ -136,6 +138,8 @@ class Layers:
             if not isinstance(config.get(key) or {}, dict):
                 raise ValueError(f"{key}={json.dumps(config[key])[:80]} is not an object; correct the file")
         parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+        if not parameters and not scaling:
+            parameters = {key: config.get(key) if value is None else value for key, value in self.scaling.items()}
         apart = self.rope == "by_type" and slides
         if FULL in parameters or SLIDING in parameters:
             parameters = parameters.get(SLIDING if slides else FULL) or {}

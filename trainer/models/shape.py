@@ -102,6 +102,7 @@ def architecture_of(shape: Shape, vocab_size: int) -> Architecture:
         "num_hidden_layers": shape.num_hidden_layers,
         "max_position_embeddings": shape.max_position_embeddings,
         "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default"},  # else the class's own
         "rope_scaling": shape.rope_scaling,
         "partial_rotary_factor": shape.partial_rotary_factor,
         "position_embedding_type": "rope",
