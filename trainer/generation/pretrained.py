@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,7 @@ class ChatModel:
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer, **options)
         tokenizer.stops = tuple(dict.fromkeys((*chat.stops, *tokenizer.stops)))
-        model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size).load().eval()
-        return cls(_on_device(model), tokenizer, chat)
+        return cls(_opened(folder, tokenizer), tokenizer, chat)
 
     def stream(self, messages: Messages, sampling: Sampling, key: tuple[int, ...]) -> Iterator[str]:
         """The answer to a conversation, piece by piece; what is drawn depends on ``key``."""
@@ -94,8 +94,7 @@ class RewardModel:
         validate_scoring(folder)
         tokenizer = open_tokenizer(folder)
         chat = open_template(template, tokenizer, **{"now": midnight(TRAINING_DAY), **options})
-        model = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=True).load().eval()
-        return cls(_on_device(model), tokenizer, chat, *score_statistics(folder))
+        return cls(_opened(folder, tokenizer, scores=True), tokenizer, chat, *score_statistics(folder))
 
     def score(self, chats: Sequence[Chat], *, raw: bool = False) -> list[float]:
         """The score of each conversation's last answer, in deviations from the mean unless ``raw``.
@@ -145,7 +144,12 @@ def score_statistics(folder: Path) -> tuple[float, float]:
         raise FormatError(f"{record}: reward={recorded!r} is no mean and std; export the model again") from None
 
 
-def _on_device(model: nn.Module) -> nn.Module:
+def _opened(folder: Path, tokenizer: Tokenizer, *, scores: bool = False) -> nn.Module:
+    """The model on its device; what of the folder is not read is said on stderr."""
+    load = ModelLoader(Model(path=str(folder)), DDP(), 0, tokenizer.vocab_size, scores=scores)
+    for remark in load.remarks():
+        print(remark, file=sys.stderr)
+    model = load.load().eval()
     return narrowed(model, torch.bfloat16).to("cuda") if torch.cuda.is_available() else model
 
 

@@ -11,6 +11,7 @@ from tests.chats import byte_tokenizer
 from tests.small_folder import write_folder
 from trainer.batch import Documents
 from trainer.functional import logits
+from trainer.generation.pretrained import ChatModel
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, WeightFiles, read_architecture, write_model
 from trainer.models.load import Model, ModelLoader
@@ -77,6 +78,13 @@ def test_the_text_part_computes_what_it_computes_in_its_model(kind, tmp_path):
     others = [n for n, _ in theirs.named_parameters() if "language_model" not in n and "lm_head" not in n]
     assert f"only the text part is read: {len(others)} tensors of other parts are left out (" in remark
     assert "vision_tower" in remark or "visual" in remark
+
+
+def test_a_model_that_is_opened_to_answer_says_what_is_not_read(tmp_path, capsys):
+    wrapped("qwen3_5", tmp_path / "model")
+    byte_tokenizer().save(tmp_path / "model")
+    ChatModel.open(tmp_path / "model", "chatml")
+    assert "only the text part is read: " in capsys.readouterr().err
 
 
 def test_the_text_part_is_exported_as_a_model_of_text(tmp_path):
