@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parity.test_transformers import SHAPES, built, perturbed, theirs_of, write
+from tests.parity.test_transformers import built, perturbed, theirs_of, write
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
 from trainer.models.load import Model, ModelLoader
@@ -39,7 +39,7 @@ def greedy_of(theirs, prompts: list[list[int]], tokens: int, stop: int) -> list[
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3"])
 def test_greedy_equals_that_of_transformers(name, tmp_path):
-    ours = perturbed(built(SHAPES[name], tmp_path)).eval()
+    ours = perturbed(built(name)).eval()
     write(ours.architecture, ours, tmp_path / "export")
     draw = torch.Generator().manual_seed(4)
     prompts = [torch.randint(3, 101, (n,), generator=draw).tolist() for n in (1, 30, 70)]
