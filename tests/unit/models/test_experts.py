@@ -146,7 +146,7 @@ def test_router_losses_reach_the_gradient_once_whatever_is_recomputed(recomputed
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-6)
     metrics = balancer.finish([leaves], torch.tensor(True))
     counts = torch.bincount(layer.router(x[0])[0].flatten(), minlength=4)
-    assert counts.sum() == 12
+    assert leaves[0].grad[:4].sum() == counts.sum() == 12
     torch.testing.assert_close(layer.router.load, counts / 12)
     assert metrics["router/load_max"].item() == pytest.approx(counts.max().item() / 3)
     assert metrics["router/dropped"].item() == 0
