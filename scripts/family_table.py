@@ -1,11 +1,11 @@
-"""Write docs/families.md: the families of models by their features, and what is checked of each.
+"""Write docs/families.md: the families of models by their features, and what tests show of each.
 
-python scripts/family_table.py > docs/families.md
+python -m scripts.family_table > docs/families.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
@@ -13,14 +13,19 @@ from trainer.models.family import Family
 from trainer.models.gguf_format import FAMILIES as GGUF
 
 CHECKS = {
-    "logits, gradients": "test_logits_and_gradients_are_those_of_transformers",
+    "logits": "test_logits_and_gradients_are_those_of_transformers",
+    "gradients": "test_logits_and_gradients_are_those_of_transformers",
     "packed = alone": "test_packed_documents_are_as_each_alone",
     "export reopened": "test_an_export_opens_in_transformers_and_computes_the_same",
-    "generation": "test_greedy_text_through_the_cache_is_that_of_full_forwards",
+    "greedy": "test_greedy_text_through_the_cache_is_that_of_full_forwards",
     "LoRA": "test_a_merged_adapter_computes_what_the_adapted_model_does",
     "absent keys": "test_absent_keys_have_the_values_that_transformers_gives_them",
+    "ZeRO-3": "test_every_family_learns_the_same_in_shards_as_in_copies",
 }
-"""Columns, and the test of tests/unit/models/test_families.py that each is; every family passes all of them."""
+"""Columns, and the test of tests/unit/models/test_families.py or tests/distributed/test_families.py that each is."""
+ORDINALS = {2: "2nd", 3: "3rd"} | {n: f"{n}th" for n in range(4, 20)}
+CONVERTED = ("llama",)
+"""Families of the files that tests/unit/models/test_gguf_format.py converts."""
 INTRO = """\
 # Families of models
 
@@ -31,8 +36,7 @@ folders of these model types, as transformers 5 or earlier releases write them; 
 | family | class | norms | queries, keys | positions | windows | MLP | else | GGUF |
 |---|---|---|---|---|---|---|---|---|"""
 CHECKED = """
-Every family passes, on a tiny random model with what is its own switched on, in float32
-(`tests/unit/models/test_families.py`):
+What tests show of each, on a tiny random model with what is its own switched on, in float32:
 """
 
 
@@ -65,7 +69,7 @@ def _windows(family: Family) -> str:
         return "-"
     every = family.layers.full_every
     return (
-        f"all but every {every}th layer"
+        f"all but every {ORDINALS[every]} layer"
         if every
         else "by layer"
         if family.layers.layered or family.layers.mixed
@@ -78,7 +82,7 @@ def _else(family: Family, a: Architecture) -> str:
     caps = [words for name, words in (("score_cap", "scores"), ("logit_cap", "logits")) if name in family.keys]
     parts = [f"factors of {', '.join(scales)}"] if scales else []
     parts += [f"bounds of {' and '.join(caps)}"] if caps else []
-    parts += [f"gated delta rule in all but every {family.layers.full_every}th layer"] if a.delta_width else []
+    parts += [f"gated delta rule in all but every {ORDINALS[family.layers.full_every]} layer"] if a.delta_width else []
     parts += ["sinks"] if a.sinks else []
     parts += ["fused tensors"] if any(len(rule.ours) > 1 for rule in family.tensors) else []
     return "; ".join(parts) or "-"
@@ -109,17 +113,31 @@ def _row(name: str, family: Family) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page() -> str:
-    """The page, as it is kept in docs/."""
-    return "\n".join(_lines()) + "\n"
+def _checks(name: str, tested: Collection[str], skipped: Mapping[str, Collection[str]]) -> str:
+    cells = ["yes" if name in tested and name not in skipped.get(test, ()) else "-" for test in CHECKS.values()]
+    return f"| {' | '.join([f'`{name}`', *cells, 'yes' if name in CONVERTED else '-'])} |"
 
 
-def _lines() -> Iterator[str]:
+def page(tested: Collection[str], skipped: Mapping[str, Collection[str]]) -> str:
+    """The page, as it is kept in docs/.
+
+    ``tested``: families that the tests of `CHECKS` run over; ``skipped``: by test those that it leaves out.
+    """
+    return "\n".join(_lines(tested, skipped)) + "\n"
+
+
+def _lines(tested: Collection[str], skipped: Mapping[str, Collection[str]]) -> Iterator[str]:
     yield INTRO
     yield from (_row(name, family) for name, family in FAMILIES.items())
     yield CHECKED
+    yield f"| {' | '.join(['family', *CHECKS, 'GGUF'])} |"
+    yield "|---" * (len(CHECKS) + 2) + "|"
+    yield from (_checks(name, tested, skipped) for name in FAMILIES)
+    yield "\nThe tests:\n"
     yield from (f"- {words}: `{test}`" for words, test in CHECKS.items())
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    from tests.unit.models.test_families import OWN, SKIPPED
+
+    print(page(OWN, SKIPPED), end="")
