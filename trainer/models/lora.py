@@ -164,7 +164,8 @@ class LoRA(Adapter):
         problems = [
             f"adapter.targets: {pattern} matches no linear layer; there are {', '.join(PROJECTIONS)}"
             for pattern in unmatched(self.targets, linears)
-            if self.targets != PROJECTIONS  # the default: those of them that a model has
+            # The default: those of them that a model has. An adapter's own: its tensors are compared below.
+            if self.targets != PROJECTIONS and self.path is None
         ]
         adapted = [name for name in stacks if matches(name, self.targets)]
         if adapted and not FAMILIES[architecture.family].peft_experts:
@@ -266,10 +267,10 @@ class LoRA(Adapter):
         return start(name).to(a.device, torch.float32) + self.scale * (b @ a)
 
     def peft_settings(self, trained: Mapping[str, Tensor]) -> Settings:
-        targets = self.targets
+        adapted = [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
+        targets = [target for target in self.targets if any(matches(name, [target]) for name in adapted)]
         if not all(target.isidentifier() for target in targets):
-            # PEFT knows no patterns of names.
-            targets = [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
+            targets = adapted  # PEFT knows no patterns of names
         full = sorted({n.removesuffix(".weight").rpartition(".")[2] for n in trained if not is_adapter(n)})
         return Settings(self.rank, self.alpha, self.rslora, tuple(targets), tuple(full), self.dropout)
 

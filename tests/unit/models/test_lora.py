@@ -151,6 +151,7 @@ def test_peft_opens_the_adapter_and_gives_the_same_logits(folder, tmp_path, adap
         with torch.no_grad():
             model.model.embed_tokens.weight[3] += 1
     export_adapter(tmp_path / "adapter", engine, load, NoTokenizer(), {"step": 1})
+    LoRA(path=str(tmp_path / "adapter")).validate_architecture(load.architecture)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -197,13 +198,13 @@ def test_a_run_starts_from_an_adapter_that_peft_wrote(folder, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = peft.get_peft_model(
-        base, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        base, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["fc1", "q_proj", "up_proj"], init_lora_weights=False)
     ).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = LoRA(path=str(tmp_path / "theirs"))
     assert list(adapter.problems()) == []
     adapter.validate_architecture(loader(path=str(folder)).architecture)
-    assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 7.0, ["q_proj", "up_proj"])
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 7.0, ["fc1", "q_proj", "up_proj"])
     ours = loader(adapter, path=str(folder)).load()
     with torch.no_grad():
         expected = theirs(TOKENS[:1]).logits
