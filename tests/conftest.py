@@ -23,6 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Every test computes on the CPU, whatever the machine has, but for those that ``-m gpu`` asks for."""
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        # Threads that outnumber the cores wait for each other at every product.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture
