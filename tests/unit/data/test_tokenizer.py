@@ -225,10 +225,17 @@ def test_an_export_of_a_sentencepiece_model_adds_bos_and_is_the_same_tokenizer(f
         assert open_tokenizer(out).adds_bos == parent.adds_bos == bool(first)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
-def test_a_file_that_a_download_cut_off_is_named(name, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((f"{file}.json", '{"eos_token": "</') for file in ("tokenizer_config", "special_tokens_map", "added_tokens")),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 5}]}'),
+        ("added_tokens.json", '["</tool>"]'),
+    ],
+)
+def test_a_file_that_is_cut_off_or_of_another_form_is_named(name, text, folder, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    (tmp_path / name).write_text('{"eos_token": "</')
+    (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=rf"{name} is damaged .*; was its download cut off"):
         open_tokenizer(tmp_path)
 
@@ -249,6 +256,9 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
     ]
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ConfigError, match="is no tokenizer that can be read"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=r"tokenizer.json is a pointer of Git LFS, not the file; run git lfs pull"):
         open_tokenizer(tmp_path)
 
 
