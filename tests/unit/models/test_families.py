@@ -222,14 +222,20 @@ def test_greedy_text_through_the_cache_is_that_of_full_forwards(case, fixed, mon
 
 
 @torch.no_grad()
-def test_a_merged_adapter_computes_what_the_adapted_model_does(case, tmp_path):
-    load = ModelLoader(Model(path=str(case.folder)), DDP(), 0, 96, LoRA(rank=2), longest=30)
+def adapted_at_random(load: ModelLoader) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """A loaded model whose adapters add something, and their tensors."""
     adapted = load.load().eval()
     draw = torch.Generator().manual_seed(2)
     for name, parameter in adapted.named_parameters():
         if name.endswith("lora_B.weight"):
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
-    trained = {name: p for name, p in adapted.named_parameters() if is_adapter(name)}
+    return adapted, {name: p for name, p in adapted.named_parameters() if is_adapter(name)}
+
+
+@torch.no_grad()
+def test_a_merged_adapter_computes_what_the_adapted_model_does(case, tmp_path):
+    load = ModelLoader(Model(path=str(case.folder)), DDP(), 0, 96, LoRA(rank=2), longest=30)
+    adapted, trained = adapted_at_random(load)
     merged = ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes)
     write_model(
         tmp_path / "merged", load.architecture, merged, dtype=torch.float32, shard_bytes=10**9, tokenizer=NoTokenizer(),
@@ -252,12 +258,7 @@ def test_peft_opens_adapters_of_what_is_one_tensor_there_and_several_here(kind, 
     # Of q, k and v only two are adapted.
     lora = LoRA(rank=2, alpha=3.0, rslora=rslora, targets=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
     load = ModelLoader(Model(path=str(case.folder)), DDP(), 0, 96, lora, longest=30)
-    adapted = load.load().eval()
-    draw = torch.Generator().manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if name.endswith("lora_B.weight"):
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
-    trained = {name: p for name, p in adapted.named_parameters() if is_adapter(name)}
+    adapted, trained = adapted_at_random(load)
     settings, tensors = in_peft_layout(lora.peft_settings(trained), trained, load.architecture, load.shapes)
     write_adapter(tmp_path / "adapter", settings, tensors, None, NoTokenizer(), {})
     theirs = peft.PeftModel.from_pretrained(case.theirs, tmp_path / "adapter").eval()
