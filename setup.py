@@ -47,7 +47,9 @@ setup(
     extras_require={
         "dev": [
             "accelerate>=1.5",
+            "bitsandbytes>=0.50,<0.51",
             "build>=1.2",
+            "compressed-tensors>=0.15",
             "gguf>=0.16",
             "hydra-optuna-sweeper>=1.3,<1.4",
             "hydra-submitit-launcher>=1.2,<1.3",
@@ -61,8 +63,11 @@ setup(
             "ruff>=0.11",
             "transformers>=5.0",
             "types-PyYAML",
+            "xllamacpp>=2026.10",
         ],
         "convert": ["gguf>=0.16"],
+        "gguf": ["gguf>=0.16", "xllamacpp>=2026.10"],
+        "quant": ["bitsandbytes>=0.50,<0.51"],
         "sweep": ["hydra-submitit-launcher>=1.2,<1.3", "hydra-optuna-sweeper>=1.3,<1.4"],
         "vllm": ["vllm>=0.32"],
     },
