@@ -88,7 +88,7 @@ def train_step(
             routed = models.balancer.finish([report.routed for report in reports], outcome.applied)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.stop_request()))
-    reduced = metrics.reduced(distributed.stack_over_data)
+    reduced = metrics.reduced(distributed.stack, replica=distributed.world().replica)
     return {**reduced, "grad_norm": outcome.grad_norm, **routed, **guard.metrics()}
 
 

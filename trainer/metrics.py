@@ -80,16 +80,19 @@ class Metrics:
             else torch.zeros(0, 3, dtype=torch.float64)
         )
 
-    def reduced(self, stack: Callable[[Tensor], Tensor], *, drop_empty: bool = False) -> dict[str, Tensor]:
+    def reduced(
+        self, stack: Callable[[Tensor], Tensor], *, replica: int = 1, drop_empty: bool = False
+    ) -> dict[str, Tensor]:
         """Values by name, float64 scalars on the device. Collective where ``stack`` is.
 
         Args:
             stack: Gives the packed numbers ``(K, 3)`` of every rank, ``(W, K, 3)``.
+            replica: Neighbours among these ranks that report the same: in sums each group counts once, in extremes all do.
             drop_empty: Leave out means of nothing, which are 0 else; the host waits for the device.
         """
         values = {}
         for (name, (kind, _)), column in zip(self._entries.items(), stack(self.packed()).unbind(1), strict=True):
-            total, squares, count = column.sum(0).unbind(0)
+            total, squares, count = column[::replica].sum(0).unbind(0)
             if drop_empty and kind in (Kind.mean, Kind.std) and not count.item():
                 continue
             mean = total / count.clamp(min=1e-300)

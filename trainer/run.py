@@ -227,7 +227,7 @@ def run(cfg: Run) -> dict[str, float]:
     folder = run_folder.choose(cfg.run_dir, cfg.resume, cfg, made_from)
     with (
         Watchdog(cfg.watchdog) as watchdog,
-        distributed.session(same_bytes=cfg.deterministic) as world,
+        distributed.session(same_bytes=cfg.deterministic, replica=cfg.strategy.replica) as world,
         run_folder.begin(folder, cfg, made_from, world.devices) as attempt,
     ):
         record = {**attempt.facts, "config": plain(cfg), **lineage}

@@ -164,7 +164,7 @@ def saved() -> dict[str, Any]:
     """What a checkpoint asks of the device before anybody waits for it."""
     with fake():
         with CUDA:
-            fragments = [Fragment(str(size), "param", (size,), 0, torch.empty(size)) for size in (7, 1000)]
+            fragments = [Fragment.of_tensor(str(size), "param", (size,), 0, torch.empty(size)) for size in (7, 1000)]
         with Asked() as asked:
             Copies(fragments).wait()
     return asked.report()

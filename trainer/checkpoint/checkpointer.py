@@ -203,7 +203,7 @@ class Checkpointer:
         ]
         for number, first, last in owned_spans([t.numel() for _, t in replicated]):
             name, tensor = replicated[number]
-            yield Fragment(name, HELD, tuple(tensor.shape), first, tensor.reshape(-1)[first:last])
+            yield Fragment.of_tensor(name, HELD, tensor.shape, first, tensor.reshape(-1)[first:last])
 
     def _finish(self, save: Save) -> None:
         """Exchange what was written, write the manifest, and give the checkpoint its name."""
@@ -249,7 +249,7 @@ class Checkpointer:
         wanted = list(self.engine.fragments(owned=False))
         self._refuse_another_model(folder, manifest, files, wanted)
         for fragment in wanted:
-            files.read(fragment.name, fragment.state, fragment.start, fragment.tensor)
+            files.read(fragment.name, fragment.state, fragment.box, fragment.start, fragment.tensor)
         self.engine.restored(manifest.optimizer_steps, manifest.engine)
         missing = self.parts.keys() - manifest.parts.keys()
         if missing:

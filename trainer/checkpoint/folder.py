@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from torch import Tensor
 
 from trainer.config import InputError, RunError
 from trainer.disk import save_tensors, sync, write_text
+from trainer.parallel.boxes import Box, box_of, boxes_of, intersection, part_of, volume
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_BOXES = 1
+"""The format before, whose fragments are intervals of the tensors themselves."""
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -42,14 +46,21 @@ class RestoreError(CheckpointError, InputError):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a fragment lies: key ``key`` of ``file`` holds elements ``start`` .. ``start + size`` of a tensor's state."""
+    """Where a fragment lies: key ``key`` of ``file`` holds elements ``start`` .. ``start + size`` of a box of a tensor."""
 
     file: str
     key: str
     name: str
     state: str
+    box: Box
     start: int
     size: int
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Stored:
+        """As JSON says it."""
+        file, key, name, state, box, start, size = row
+        return cls(file, key, name, state, tuple((first, last) for first, last in box), start, size)
 
 
 @dataclass(frozen=True)
@@ -149,13 +160,18 @@ def read_manifest(folder: Path) -> Manifest:
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != digest:
         raise CheckpointError(f"{file} is damaged: its digest does not match")
     try:
-        if body.pop("format") != FORMAT:
+        if (written := body.pop("format")) not in (WITHOUT_BOXES, FORMAT):
             raise CheckpointError(f"{file} was written by another release of onecurve")
-        fragments = [Stored(*row) for row in body.pop("fragments")]
-        manifest = Manifest(**body, fragments=fragments)
+        rows, shapes = body.pop("fragments"), body["shapes"]
+        if written == WITHOUT_BOXES:
+            rows = [[*row[:4], box_of(shapes[row[2]]), *row[4:]] for row in rows]
+        manifest = Manifest(**body, fragments=[Stored.of(row) for row in rows])
+        wrong = next(incomplete(shapes, manifest.fragments), None)
         wanted = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest.files.items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} was written by another release of onecurve ({error})") from None
+    if wrong:
+        raise CheckpointError(f"{file} does not make up a model: {wrong}")
     # What is not named there has no digest, and what lies elsewhere is not part of the checkpoint.
     named = {*wanted, *(fragment.file for fragment in manifest.fragments)}
     if foreign := sorted(name for name in named if name not in wanted or Path(name).name != name or name in ("", "..")):
@@ -199,29 +215,44 @@ class FragmentFiles:
         self._by_tensor: dict[tuple[str, str], list[Stored]] = {}
         for stored in manifest.fragments:
             self._by_tensor.setdefault((stored.name, stored.state), []).append(stored)
-        for pieces in self._by_tensor.values():
-            pieces.sort(key=lambda s: s.start)
 
     @property
     def tensors(self) -> set[tuple[str, str]]:
         """(name, state) of everything that is there."""
         return set(self._by_tensor)
 
-    def read(self, name: str, state: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` ``(size,)`` with elements from ``start`` on of a tensor's state.
+    def read(self, name: str, state: str, box: Box, start: int, out: Tensor) -> None:
+        """Fill ``out`` ``(size,)`` with elements from ``start`` on of a box of a tensor's state, however it was divided.
 
         Raises:
             CheckpointError: if the checkpoint does not hold all of them.
         """
-        at, end = start, start + out.numel()
+        missing, end = out.numel(), start + out.numel()
         for stored in self._by_tensor.get((name, state), ()):
-            last = min(end, stored.start + stored.size)
-            if stored.start <= at < last:
-                piece = self._slice(stored)[at - stored.start : last - stored.start]
-                out[at - start : last - start].copy_(piece)
-                at = last
-        if at < end:
-            raise CheckpointError(f"{self.folder} lacks elements {at} .. {end} of {name} ({state})")
+            if stored.box != box:
+                missing -= self._read_other(stored, box, start, out)
+                continue
+            first, last = max(start, stored.start), min(end, stored.start + stored.size)
+            if first < last:
+                piece = self._slice(stored)[first - stored.start : last - stored.start]
+                out[first - start : last - start].copy_(piece)
+                missing -= last - first
+        if missing:
+            raise CheckpointError(f"{self.folder} lacks {missing} of {out.numel()} elements of {name} ({state})")
+
+    def _read_other(self, stored: Stored, box: Box, start: int, out: Tensor) -> int:
+        """Fill what an interval of another box has in common with an interval of ``box``; gives how many elements that is."""
+        count = 0
+        ours, theirs = (
+            list(_with_places(boxes_of(*interval)))
+            for interval in ((box, start, start + out.numel()), (stored.box, stored.start, stored.start + stored.size))
+        )
+        for (part, at), (other, there) in product(ours, theirs):
+            if (both := intersection(part, other)) is not None:
+                source = self._slice(stored)[there : there + volume(other)]
+                part_of(out[at : at + volume(part)], part, both).copy_(part_of(source, other, both))
+                count += volume(both)
+        return count
 
     def full_tensor(self, name: str, state: str, shape: Sequence[int]) -> Tensor:
         """A whole tensor, in the format that it was written in.
@@ -229,11 +260,11 @@ class FragmentFiles:
         Raises:
             CheckpointError: if a part of it is not there.
         """
-        pieces = [self._slice(stored)[:] for stored in self._by_tensor.get((name, state), ())]
-        flat = torch.cat(pieces) if pieces else torch.zeros(0)
-        if flat.numel() != torch.Size(shape).numel():
-            raise CheckpointError(f"{self.folder} lacks a part of {name} ({state})")
-        return flat.view(*shape)
+        pieces = self._by_tensor.get((name, state))
+        dtype = self._slice(pieces[0])[:0].dtype if pieces else torch.float32
+        full = torch.empty(*shape, dtype=dtype)
+        self.read(name, state, box_of(shape), 0, full.view(-1))
+        return full
 
     def _slice(self, stored: Stored) -> Any:
         if stored.file not in self._open:
@@ -243,19 +274,34 @@ class FragmentFiles:
 
 def incomplete(shapes: Mapping[str, Sequence[int]], fragments: Sequence[Stored]) -> Iterator[str]:
     """What fragments of all ranks together leave out or hold twice: a writer's mistake, found before it is believed."""
-    spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    tensors: dict[tuple[str, str], dict[Box, list[tuple[int, int]]]] = {}
     for f in fragments:
-        spans.setdefault((f.name, f.state), []).append((f.start, f.start + f.size))
-    for (name, state), pieces in spans.items():
-        at = 0
-        for first, last in sorted(pieces):
-            if first != at:
-                there = "twice" if first < at else "not"
-                yield f"{name} ({state}): elements {min(at, first)} .. {max(at, first)} are {there} there"
-            at = last
-        size = torch.Size(shapes[name]).numel()
-        if at != size:
-            yield f"{name} ({state}): {at} of {size} elements are there"
+        boxes = tensors.setdefault((f.name, f.state), {})
+        boxes.setdefault(f.box, []).append((f.start, f.start + f.size))
+    for (name, state), boxes in tensors.items():
+        for box, spans in boxes.items():
+            at = 0
+            for first, last in sorted(spans):
+                if first != at:
+                    there = "twice" if first < at else "not"
+                    yield f"{name} ({state}): elements {min(at, first)} .. {max(at, first)} are {there} there"
+                at = last
+            if at != volume(box):
+                yield f"{name} ({state}): {at} of {volume(box)} elements are there"
+        for one, other in combinations(boxes, 2):
+            if intersection(one, other) is not None:
+                yield f"{name} ({state}): {one} and {other} have elements in common"
+        size, there_are = torch.Size(shapes[name]).numel(), sum(map(volume, boxes))
+        if there_are != size:
+            yield f"{name} ({state}): boxes of {there_are} of {size} elements are there"
+
+
+def _with_places(boxes: Iterable[Box]) -> Iterator[tuple[Box, int]]:
+    """Boxes that follow each other, each with the place of its first element."""
+    at = 0
+    for box in boxes:
+        yield box, at
+        at += volume(box)
 
 
 def _digest(file: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.batch import room_for, unpacked
 from trainer.checkpoint.folder import Stored, write_fragments
+from trainer.parallel.boxes import Box
 from trainer.parallel.engine import Fragment
 
 FILE_BYTES = 2**30
@@ -40,7 +41,7 @@ class Written:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Written:
         """What `as_json` gave."""
-        return cls(value["files"], value["shapes"], [Stored(*row) for row in value["fragments"]])
+        return cls(value["files"], value["shapes"], [Stored.of(row) for row in value["fragments"]])
 
 
 class Save:
@@ -64,10 +65,10 @@ class Save:
         try:
             for together in copies:
                 tensors: dict[str, Tensor] = {}
-                for name, state, start, tensor in together.pieces():
+                for name, state, box, start, tensor in together.pieces():
                     key = str(len(self._written.fragments))
                     tensors[key] = tensor
-                    self._written.fragments.append(Stored(self._file, key, name, state, start, tensor.numel()))
+                    self._written.fragments.append(Stored(self._file, key, name, state, box, start, tensor.numel()))
                 self._write_file(tensors)
         except Exception as error:
             self._error = error
@@ -107,7 +108,7 @@ class Copies:
     """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
-        self._places = [(f.name, f.state, f.start) for f in fragments]
+        self._places = [(f.name, f.state, f.box, f.start) for f in fragments]
         tensors = [f.tensor.detach() for f in fragments]
         self._copied: torch.cuda.Event | None = None
         if not any(tensor.is_cuda for tensor in tensors):
@@ -126,8 +127,8 @@ class Copies:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def pieces(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """(name, state, start, copy) of every fragment, once the copies are complete."""
+    def pieces(self) -> Iterator[tuple[str, str, Box, int, Tensor]]:
+        """(name, state, box, start, copy) of every fragment, once the copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
         for place, tensor in zip(self._places, self._tensors, strict=True):

@@ -64,16 +64,23 @@ class World(Ranks):
         local_rank: Its number on its machine.
         device: What it computes on.
         attention: A line about the kernels that attention takes, where there is a choice.
+        replica: Ranks that divide one copy of the model among them, neighbours in number: they read the same data.
     """
 
     local_rank: int
     device: torch.device
     attention: str | None = None
+    replica: int = 1
 
     @property
     def data(self) -> Ranks:
-        """The ranks that read different data."""
-        return Ranks(self.rank, self.size)
+        """The replicas, which read different data."""
+        return Ranks(self.rank // self.replica, self.size // self.replica)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its replica, whose ranks all know the same: each replica counts once."""
+        return self.rank % self.replica == 0
 
     @property
     def is_main(self) -> bool:
@@ -108,22 +115,28 @@ def ranks() -> int:
 
 
 @contextmanager
-def session(timeout: float = 1800.0, *, same_bytes: bool = False) -> Iterator[World]:
+def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int = 1) -> Iterator[World]:
     """Join the other ranks for the length of a run.
 
     ``timeout``: seconds until a collective that hangs is an error. ``same_bytes``: compute the same bytes again on GPUs, too.
+    ``replica``: ranks that read the same data together.
+
+    Raises:
+        InputError: if the ranks cannot be divided into replicas.
     """
     global _world, _control
     # torch 2.13 gave some collectives and an option of DDP new names and says so at every call; 2.11 has only the old ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers")
     here = place()
+    if here.size % replica:
+        raise InputError(f"world size {here.size} is not a multiple of the {replica} ranks of a replica; start more")
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", device_index(here.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    _world = World(here.rank, here.size, here.local_rank, device)
+    _world = World(here.rank, here.size, here.local_rank, device, replica=replica)
     try:
         if here.master is not None:
             os.environ.update(variables(here))
@@ -163,20 +176,27 @@ def world() -> World:
 
 
 def sum_over_data(value: Tensor) -> Tensor:
-    """The sum of ``value`` over the data ranks, on this rank's device."""
+    """The sum of ``value`` over the data ranks, on this rank's device; bitwise the same everywhere."""
     [value] = copy_to(_world.device, [value.detach().clone()])
     sum_in_place(value)
     return value
 
 
 def sum_in_place(value: Tensor) -> None:
-    """Sum a tensor of this rank's device over the data ranks."""
+    """Sum a tensor of this rank's device over the data ranks: of all ranks, those that lead their replicas."""
+    if not _world.leads:
+        value.zero_()
     if _world.size > 1:
         dist.all_reduce(value)
 
 
 def stack_over_data(value: Tensor) -> Tensor:
-    """``value`` ``(...)`` of every data rank, ``(W, ...)``, on this rank's device; of one shape everywhere."""
+    """``value`` ``(...)`` of every data rank, ``(D, ...)``, on this rank's device; of one shape everywhere."""
+    return stack(value)[:: _world.replica]
+
+
+def stack(value: Tensor) -> Tensor:
+    """``value`` ``(...)`` of every rank, ``(W, ...)``, on this rank's device; of one shape everywhere."""
     [value] = copy_to(_world.device, [value.detach()])
     if _world.size == 1 or not value.numel():
         return value[None].expand(_world.size, *value.shape)
@@ -187,7 +207,7 @@ def stack_over_data(value: Tensor) -> Tensor:
 
 def gather_over_data(value: Json) -> list[Json]:
     """Every data rank's ``value``, in the order of the ranks."""
-    return gather(value)
+    return gather(value)[:: _world.replica]
 
 
 def gather(value: Json) -> list[Json]:

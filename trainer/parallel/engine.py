@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.batch import Batch
 from trainer.optim import Optimizer
 from trainer.parallel import distributed
+from trainer.parallel.boxes import Box, box_of
 from trainer.parallel.precision import Precision
 
 Report = TypeVar("Report")
@@ -23,21 +24,30 @@ LossOf = Callable[[Any], tuple[Tensor, Report]]
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous piece of one logical tensor that this rank holds, as a live one-dimensional view.
+    """An interval of a box of one logical tensor that this rank holds, as a live one-dimensional view.
+
+    A replica's or a flat shard's box is the tensor; where several dimensions divide a tensor, a rank's rows are of a block.
 
     Args:
         name: The parameter's Hugging Face name.
         state: ``param`` (the float32 master), or a moment by the optimizer's name (``exp_avg``, ``momentum_buffer``).
         shape: Of the logical tensor.
-        start: The first element's place in the flattened tensor.
+        box: What of it the interval is counted in.
+        start: The first element's place in the flattened box.
         tensor: ``(size,)``; writing into it restores it.
     """
 
     name: str
     state: str
     shape: tuple[int, ...]
+    box: Box
     start: int
     tensor: Tensor
+
+    @classmethod
+    def of_tensor(cls, name: str, state: str, shape: Sequence[int], start: int, tensor: Tensor) -> Fragment:
+        """An interval that is counted in the tensor itself."""
+        return cls(name, state, tuple(shape), box_of(shape), start, tensor)
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,13 @@ class Engine(ABC):
         model: What is called: the module, or what a strategy wrapped around it.
         optimizers: Over the parameters, or over this rank's partitions of them.
         scale: The loss scale of fp16; a constant 1 otherwise.
+        averaged: Ranks that gradients are averaged over, though the objective is a sum over them; 1 where they add up.
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> None:
         world = distributed.world()
-        self.device, self.ranks = world.device, world.size
+        self.device, self.ranks = world.device, world.data.size
+        self.averaged = self.ranks
         self.module, self.model = module, module
         self.optimizers: list[torch.optim.Optimizer] = []
         self.precision, self.clip = precision, optimizer.clip
@@ -113,8 +125,7 @@ class Engine(ABC):
 
     def factor(self, weight: Tensor) -> Tensor:
         """What a sum over ``weight`` units is multiplied by before its backward; 0 units leave a gradient of 0."""
-        # Strategies average over ranks; the objective is a sum over them.
-        return self.scale.scale * self.ranks / weight.clamp(min=1e-30).float()
+        return self.scale.scale * self.averaged / weight.clamp(min=1e-30).float()
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch's forward and backward; gradients meet those of other ranks in the ``last`` one."""
@@ -227,6 +238,12 @@ def owned_spans(sizes: Sequence[int], *, owned: bool = True) -> Iterator[tuple[i
     """(tensor, first element, last) of what this rank writes of tensors that all ranks hold; all of them unless ``owned``."""
     world = distributed.world()
     return shares(sizes, world.rank, world.size) if owned else shares(sizes, 0, 1)
+
+
+def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are part of a model, by name."""
+    saved = module.state_dict(keep_vars=True)
+    return [(name, b) for name, b in module.named_buffers() if name in saved and b.numel()]
 
 
 def digest_of(tensors: Iterable[Tensor]) -> list[int]:

@@ -30,6 +30,11 @@ class Strategy(Node):
         """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
         return 0
 
+    @property
+    def replica(self) -> int:
+        """Ranks that divide one copy of the model among them and read the same data; 1 where each rank reads its own."""
+        return 1
+
     def low_precision_weights(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is in the compute format, instead of float32 under autocast."""
         return False

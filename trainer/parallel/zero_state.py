@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.parallel import distributed
-from trainer.parallel.engine import Fragment, owned_spans
+from trainer.parallel.engine import Fragment, owned_spans, saved_buffers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,8 +29,7 @@ class ZeroState:
     def __init__(self, module: nn.Module, inner: Any, zero: Any) -> None:
         self.module, self.inner, self.zero = module, inner, zero
         self.parameters = dict(module.named_parameters())
-        persistent = module.state_dict(keep_vars=True)
-        self.buffers = {name: b for name, b in module.named_buffers() if name in persistent and b.numel()}
+        self.buffers = dict(saved_buffers(module))
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +67,7 @@ class ZeroState:
                 flat, at, start, size = place
                 shape = tuple(getattr(p, "ds_shape", p.shape))
                 for state, values in {"param": flat, **{m: self.inner.state[flat][m] for m in MOMENTS}}.items():
-                    yield Fragment(name, state, shape, start, values.detach().narrow(0, at, size))
+                    yield Fragment.of_tensor(name, state, shape, start, values.detach().narrow(0, at, size))
         yield from self._replicated(owned)
 
     def optimizer_steps(self) -> dict[str, float]:
@@ -105,7 +104,7 @@ class ZeroState:
         buffers = list(self.buffers.items())
         for number, first, last in owned_spans([b.numel() for _, b in buffers], owned=owned):
             name, tensor = buffers[number]
-            yield Fragment(name, "param", tuple(tensor.shape), first, tensor.detach().view(-1)[first:last])
+            yield Fragment.of_tensor(name, "param", tensor.shape, first, tensor.detach().view(-1)[first:last])
 
 
 class PartitionedOptimizer(ZeroState):

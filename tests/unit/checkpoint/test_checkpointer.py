@@ -193,7 +193,7 @@ def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(asynchronous, tmp_
 
 def test_fragments_that_do_not_make_up_the_model_are_found_before_they_are_believed():
     def piece(start: int, size: int) -> Stored:
-        return Stored("f", "0", "w", "param", start, size)
+        return Stored("f", "0", "w", "param", ((0, 2), (0, 5)), start, size)
 
     assert list(incomplete({"w": [2, 5]}, [piece(4, 6), piece(0, 4)])) == []
     assert list(incomplete({"w": [2, 5]}, [piece(0, 4), piece(5, 5)])) == ["w (param): elements 4 .. 5 are not there"]

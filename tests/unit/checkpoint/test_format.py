@@ -53,7 +53,11 @@ def keys(value):
 def test_manifest_and_tensors_are_those_of_version_0_1(run):
     new = run / "checkpoints" / OLD.name
     before, now = manifest(OLD), manifest(new)
-    for part in ("format", "fragments", "shapes", "optimizer_steps", "ranks", "step"):
+    assert (before["format"], now["format"]) == (1, 2)
+    # Since format 2 a row also says the box that its interval is counted in, which is the tensor for all that there was.
+    assert [[*row[:4], *row[5:]] for row in now["fragments"]] == before["fragments"]
+    assert [row[4] for row in now["fragments"]] == [[[0, n] for n in now["shapes"][row[2]]] for row in now["fragments"]]
+    for part in ("shapes", "optimizer_steps", "ranks", "step"):
         assert now[part] == before[part], part
     assert keys(now["parts"]) == keys(before["parts"])
     assert now["parts"]["data"] == before["parts"]["data"]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tests.ranks import on_ranks
 from trainer.checkpoint.folder import CheckpointError
 from trainer.config import InputError, RunError
+from trainer.metrics import Metrics
 from trainer.parallel import distributed
 
 
@@ -49,6 +50,40 @@ def test_values_cross_the_ranks_exactly_and_each_takes_its_own_share():
         assert block == [[10, 11, 12], [13, 14, 15]][rank]
         assert stacked == [[[1.0, 0.0]], [[1.0, 1.0]]]
         assert total == 5.0
+
+
+def divided() -> list:
+    """What ranks of replicas of two exchange; the second of each replica has a number that must not count, and stops."""
+    with distributed.session(timeout=60, replica=2) as world:
+        metrics = Metrics()
+        metrics.total("sum", torch.tensor(0.1 * (1 + world.data.rank)) if world.leads else torch.tensor(torch.nan))
+        metrics.mean("mean", torch.tensor(3.0 * world.data.rank), 1.0)
+        metrics.maximum("stopping", torch.tensor(float(world.rank == 3)))
+        values = metrics.reduced(distributed.stack, replica=world.replica)
+        return [
+            [world.data.rank, world.data.size, world.leads],
+            distributed.sum_over_data(torch.tensor([0.1, 10.0**world.rank])).tolist(),
+            distributed.gather_over_data(world.rank),
+            distributed.stack_over_data(torch.tensor([world.rank])).tolist(),
+            {name: value.item() for name, value in values.items()},
+        ]
+
+
+def test_each_replica_counts_once_and_all_ranks_know_the_same():
+    ranks = on_ranks(4, divided, joined=False)
+    assert [own for own, *_ in ranks] == [[0, 2, True], [0, 2, False], [1, 2, True], [1, 2, False]]
+    [(total, gathered, stacked, values)] = {repr(rest): rest for _, *rest in ranks}.values()
+    assert total == [pytest.approx(0.2), 101.0]
+    assert gathered == [0, 2]
+    assert stacked == [[0], [2]]
+    # A signal to any rank stops all; sums and means are of the two that lead: 0.1 + 0.2, (0 + 3) / 2.
+    assert values == {"sum": pytest.approx(0.3), "mean": 1.5, "stopping": 1.0}
+
+
+def test_ranks_that_make_no_replicas_are_refused():
+    rule = "world size 1 is not a multiple of the 2 ranks of a replica"
+    with pytest.raises(InputError, match=rule), distributed.session(replica=2):
+        pass
 
 
 def refused() -> str:
