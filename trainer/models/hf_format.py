@@ -8,6 +8,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.config import InputError
 from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
+from trainer.models.quantized import METHODS, method_of, quantized_weights
 from trainer.models.text_part import ahead, left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, unsupported, without_safetensors
 
@@ -54,7 +56,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _readable(quantization: Any, kind: str) -> bool:
-    return isinstance(quantization, dict) and quantization.get("quant_method") in FAMILIES[kind].quantized
+    return method_of(quantization) in (*METHODS, *FAMILIES[kind].quantized)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class WeightFiles:
     """The tensors of a folder by name, mapped from its files and read only where asked for.
 
     ``files``: the file of each tensor, by the name that a model that reads text has for it.
+    ``quantized``: those of them that are stored in few bits, as several tensors each; they are read as numbers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,9 +124,14 @@ class WeightFiles:
         self._open: dict[str, Any] = {}
         stored = self._locate()
         names = text_names(stored)
-        further = ahead(names, read_config(folder) if (folder / "config.json").is_file() else {})
+        config = read_config(folder) if (folder / "config.json").is_file() else {}
+        further = ahead(names, config)
         self._names = {name: origin for name, origin in names.items() if name not in further}
-        self.files = {name: stored[origin] for name, origin in self._names.items()}
+        self._stored = {name: stored[origin] for name, origin in self._names.items()}
+        self.quantized = dict(quantized_weights(self._names, config.get("quantization_config")))
+        parts = {part for weight in self.quantized.values() for part in weight.names.values()}
+        self.files = {name: file for name, file in self._stored.items() if name not in parts}
+        self.files |= {name: self._stored[weight.main] for name, weight in self.quantized.items()}
         self.left_out = left_out(stored, self._names.values(), [names[name] for name in further])
         """One sentence for the tensors that no model that reads text one token ahead has; None where there are none."""
 
@@ -156,21 +164,52 @@ class WeightFiles:
 
     def fingerprint(self) -> str:
         """Of the shape and all of the weights."""
-        names = ["config.json", *sorted(set(self.files.values()))]
+        names = ["config.json", *sorted(set(self._stored.values()))]
         every = [[name, digest(self.folder / name)] for name in names]
         return hashlib.sha256(json.dumps(every).encode()).hexdigest()[:24]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        handle, stored = self._handle(self.files[name]), self._names[name]
+        """The tensor's shape, by the files' headers and records alone."""
+        weight = self.quantized.get(name)
+        if weight is None:
+            return self._shape(name)
+        with self._reading(name):
+            return weight.shape(self._shape, self._tensor)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, in the format that it is stored in; float32 if that is no number's."""
+        if name not in self.quantized:
+            return self._tensor(name)
+        with self._reading(name):
+            return self.quantized[name].tensor(self._tensor)
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Codes, maxima and numbers as `nf4.pack` gives them, as they are stored; None where they are not stored so."""
+        if name not in self.quantized:
+            return None
+        with self._reading(name):
+            return self.quantized[name].packed(self._tensor)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FormatError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            kind = self.quantized[name].packing.label
+            raise FormatError(f"{self.folder}: {name} is no {kind} weight ({error}); download it again") from None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        handle, stored = self._handle(self._stored[name]), self._names[name]
         if stored not in handle.keys():  # noqa: SIM118 - it is no dictionary
             raise FormatError(
-                f"{self.folder / self.files[name]} lacks {stored}, which {INDEX} says it holds; download it again"
+                f"{self.folder / self._stored[name]} lacks {stored}, which {INDEX} says it holds; download it again"
             )
         return tuple(handle.get_slice(stored).get_shape())
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor, in the format that it is stored in."""
-        tensor: Tensor = self._handle(self.files[name]).get_tensor(self._names[name])
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle(self._stored[name]).get_tensor(self._names[name])
         return tensor
 
 

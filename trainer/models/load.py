@@ -25,6 +25,7 @@ from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
+from trainer.models.quantized_base import remark, validate_base
 from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Recompute, Transformer
@@ -101,6 +102,8 @@ class Model(Shape, ModelOptions):
                 f"model.router_bias_rate={self.router_bias_rate:g} changes the routers, which adapter=lora freezes and does "
                 "not export; leave it out, or use adapter=none"
             )
+        if self.path is not None:
+            yield from validate_base(self.path, adapter)
 
     def balancer(self, module: nn.Module, adapter: Adapter) -> Balancer | None:
         """What keeps the experts of a trained module busy alike; None where it has none."""
@@ -223,9 +226,11 @@ class ModelLoader:
         yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture)
 
     def remarks(self) -> Iterator[str]:
-        """A sentence for what of the folder is not read."""
-        if self.files is not None and self.files.files.left_out is not None:
-            yield f"model.path={self.config.path}: {self.files.files.left_out}"
+        """A sentence for what of the folder is not read, or not as it is stored."""
+        if self.files is not None:
+            files = self.files.files
+            sentences = [*([files.left_out] if files.left_out is not None else []), *remark(files)]
+            yield from (f"model.path={self.config.path}: {sentence}" for sentence in sentences)
 
     @cached_property
     def files(self) -> StoredWeights | None:

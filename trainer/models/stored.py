@@ -38,6 +38,17 @@ class StoredWeights:
         source = self._source(name)
         return source.load([self.files.tensor(theirs) for theirs in source.names], self.architecture)[source.place]
 
+    def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Codes, maxima and numbers of a parameter as `nf4.pack` gives them, as the folder has them.
+
+        None where it is stored in another way, or as a part of another tensor.
+        """
+        source = self._source(name)
+        stand_in = torch.empty(self.files.shape(source.names[0]), device="meta")
+        if len(source.names) > 1 or source.load([stand_in], self.architecture)[source.place] is not stand_in:
+            return None
+        return self.files.packed(source.names[0])
+
     def validate(
         self, wanted: Mapping[str, tuple[int, ...]], optional: Collection[str], rows: Collection[str], grown: int
     ) -> None:

@@ -28,7 +28,7 @@ def quantized(folder: Path, settings: Any) -> str:
     remedy = "use the folder of plain weights that it was made from"
     if method == "fp8":
         remedy += f", often without FP8 in its name, or write one: {DEQUANTIZED.format(folder)}"
-    return f"the weights are quantized (quant_method={method}), which nothing is trained from; {remedy}"
+    return f"the weights are quantized (quant_method={method}), a layout that is not read; {remedy}"
 
 
 def without_safetensors(folder: Path, index: str) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Batch
-from trainer.config import schema
+from trainer.config import ConfigError, schema
 from trainer.data.corpus import Corpus
 from trainer.data.prompts import PromptBatch
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
@@ -40,6 +40,7 @@ from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_architecture
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, Full
+from trainer.models.quantized_base import validate_base
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline, Plan, Source
@@ -55,6 +56,8 @@ from trainer.rl.scoring import RewardSum, Scores
 from trainer.rl.settings import CriticInit, PolicyGradientSettings, ReferencePolicy, RolloutEngine
 
 log = logging.getLogger(__name__)
+
+HEAD_REMEDY = "use pipeline.critic=head"
 
 REWARDS = (ModelReward, FunctionReward, JudgeReward)
 """Rewards that come with the framework: naming them here registers them."""
@@ -107,6 +110,8 @@ class PPO(PolicyGradientSettings, Pipeline):
 
     def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
         folder = self.critic_folder
+        if self.estimator.critic and folder is not None:
+            yield from validate_base(folder, Full(), "pipeline.critic_path", HEAD_REMEDY)
         if self.estimator.critic and folder is not None and not open_tokenizer(folder).ids_as(tokenizer):
             yield f"the critic would start from {folder}, which has another tokenizer; use pipeline.critic=policy or head"
 
@@ -142,6 +147,8 @@ class PPO(PolicyGradientSettings, Pipeline):
             load.strategy.fill(policy.critic.weight, torch.zeros(1, policy.architecture.hidden_size))
             return
         folder = self.critic_folder or load.config.path
+        if folder is not None and (problems := list(validate_base(folder, Full(), "model.path", HEAD_REMEDY))):
+            raise ConfigError(problems)
         config = dataclasses.replace(load.config, path=folder)
         new = load.new_tokens if folder == load.config.path else 0
         policy.critic = dataclasses.replace(load, config=config, adapter=Full(), new_tokens=new, scores=True).load()
