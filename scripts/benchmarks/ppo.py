@@ -190,15 +190,15 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
         watch = Stopwatch(world.device)
         plan = Plan(cfg.batch.size, cfg.batch.micro, cfg.batch.length, 0, watch)
         batches = cfg.pipeline.batches(models, engine, corpus, plan)
-        seen, sample = Seen(), batches.sampler
+        seen, sample = Seen(), batches.actor.sample
 
-        def sampled(prompts: Any, keys: Any) -> Any:
-            found = sample(prompts, keys)
-            for prompt, completion in zip(prompts, found, strict=True):
+        def counted(prompts: Any, keys: Any) -> Any:
+            completions = sample(prompts, keys)
+            for prompt, completion in zip(prompts, completions, strict=True):
                 seen.add(len(prompt), len(completion.ids), ended=completion.ended)
-            return found
+            return completions
 
-        batches.sampler = sampled
+        batches.actor.sample = counted
         steps = s.episodes * s.epochs // cfg.batch.size
         with clocked(a, s) as result:
             for _ in train(
