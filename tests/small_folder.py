@@ -14,12 +14,19 @@ SHAPE = Model(
 )
 
 
-def write_folder(folder: Path, *, scores: bool = False, template: str | None = None) -> Path:
+def write_folder(
+    folder: Path,
+    *,
+    scores: bool = False,
+    template: str | None = None,
+    shape: Model = SHAPE,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """The folder, with the tokenizer whose ids are bytes; ``scores``: a reward model's."""
     tokenizer = byte_tokenizer(template=template)
-    load = ModelLoader(SHAPE, DDP(), 0, tokenizer.vocab_size, scores=scores)
+    load = ModelLoader(shape, DDP(), 0, tokenizer.vocab_size, scores=scores)
     write_model(
-        folder, load.architecture, load.load().named_parameters(), dtype=torch.float32, shard_bytes=10**9,
+        folder, load.architecture, load.load().named_parameters(), dtype=dtype, shard_bytes=10**9,
         tokenizer=tokenizer, facts={},
     )  # fmt: skip
     return folder

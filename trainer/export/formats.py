@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.export.nf4_folder import nf4_problems, write_nf4
 from trainer.models.architecture import Architecture
 from trainer.models.header import read_shape
 from trainer.models.hf_format import read_config, read_generation, write_model
@@ -82,6 +83,7 @@ class ExportFormat:
 FORMATS: Mapping[str, ExportFormat] = {
     "bf16": ExportFormat(partial(write_copy, torch.bfloat16), rounds=False),
     "fp16": ExportFormat(partial(write_copy, torch.float16), rounds=False),
+    "nf4": ExportFormat(write_nf4, problems=nf4_problems, packages=("bitsandbytes",), extra="quant"),
 }
 """Every format by the name that ``--format`` and ``export.formats`` have for it."""
 

@@ -214,10 +214,11 @@ class WeightFiles:
 
 
 def write_weights(
-    folder: Path, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+    folder: Path, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, shard_bytes: int
 ) -> dict[str, str]:
     """Write ``model*.safetensors`` of at most ``shard_bytes`` each (a larger tensor gets a file of its own).
 
+    ``dtype``: of all tensors; None = each keeps its own.
     No more than one shard is in memory. Returns the file of every tensor; above one file an index is written.
     """
     shards: list[list[str]] = []
@@ -232,7 +233,7 @@ def write_weights(
         shard, size = {}, 0
 
     for name, tensor in weights:
-        own = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        own = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if size + own.nbytes > shard_bytes:
             flush()
         shard[name] = own

@@ -77,10 +77,10 @@ def _library() -> Any:
 
 
 @cache
-def _levels(device: torch.device) -> Tensor:
+def levels(device: torch.device) -> Tensor:
     """The 256 values of a maximum's 8 bits."""
-    levels: Tensor = _library().create_dynamic_map().float().to(device)
-    return levels
+    values: Tensor = _library().create_dynamic_map().float().to(device)
+    return values
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def _unpack(codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int]
     operators = torch.ops.bitsandbytes
     # A part of a gathered buffer may begin at an address where no float32 can be read.
     scales = numbers.clone().view(torch.float32)
-    largest = operators.dequantize_blockwise(maxima, scales[:-1], _levels(codes.device), NESTED, torch.float32)
+    largest = operators.dequantize_blockwise(maxima, scales[:-1], levels(codes.device), NESTED, torch.float32)
     # As one row: its kernel for CPUs wants rows of even length.
     flat = operators.dequantize_4bit(codes, largest + scales[-1], BLOCK, "nf4", [2 * len(codes)], dtype)
     return flat.flatten()[: math.prod(shape)].view(shape)  # type: ignore[no-any-return]
