@@ -154,7 +154,8 @@ class Run(Node):
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)
-        problems = [*self.pipeline.validate_tokenizer(tokenizer)]
+        exports = self.export.validate(architecture, tokenizer, self.adapter)
+        problems = [*self.pipeline.validate_tokenizer(tokenizer), *exports]
         if problems := [*problems, *self.pipeline.validate_adapter(self.adapter, tokenizer.new_tokens)]:
             raise ConfigError(problems)
         return tokenizer, architecture
@@ -254,8 +255,7 @@ def run(cfg: Run) -> dict[str, float]:
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
                 remarks = [*cfg.model.decided(load.config), *load.remarks(), *cfg.schedule.remarks(last)]
-                remarks += [world.attention] if world.attention else []
-                tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
+                tracker.say([cfg.summary(architecture), *remarks, *filter(None, [world.attention]), *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
@@ -340,6 +340,8 @@ class Session:
             self.cfg.export.write(folder / "export", weights, self.load, tokenizer, facts)
             self.tracker.next_command = self.cfg.pipeline.next_command.format(export=folder / "export")
         export_adapter(folder / "adapter", self.engine, self.load, tokenizer, facts)
+        with self.watch.unlimited("formats"):
+            self.cfg.export.write_formats(folder, self.corpus, self.cfg.evaluation.sample_tokens, self.tracker.say)
 
     def _validate_first(self, step: Step) -> None:
         self.log.flush()

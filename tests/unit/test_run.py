@@ -107,6 +107,34 @@ def test_what_is_exported_is_what_it_says_whatever_is_asked_for_next(adapter, tm
     assert next(iter(load_torch(folder / "export" / "model.safetensors").values())).dtype is torch.float16
 
 
+def test_further_formats_are_written_once_and_measured_on_held_out_rows(tmp_path, capsys):
+    folder, command = tmp_path / "r", ("run_dir=r", "steps=2", "precision=fp32", "evaluation.rows=null")
+    latest = go(*command)
+    before = snapshot(folder)
+    go(*command, "export.formats=[bf16]", "tracking.report=true")
+    assert snapshot(folder).items() >= {k: v for k, v in before.items() if "/export/" in k}.items()
+    record = json.loads((folder / "export-bf16" / "onecurve.json").read_text())
+    assert (record["step"], record["format"], record["cost"]["rows"]) == (2, "bf16", 31)
+    # What the run's own evaluation says of the same rows, in float32 sums of another order.
+    assert record["cost"]["original_perplexity"] == pytest.approx(np.exp(latest["eval/loss"]), rel=1e-5)
+    assert "KL, nats a token" in (folder / "report.html").read_text()
+    written = {file: file.stat().st_mtime_ns for file in (folder / "export-bf16").iterdir()}
+    capsys.readouterr()
+    go(*command, "export.formats=[bf16]")
+    assert {file: file.stat().st_mtime_ns for file in (folder / "export-bf16").iterdir()} == written
+    assert "original" in capsys.readouterr().out
+
+
+def test_formats_that_cannot_be_written_are_refused_before_anything_is_built(tmp_path):
+    for overrides, sentence in (
+        (["export.formats=[bf61]"], r"export.formats: bf61 is no format; did you mean bf16"),
+        (["export.formats=[bf16]", "adapter=lora", "adapter.merge=false"], r"adapter.merge=false leaves out; use"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            go("run_dir=r", "steps=1", *overrides)
+    assert not (tmp_path / "r").exists()
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """What a run has made, and how it was made."""
     files = [folder / "config.yaml", *sorted((folder / "export").iterdir()), *sorted(folder.glob("checkpoints/*/*"))]

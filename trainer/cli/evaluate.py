@@ -15,8 +15,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.export import compose_recorded, record_of, restored_step
+from trainer.cli.export import restored_step
 from trainer.cli.parsing import add_run_arguments, parser_of
+from trainer.cli.recorded import compose_recorded, record_of
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.disk import writing

@@ -4,12 +4,17 @@
     onecurve export runs/sft models/sft-step-200
     torchrun --nproc-per-node 8 -m trainer export runs/sft_7b        (what takes as many ranks as training)
 
-The run is composed again from the command in its config.yaml, so start this in the folder in which the run was started.
+With --format, write a finished model in other formats and say what each cost: KL to the original, perplexity, size on disk.
+
+    onecurve export runs/sft --format int4,gguf-q8_0                 runs/sft/export-int4/, runs/sft/export-gguf-q8_0/
+    onecurve export models/smollm2 out --format nf4 --data held.jsonl        out/nf4/, of any Hugging Face folder
+
+A run's own rows calibrate and measure; --calibration and --data name others. The run is composed again from the command in
+its config.yaml, so start this in the folder in which the run was started.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,11 +24,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trainer.checkpoint import Checkpointer
-from trainer.checkpoint.record import plain, read_record, texts_of
-from trainer.checkpoint.run_folder import PRIVATE, RECORD
+from trainer.checkpoint.record import plain, texts_of
+from trainer.cli.export_formats import add_format_arguments, export_formats
 from trainer.cli.parsing import parser_of
-from trainer.cli.train import split_config_dirs
-from trainer.compose import compose
+from trainer.cli.recorded import compose_recorded, record_of
 from trainer.config import InputError
 from trainer.export.lineage import ancestry
 from trainer.export.peft import merged_weights
@@ -35,9 +39,15 @@ from trainer.run import Run
 def main(arguments: Sequence[str]) -> int:
     """Write the folder."""
     parser = parser_of("export", __doc__)
-    parser.add_argument("run_dir", type=Path, help="the folder of the run")
-    parser.add_argument("out", type=Path, nargs="?", help="the folder to write; default: export/ in the run's folder")
+    parser.add_argument("run_dir", type=Path, metavar="DIR", help="a run's folder; with --format also any model's")
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT",
+        help="the folder to write; with --format a folder of it for each; default: export/, export-FORMAT/ in the run's",
+    )  # fmt: skip
+    add_format_arguments(parser)
     a = parser.parse_args(arguments)
+    if a.format is not None:
+        return export_formats(a)
     facts = record_of(a.run_dir)
     out = a.out or a.run_dir / "export"
     if out.exists():
@@ -45,18 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     step = export(compose_recorded(facts["command"], a.run_dir), a.run_dir, out, facts)
     print(f"{out}: the model after step {step}")
     return 0
-
-
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """How a run was made, by its record.
-
-    Raises:
-        InputError: if the folder is no run's.
-    """
-    if not (run_dir / RECORD).is_file():
-        raise InputError(f"{run_dir} is not a run directory (it has no {RECORD}); give the run_dir of a run")
-    facts: dict[str, Any] = read_record(run_dir / RECORD)["facts"]
-    return {key: value for key, value in facts.items() if key not in PRIVATE}
 
 
 def restored_step(cfg: Run, run_dir: Path, engine: Engine) -> int:
@@ -69,13 +67,6 @@ def restored_step(cfg: Run, run_dir: Path, engine: Engine) -> int:
     if step == 0:
         raise InputError(f"{run_dir} holds no checkpoint that can be read; let the run save one (checkpoint.every)")
     return step
-
-
-def compose_recorded(command: str, run_dir: Path, more: Sequence[str] = ()) -> Run:
-    """The configuration that a run's command line described, with further overrides."""
-    words = shlex.split(command)[1:]
-    config_dirs, overrides = split_config_dirs(words[1:] if words[:1] == ["train"] else words)
-    return compose([*overrides, f"run_dir={run_dir}", *more], config_dirs=config_dirs)
 
 
 def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:

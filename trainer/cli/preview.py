@@ -84,7 +84,7 @@ def units(corpus: Corpus, stores: Mapping[str, UnitStore], count: int) -> Iterat
 def painted(spans: Sequence[Span], tokenizer: Tokenizer, length: int | None, *, color: bool) -> Text:
     """A unit's ids as text, with what is trained of them set apart; ``length``: positions of a row, the rest is padding."""
     text = Text()
-    for title, ids, mask in spans:
+    for title, ids, mask, _ in spans:
         if title:
             text.append(f"{title}: ", "bold")
         trained = [True] * len(ids) if mask is None else list(mask)

@@ -108,6 +108,7 @@ class RowStore:
                 f"behind the first {s.shared:,} tokens of the one before" if s.shared else "",
                 s.ids.tolist(),
                 None if s.trained is None else s.trained.tolist(),
+                s.shared,
             )
             for s in self.unit(number)
         ]

@@ -33,11 +33,13 @@ class Span(NamedTuple):
 
     ``title``: what they are, where that is not plain.
     ``trained``: whether each id is learnt as a target; None = all of them.
+    ``shared``: inputs that come before these ids; they are the first ones of the span before.
     """
 
     title: str
     ids: Sequence[int]
     trained: Sequence[bool] | None = None
+    shared: int = 0
 
 
 class UnitStore(Protocol):

@@ -1,8 +1,8 @@
-"""The end of a run: a Hugging Face folder of the trained weights."""
+"""The end of a run: a Hugging Face folder of the trained weights, and further formats of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from pathlib import Path
@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from trainer.config import Node, schema, setting
+from trainer.data.corpus import Corpus
 from trainer.data.tokenizer import Tokenizer
+from trainer.export.export_rows import calibration_rows, heldout_of
+from trainer.export.format_folder import write_formats
+from trainer.export.formats import model_problems, name_problems
 from trainer.export.lineage import make_room
+from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_generation, write_model
 from trainer.models.load import ModelLoader
+from trainer.models.lora import Adapter
 from trainer.parallel import distributed
 
 
@@ -34,6 +40,21 @@ class Export(Node):
 
     dtype: Format = setting(Format.fp32, "format of the weights; fp32 loses nothing")
     shard_gb: float = setting(5.0, "largest file, GB; above it the weights are split, with an index", above=0)
+    formats: list[str] = setting(
+        list, "further formats beside export/, each in export-<format>/ with what it cost (docs/quantization.md)"
+    )
+    cost_tokens: int = setting(
+        16384, "held-out tokens on which what each of the formats costs is measured; 0 = only sizes are said", least=0
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from name_problems(self.formats, "export.formats")
+
+    def validate(self, architecture: Architecture, tokenizer: Tokenizer, adapter: Adapter) -> Iterator[str]:
+        """One sentence for everything about the trained model that one of the formats cannot hold."""
+        yield from model_problems(self.formats, architecture, tokenizer, "export.formats")
+        if self.formats and not adapter.exports:
+            yield "export.formats are made of the merged model, which adapter.merge=false leaves out; use adapter.merge=true"
 
     def write(
         self,
@@ -50,7 +71,7 @@ class Export(Node):
         ``facts``: the record of the run, with its ``config`` and ``step``.
         Another export that is there is kept as ``<folder>-step-<step>``.
         """
-        if distributed.run_on_main(lambda: make_room(folder, facts, "export")):
+        if distributed.run_on_main(lambda: make_room(folder, facts, "export.dtype", "export.shard_gb")):
             return folder
         dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
 
@@ -72,6 +93,23 @@ class Export(Node):
 
         distributed.run_on_all_ranks(write)
         return folder
+
+    def write_formats(
+        self, folder: Path, corpus: Corpus, answer_tokens: int, say: Callable[[Sequence[str]], None]
+    ) -> None:
+        """Write the ``formats`` of a run's ``export/`` and measure what each cost; collective, the main rank works alone.
+
+        ``corpus``: its training rows calibrate, its held-out ones measure. ``answer_tokens``: the longest answer to a prompt.
+        """
+        if not self.formats:
+            return
+
+        def write() -> None:
+            outs = {name: folder / f"export-{name}" for name in self.formats}
+            heldout = heldout_of(corpus, self.cost_tokens, answer_tokens)
+            write_formats(folder / "export", outs, calibration_rows(corpus.train), heldout, say)
+
+        distributed.run_long_on_main(write)
 
 
 def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -63,23 +63,35 @@ def ancestry(texts: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     return {"parents": parents, "ancestors": ancestors}
 
 
-def make_room(folder: Path, facts: Mapping[str, Any], *groups: str) -> bool:
+def make_room(folder: Path, facts: Mapping[str, Any], *settings: str) -> bool:
     """Whether ``folder`` holds what is to be written already; anything else that is there is moved aside.
 
-    It is the same if run, step and the settings of ``groups`` are, as ``onecurve.json`` has them.
+    It is the same if run, step and ``settings`` (full names) are, as ``onecurve.json`` has them.
     """
     if not folder.exists():
         return False
     before = read_json(folder / RECORD)
     step = before.get("step")
-    own, given = ([each.get("config", {}).get(group) for group in groups] for each in (before, facts))
+    own, given = ([_setting(each.get("config", {}), name) for name in settings] for each in (before, facts))
     if (step, before.get("identity"), own) == (facts["step"], facts.get("identity"), given):
         log.info("%s holds the model after step %d already", folder, step)
         return True
-    aside = f"{folder}-step-{step:08d}" if isinstance(step, int) else f"{folder}-before-{facts['step']:08d}"
+    move_aside(folder, facts["step"])
+    return False
+
+
+def _setting(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def move_aside(folder: Path, now: int) -> None:
+    """Give an exported folder the name of its step; of one that does not say it, that it was there before step ``now``."""
+    step = read_json(folder / RECORD).get("step")
+    aside = f"{folder}-step-{step:08d}" if isinstance(step, int) else f"{folder}-before-{now:08d}"
     names = (Path(aside if n == 1 else f"{aside}-{n}") for n in range(1, 1_000_000))
     folder.rename(next(name for name in names if not name.exists()))
-    return False
 
 
 def model_digests(texts: Mapping[str, tuple[str, str]]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.batch import copy_to
@@ -31,6 +32,8 @@ from trainer.parallel.environment import device_index, place, variables
 from trainer.parallel.flash_attention import fastest_attention
 
 T = TypeVar("T")
+PAUSE = 0.5
+"""Seconds between two looks at whether the main rank is done."""
 Json = TypeVar("Json", bound="str | float | bool | list[Any] | dict[str, Any] | None")
 """What JSON can say: no tuples, no other objects, and only strings as keys."""
 
@@ -100,6 +103,9 @@ class World(Ranks):
 
 _world = World(0, 1, 0, torch.device("cpu"))
 _control: dist.ProcessGroup | None = None
+_store: Store | None = None
+_long = 0
+"""How often this session waited for something long of its main rank."""
 _ended: list[dist.ProcessGroup | None] = []
 """Groups of sessions that ended. A gloo group that dies waits for its thread with the interpreter locked, and that thread may
 just then need the lock to let go of a tensor: the rank hangs (2 of 60 two-rank runs with torch 2.13). So none dies."""
@@ -124,7 +130,7 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int =
     Raises:
         InputError: if the ranks cannot be divided into replicas.
     """
-    global _world, _control
+    global _world, _control, _store, _long
     # torch 2.13 gave some collectives and an option of DDP new names and says so at every call; 2.11 has only the old ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers")
@@ -149,6 +155,7 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int =
                 device_id=device if cuda else None,
             )  # fmt: skip
             _control = dist.new_group(backend="gloo", timeout=wait) if cuda else dist.group.WORLD
+            _store, _long = attempt, 0
         with deterministic(same_bytes), fastest_attention(device, same_bytes=same_bytes) as attention:
             _world = replace(_world, attention=attention)
             yield _world
@@ -156,7 +163,7 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int =
         if dist.is_initialized():
             _ended.extend([dist.group.WORLD, _control])
             dist.destroy_process_group()
-        _world, _control = World(0, 1, 0, torch.device("cpu")), None
+        _world, _control, _store = World(0, 1, 0, torch.device("cpu")), None, None
 
 
 def ensure_group() -> None:
@@ -266,6 +273,36 @@ def run_on_main(action: Callable[[], Json]) -> Json:
         InputError, RunError, RankError: as `run_on_all_ranks`, if it failed there.
     """
     return run_on_all_ranks(lambda: action() if _world.is_main else None)[0]  # type: ignore[return-value]
+
+
+def run_long_on_main(action: Callable[[], Json]) -> Json:
+    """As `run_on_main`, of what may take longer than a collective may: the others look now and then whether it is done.
+
+    Raises:
+        InputError, RunError, RankError: as `run_on_all_ranks`, if it failed there.
+    """
+    global _long
+    if _store is None:
+        return run_on_main(action)
+    _long += 1
+    outcome: Any = None
+    error: Exception | None = None
+    if _world.is_main:
+        try:
+            outcome = action()
+        except Exception as caught:
+            error = caught
+        finally:
+            _store.set(f"long-{_long}", "done")
+    while not _store.check([f"long-{_long}"]):
+        time.sleep(PAUSE)
+
+    def result() -> Json:
+        if error is not None:
+            raise error
+        return outcome  # type: ignore[no-any-return]
+
+    return run_on_main(result)
 
 
 def sees_files_of_main(folder: Path) -> bool:

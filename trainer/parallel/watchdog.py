@@ -69,9 +69,10 @@ class Watchdog:
         self._phase = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What happens inside has a time limit of its own."""
-        before, self._phase = self._phase, _Phase(name, time.monotonic() + self.settings.seconds)
+    def phase(self, name: str, seconds: float | None = None) -> Iterator[None]:
+        """What happens inside has a time limit of its own: ``seconds``, None = that of the settings."""
+        limit = self.settings.seconds if seconds is None else seconds
+        before, self._phase = self._phase, _Phase(name, time.monotonic() + limit)
         try:
             yield
         finally:

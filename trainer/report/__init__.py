@@ -15,7 +15,7 @@ from trainer.report.lifecycle import RECORD, lifecycle
 from trainer.report.page import opening, page, plots
 from trainer.report.recording import Recording, read
 from trainer.report.sweeps import labelled
-from trainer.report.tables import ancestry, changed, errors, made, samples, settings, statistics, time_split
+from trainer.report.tables import ancestry, changed, errors, formats, made, samples, settings, statistics, time_split
 from trainer.report.verdict import headline, verdict
 
 FILE = "report.html"
@@ -58,6 +58,7 @@ def of_run(run: Recording) -> str:
         "Time": time_split(run),
         "Samples": samples(run),
         "Largest errors": errors(run),
+        "Formats": formats(run),
         "Data": statistics(run),
         "Configuration": markup(changed(run), settings(run)),
         "Ancestry": markup(ancestry(run), made(run)),

@@ -65,6 +65,7 @@ class Recording:
         config: its settings.
         facts: how it was made (versions, fingerprints, command).
         export: the record of its exported model.
+        formats: what each further format of it cost, by name.
         series: values over the steps, by metric.
         samples: generations.
         errors: held-out examples that the model got most wrong.
@@ -80,6 +81,7 @@ class Recording:
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
@@ -155,6 +157,7 @@ def read(folder: Path, ended: str | None = None, stopped: str | None = None) -> 
         config,
         facts=record.get("facts") or {},
         export=read_json(folder / "export" / "onecurve.json"),
+        formats=dict(_formats(folder)),
         series=_series(lines.of("metrics")),
         samples=list(lines.of("samples")),
         errors=list(lines.of("errors")),
@@ -164,6 +167,14 @@ def read(folder: Path, ended: str | None = None, stopped: str | None = None) -> 
         ended=ended,
         stopped=stopped or read_json(folder / "stopped.json").get("reason"),
     )
+
+
+def _formats(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Costs of the formats in ``export-<format>/``; what was moved aside there has another name."""
+    for file in sorted(folder.glob("export-*/onecurve.json")):
+        record = read_json(file)
+        if file.parent.name == f"export-{record.get('format')}" and isinstance(record.get("cost"), dict):
+            yield str(record["format"]), record["cost"]
 
 
 class Lines:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.report.html import Html, details, joined, markup, number, tag
+from trainer.export.cost_table import cost_table, measured_on
+from trainer.report.html import Html, capital, details, joined, markup, number, tag
 from trainer.report.recording import Recording, flat
 
 LONGEST = 1500
@@ -162,6 +163,16 @@ def made(run: Recording) -> Html:
     if isinstance(versions, Mapping):
         rows.append(["versions", ", ".join(f"{k} {v}" for k, v in versions.items())])
     return table("Made from and with", ["What", "Value"], rows)
+
+
+def formats(run: Recording) -> Html:
+    """What each further format of the export cost, the original first."""
+    columns, rows = cost_table(run.formats)
+    if not rows:
+        return Html()
+    caption = measured_on(run.formats) or "sizes alone: there were no held-out rows to measure on"
+    numbers = tuple(range(1, len(columns)))
+    return table(capital(caption), [capital(c) for c in columns], rows, numbers=numbers)
 
 
 def statistics(run: Recording) -> Html:

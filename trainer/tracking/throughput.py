@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,7 +69,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, watchdog: Watchdog | None = None) -> None:
         self._cuda = device.type == "cuda"
-        self._guarded = watchdog.phase if watchdog else lambda _: nullcontext()
+        self._guarded = watchdog.phase if watchdog else lambda *_: nullcontext()
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner = 0.0
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -79,6 +79,10 @@ class Stopwatch:
         """Time what happens inside under ``name``, watched for hanging; laps inside it are taken out of its own time."""
         with self._guarded(name):
             yield from self._timed(name)
+
+    def unlimited(self, name: str) -> AbstractContextManager[None]:
+        """A phase of the watchdog's that takes as long as it takes; it is not timed."""
+        return self._guarded(name, math.inf)
 
     def _timed(self, name: str) -> Iterator[None]:
         if self._cuda and name in ("forward_backward", "optimizer"):

@@ -2,7 +2,9 @@
 
 import errno
 import gc
+import json
 import math
+import time
 import weakref
 
 import pytest
@@ -84,6 +86,23 @@ def test_ranks_that_make_no_replicas_are_refused():
     rule = "world size 1 is not a multiple of the 2 ranks of a replica"
     with pytest.raises(InputError, match=rule), distributed.session(replica=2):
         pass
+
+
+def long_work() -> list[str]:
+    main = distributed.world().is_main
+    every = [distributed.run_long_on_main(lambda: time.sleep(0.2) or f"by the main rank: {main}") for _ in range(2)]
+    try:
+        distributed.run_long_on_main(lambda: json.loads("{"))
+    except distributed.RankError as error:
+        every.append(str(error))
+    return every
+
+
+def test_ranks_wait_for_something_long_without_a_collective(monkeypatch):
+    for values in on_ranks(2, long_work):
+        assert values[:2] == ["by the main rank: True"] * 2
+        assert values[2].startswith("rank 0: JSONDecodeError")
+    assert distributed.run_long_on_main(lambda: "alone") == "alone"
 
 
 def refused() -> str:
