@@ -14,6 +14,7 @@ LAYERS = [
     "jobs",
     "compose",
     "run",
+    "shipped",
     "step_log",
     "loop",
     "evaluate",

@@ -15,11 +15,7 @@ import torch
 from trainer.checkpoint import Checkpointer, Checkpoints, Part, run_folder
 from trainer.checkpoint.record import defaults, plain, texts_of
 from trainer.config import ConfigError, Node, schema, setting
-from trainer.data.chats import ChatData
 from trainer.data.corpus import Corpus, Data
-from trainer.data.labelled import LabelledData
-from trainer.data.preferences import PreferenceData
-from trainer.data.prompts import PromptData
 from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight
 from trainer.diagnostics.first_step import FirstStep, validate_first_step
@@ -33,40 +29,27 @@ from trainer.export.peft import export_adapter, merged_weights
 from trainer.loop import Step, train
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
-from trainer.models.lora import Adapter, Full, LoRA
+from trainer.models.lora import Adapter
+from trainer.models.qat import QAT
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import narrow_stream
 from trainer.models.vocabulary import refuse_foreign_tokenizer
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
-from trainer.parallel.ddp import DDP
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Engine
 from trainer.parallel.malloc import tune_malloc
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
-from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.base import Models, Pipeline, Plan
-from trainer.pipelines.dpo import DPO
-from trainer.pipelines.kto import KTO
-from trainer.pipelines.ppo import PPO
-from trainer.pipelines.pretrain import Pretrain
-from trainer.pipelines.reward import RewardModelling
-from trainer.pipelines.sft import SFT
 from trainer.settings import BatchSizes, Resume, Sweep
+from trainer.shipped import SHIPPED as SHIPPED
 from trainer.step_log import StepLog, TokenCounter
 from trainer.stopping import StopConsensus, Stopped
-from trainer.tinyworld.data import TinyWorldData
 from trainer.tracking.profiling import Profile
 from trainer.tracking.throughput import Speed, Stopwatch
 from trainer.tracking.tracker import Tracker, Tracking
-
-SHIPPED = (
-    Pretrain, SFT, RewardModelling, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData,
-    PreferenceData, LabelledData, PromptData,
-)  # fmt: skip
-"""Choices that come with the framework: naming them here registers them."""
 
 
 @schema("run")
@@ -90,6 +73,7 @@ class Run(Node):
     tokenizer: TokenizerChoice = setting(TokenizerChoice)
     data: Data = setting()
     adapter: Adapter = setting()
+    qat: QAT = setting(QAT)
     strategy: Strategy = setting()
     precision: Precision = setting()
     optimizer: Optimizer = setting()
@@ -106,8 +90,7 @@ class Run(Node):
     estimate: bool = setting(False, "say what memory and time a rank would need, and run nothing")
 
     def __post_init__(self) -> None:
-        if self.optimizer.lr is None:
-            self.optimizer.lr = self.base_lr
+        self.optimizer.lr = self.base_lr
 
     def problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.epochs is None):
@@ -119,6 +102,7 @@ class Run(Node):
         yield from self.strategy.validate_optimizer(self.optimizer)
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.model.validate_adapter(self.adapter)
+        yield from self.qat.validate_run(self.adapter, self.steps, self.export.dtype)
         yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
 
     @property
@@ -133,7 +117,7 @@ class Run(Node):
             self.model, self.strategy, self.seed, tokenizer.vocab_size, self.adapter, tokenizer.new_tokens,
             self.precision, self.pipeline.scores, longest=self.batch.length,
         )  # fmt: skip
-        return load.fitted(self.model.activation_checkpointing or self.layout(load.architecture).recompute)
+        return load.rounded(self.qat).fitted(self.layout(load.architecture).recompute)
 
     def open_tokenizer_and_shape(self) -> tuple[Tokenizer, Architecture]:
         """The tokenizer named, else the one in ``model.path``, else the data's own; and the model's shape for it.
@@ -255,7 +239,8 @@ def run(cfg: Run) -> dict[str, float]:
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
                 remarks = [*cfg.model.decided(load.config), *load.remarks(), *cfg.schedule.remarks(last)]
-                tracker.say([cfg.summary(architecture), *remarks, *filter(None, [world.attention]), *corpus.summary])
+                remarks += [*cfg.qat.remarks(), *filter(None, [world.attention])]
+                tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
