@@ -56,6 +56,8 @@ def train(
     """Take optimizer steps ``first`` .. ``last``, yielding after each."""
     for number in range(first, last + 1):
         engine.set_lr(schedule(number))
+        if models.fake_quantizer is not None:
+            models.fake_quantizer.begin(number)
         with watch.lap("data"):
             micro_batches = list(islice(batches, accumulate))
         metrics = train_step(pipeline, models, engine, guard, watch, micro_batches, (seed, number))

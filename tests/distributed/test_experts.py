@@ -11,7 +11,7 @@ from trainer.data.rows import Segment, collate
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.loop import train_step
 from trainer.models.balance import Balancer, BalanceRates
-from trainer.models.load import initial
+from trainer.models.initial import initial
 from trainer.models.transformer import Recompute, Transformer
 from trainer.optim import AdamW
 from trainer.parallel import distributed

@@ -56,13 +56,16 @@ SIGMOID = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", [[], SOFTMAX, SIGMOID], ids=["dense", "softmax", "sigmoid"])
+ROUNDED = ["qat.bits=4", "qat.start=2"]
+
+
+@pytest.mark.parametrize("model", [[], SOFTMAX, SIGMOID, ROUNDED], ids=["dense", "softmax", "sigmoid", "rounded"])
 def test_a_run_that_was_continued_is_the_run_that_was_not(model, tmp_path):
     constant = ["schedule=constant", "evaluation.every=2", *model]
     latest = go("run_dir=whole", "steps=4", *constant)
     go("run_dir=parts", "steps=2", *constant)
     go("run_dir=parts", "steps=4", *constant)
-    assert ("router/load_max" in latest) is bool(model)
+    assert ("router/load_max" in latest) is ("model.experts=4" in model)
     assert steady(tmp_path / "parts") == steady(tmp_path / "whole")
     one, other = (load_file(tmp_path / d / "export" / "model.safetensors") for d in ("whole", "parts"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -233,6 +236,17 @@ def test_an_estimate_builds_nothing(tmp_path, capsys):
         (["steps=2", "schedule.warmup=1.5"], "schedule.warmup=1.5 is neither a number of steps nor a part of the run"),
         (["steps=2", "batch.size=9"], "batch.size=9 is not a multiple of 4 (1 rank x batch.micro=4); use 8 or 12"),
         (["steps=2", "pipeline=dpo"], "the pipeline learns from preference pairs and the data holds packed rows"),
+        (["steps=2", "qat.bits=3"], "qat.bits=3 is the grid of no export; use 4, 8 or null"),
+        (["steps=2", "qat.start=1"], "qat.start=1 has no effect without qat.bits; leave it out, or set qat.bits=4"),
+        (
+            ["steps=2", "qat.bits=4", "qat.start=3"],
+            "qat.start=3 is behind the last step (steps=2), so nothing is rounded",
+        ),
+        (["steps=2", "qat.bits=4", "export.dtype=fp16"], "export.dtype=fp16 rounds the weights before int4-rtn does"),
+        (
+            ["steps=2", "qat.bits=4", "adapter=lora", "adapter.dropout=0.1"],
+            "adapter.dropout=0.1 drops inputs of the adapter",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, problem):

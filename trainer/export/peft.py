@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.lineage import make_room
+from trainer.models.int_grid import fake
+from trainer.models.linear import FakeQuantizer, rounded_weights
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter, is_adapter
 from trainer.models.peft_format import write_adapter
@@ -30,15 +32,20 @@ def merged_weights(
         yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes if exports(name))
 
 
-def merged_policy(engine: Engine, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+def merged_policy(
+    engine: Engine, adapter: Adapter, quantizer: FakeQuantizer | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the model as it is now on every rank, one at a time, adapters merged into what it computes with; collective.
 
     Unlike `merged_weights`, which reads what is frozen again as it was stored, it takes the engine's own copy.
+    ``quantizer``: what rounds the weights of its forward.
     """
+    rounded = set() if quantizer is None else rounded_weights(engine.module)
     trained = {n: tensor.clone() for n, tensor in engine.weights(frozen=False) if is_adapter(n)}
     for name, tensor in engine.weights():
         if not is_adapter(name):
-            yield name, adapter.merged(name, trained, {name: tensor}.__getitem__) if trained else tensor
+            merged = adapter.merged(name, trained, {name: tensor}.__getitem__) if trained else tensor
+            yield name, fake(merged, quantizer.bits, quantizer.group) if quantizer and name in rounded else merged
 
 
 def export_adapter(

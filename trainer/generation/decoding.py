@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from trainer.generation.completion import RunningSequence
 from trainer.generation.decode_graph import open_decoder
 from trainer.generation.sampling import Sampling, choose, key_bits, uniform
 from trainer.models.architecture import Architecture
+from trainer.models.linear import rounded_once
 
 CHUNK = 2048
 """Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
@@ -69,11 +71,13 @@ class Decoding:
         # A few free slots are filled at once: one prompt alone reads all the weights for its few tokens.
         enough = max(1, self.cache.slots // 16)
         try:
-            while self.waiting or self.running:
-                if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
-                    yield from self._append(*self._admit())
-                if self.running:
-                    yield from self._append(*self._step())
+            # A graph that is retained must find the weights themselves, where they are.
+            with nullcontext() if self._decoder is not None else rounded_once(self.model):
+                while self.waiting or self.running:
+                    if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
+                        yield from self._append(*self._admit())
+                    if self.running:
+                        yield from self._append(*self._step())
         finally:
             if self._decoder is not None:
                 self._decoder.retain(self.model)

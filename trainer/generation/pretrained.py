@@ -22,7 +22,8 @@ from trainer.generation.sampling import Sampling
 from trainer.generation.scoring import score
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, WeightFiles, read_object
-from trainer.models.load import HEAD, Model, ModelLoader
+from trainer.models.initial import HEAD
+from trainer.models.load import Model, ModelLoader
 from trainer.parallel.ddp import DDP
 
 Messages = Sequence[dict[str, Any]]

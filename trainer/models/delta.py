@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from trainer.batch import Branches, Documents
 from trainer.models.architecture import Architecture
+from trainer.models.linear import BlockLinear
 
 CHUNK = 64
 """Tokens that are solved together: fewer are more steps, more a larger system (measured on CPU: 64 is fastest)."""
@@ -66,15 +67,15 @@ class GatedDeltaNet(nn.Module):
         self.heads, self.sizes = (a.delta_key_heads, a.delta_value_heads), (a.delta_key_size, a.delta_value_size)
         keys, values = (heads * size for heads, size in zip(self.heads, self.sizes, strict=True))
         self.widths = (keys, keys, values)
-        self.in_proj_qkv = nn.Linear(a.hidden_size, sum(self.widths), bias=False)
-        self.in_proj_z = nn.Linear(a.hidden_size, values, bias=False)
-        self.in_proj_b = nn.Linear(a.hidden_size, a.delta_value_heads, bias=False)
-        self.in_proj_a = nn.Linear(a.hidden_size, a.delta_value_heads, bias=False)
+        self.in_proj_qkv = BlockLinear(a.hidden_size, sum(self.widths), bias=False)
+        self.in_proj_z = BlockLinear(a.hidden_size, values, bias=False)
+        self.in_proj_b = BlockLinear(a.hidden_size, a.delta_value_heads, bias=False)
+        self.in_proj_a = BlockLinear(a.hidden_size, a.delta_value_heads, bias=False)
         self.conv1d = ShortConvolution(sum(self.widths), a.delta_width)
         self.dt_bias = nn.Parameter(torch.ones(a.delta_value_heads))
         self.A_log = nn.Parameter(torch.zeros(a.delta_value_heads))
         self.norm = GatedNorm(a.delta_value_size, a.rms_norm_eps)
-        self.out_proj = nn.Linear(values, a.hidden_size, bias=False)
+        self.out_proj = BlockLinear(values, a.hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, turned: Sequence[Tensor], context: RecurrentContext, places: Tensor | None = None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,12 +17,14 @@ from trainer.data.hub import absence, folder_of
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
 from trainer.models.balance import Balancer, BalanceRates, without_effect
-from trainer.models.delta import initial_delta
 from trainer.models.families import problems_of
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
+from trainer.models.initial import HEAD, initial
+from trainer.models.linear import FakeQuantizer
 from trainer.models.lora import Adapter, Full, is_adapter
 from trainer.models.peft_format import AdapterFolder
+from trainer.models.qat import QAT, install
 from trainer.models.quantized_base import remark, validate_base
 from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
@@ -33,7 +33,6 @@ from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 
-HEAD = "score.weight"
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Parameters with a row for every token."""
 
@@ -173,7 +172,7 @@ class ModelLoader:
     ``new_tokens``: the last ones of the vocabulary, which the folder was not trained on; where it has no rows for them, its
     tables grow. ``precision``: what they compute in. ``scores``: with a head that scores, a
     new one where the folder has none. ``longest``: tokens of the longest document, by which longrope chooses; None = the
-    longest possible. ``kind``: the class to build.
+    longest possible. ``kind``: the class to build. ``fake_quantizer``: rounds the weights of its blocks in every forward.
     """
 
     config: Model
@@ -186,6 +185,7 @@ class ModelLoader:
     scores: bool = False
     longest: int | None = None
     kind: type[Transformer] = Transformer
+    fake_quantizer: FakeQuantizer | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -215,6 +215,10 @@ class ModelLoader:
             raise ConfigError(obstacles)
         return self
 
+    def rounded(self, qat: QAT) -> ModelLoader:
+        """This loader, its models rounded as ``qat`` says."""
+        return dataclasses.replace(self, fake_quantizer=qat.fake_quantizer(self.architecture))
+
     def obstacles(self) -> Iterator[str]:
         """What speaks against compiled blocks on this device, a sentence each."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,6 +247,8 @@ class ModelLoader:
         with long_lived_allocations(), self.strategy.construction():
             model = self.kind(self.architecture, self.config.activation_checkpointing or Recompute.none)
             self.adapter.install(model, grown=grown)
+        if self.fake_quantizer is not None:
+            install(model, self.fake_quantizer)
         if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
@@ -274,6 +280,8 @@ class ModelLoader:
         if self.files is not None and any(rope.scaling for rope in self.architecture.ropes):
             # Set here, or chosen by the longest document.
             base = f"{base}:{self.architecture.ropes}:{self.longest}"
+        if self.fake_quantizer is not None and self.fake_quantizer.active:
+            base = f"{base}:{self.fake_quantizer.bits}:{self.fake_quantizer.group}"
         adapter = getattr(self.adapter, "path", None)
         return base if adapter is None else f"{base}:{AdapterFolder(Path(adapter)).fingerprint()}"
 
@@ -319,27 +327,3 @@ def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that are part of a model, by name."""
     saved = model.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
-
-
-def initial(
-    name: str, shape: Sequence[int], seed: int, deviation: float, layers: int, norm_offset: float = 0.0
-) -> Tensor:
-    """A new parameter's values, from a generator of its own, seeded by (seed, name).
-
-    Matrices are normal, those that write to the residual stream scaled by 1 / sqrt(2 * layers) (Radford et al. 2019, GPT-2);
-    norms are 1 less what is added to them, biases and attention's sinks 0. So a parameter's value depends neither on ranks
-    nor on the order of construction.
-    """
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    if (drawn := initial_delta(name, shape, generator)) is not None:
-        return drawn
-    if name.endswith(("bias", "sinks", "router.balance")):
-        return torch.zeros(*shape)
-    if len(shape) < 2 or "norm" in name.split(".")[-2]:
-        return torch.full(shape, 1.0 - norm_offset)
-    if name == HEAD:
-        deviation = (shape[1] + 1) ** -0.5  # Stiennon et al. 2020, arXiv:2009.01325
-    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
-        deviation /= math.sqrt(2 * layers)
-    return torch.empty(*shape).normal_(0.0, deviation, generator=generator)

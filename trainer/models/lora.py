@@ -22,6 +22,7 @@ from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
 from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
+from trainer.models.linear import FakeQuantizer, LowRank
 from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
@@ -64,6 +65,10 @@ class Adapter(Node):
 
     def validate_compiled(self) -> Iterator[str]:
         """One sentence for why it does not work in compiled blocks."""
+        yield from ()
+
+    def validate_rounded(self) -> Iterator[str]:
+        """One sentence for why its weights cannot be rounded in training (``qat``)."""
         yield from ()
 
     def moves_reference(self, new_tokens: int) -> str | None:
@@ -148,6 +153,13 @@ class LoRA(Adapter):
             yield (
                 f"adapter.dropout={self.dropout:g} is drawn row by row, between graphs, so that model.compile=true compiles "
                 "next to nothing; use adapter.dropout=0 or model.compile=false"
+            )
+
+    def validate_rounded(self) -> Iterator[str]:
+        if self.dropout:
+            yield (
+                f"adapter.dropout={self.dropout:g} drops inputs of the adapter alone, and qat.bits rounds it merged into its "
+                "weight; use adapter.dropout=0"
             )
 
     @property
@@ -264,7 +276,7 @@ class LoRA(Adapter):
         if f"{stem}lora_A.weight" not in trained:
             return trained[name] if name in trained else start(name)
         a, b = (trained[f"{stem}lora_{side}.weight"].float() for side in "AB")
-        return start(name).to(a.device, torch.float32) + self.scale * (b @ a)
+        return LowRank(a, b, self.scale).added_to(start(name).to(a.device))
 
     def peft_settings(self, trained: Mapping[str, Tensor]) -> Settings:
         adapted = [n.removesuffix(".lora_A.weight") for n in trained if n.endswith(".lora_A.weight")]
@@ -278,6 +290,8 @@ class LoRA(Adapter):
 class LoRALinear(nn.Module):
     """A frozen linear layer's own weight, and beside it the product of two trained matrices of ``rank``."""
 
+    fake_quantizer: FakeQuantizer | None = None
+
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropped: float = 0.0, place: str = "") -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
@@ -287,6 +301,10 @@ class LoRALinear(nn.Module):
         self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if (quantizer := self.fake_quantizer) is not None and quantizer.active:
+            if not self.active:
+                return quantizer.product(x, self.weight, self.bias)
+            return quantizer.adapted_product(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
         out = F.linear(x, self.weight, self.bias)
         if not self.active:
             return out

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.models.architecture import Architecture
+from trainer.models.linear import BlockLinear
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -33,9 +34,9 @@ class MLP(nn.Module):
     def __init__(self, a: Architecture, width: int) -> None:
         super().__init__()
         if a.gated:
-            self.gate_proj = nn.Linear(a.hidden_size, width, bias=a.mlp_bias)
-        self.up_proj = nn.Linear(a.hidden_size, width, bias=a.mlp_bias)
-        self.down_proj = nn.Linear(width, a.hidden_size, bias=a.mlp_bias)
+            self.gate_proj = BlockLinear(a.hidden_size, width, bias=a.mlp_bias)
+        self.up_proj = BlockLinear(a.hidden_size, width, bias=a.mlp_bias)
+        self.down_proj = BlockLinear(width, a.hidden_size, bias=a.mlp_bias)
         self.activation, self.gated = ACTIVATIONS[a.activation], a.gated
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
 from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
 from trainer.models.experts import mlp_of
+from trainer.models.linear import BlockLinear
 from trainer.models.norm import norm_of
 from trainer.models.rope import angles, frequencies, growth, rotate
 
@@ -79,10 +80,10 @@ class Attention(nn.Module):
         self.norm, self.norm_last = a.qk_norm, a.qk_norm_after_rope
         self.scores = Scores(a.attention_scale or a.head_dim**-0.5, a.layers[number].window, a.score_cap)
         heads, groups = a.num_attention_heads, a.num_key_value_heads
-        self.q_proj = nn.Linear(a.hidden_size, heads * self.size * (1 + a.attention_gate), bias=a.attention_bias)
-        self.k_proj = nn.Linear(a.hidden_size, groups * self.size, bias=a.attention_bias)
-        self.v_proj = nn.Linear(a.hidden_size, groups * self.size, bias=a.attention_bias)
-        self.o_proj = nn.Linear(heads * self.size, a.hidden_size, bias=a.attention_output_bias)
+        self.q_proj = BlockLinear(a.hidden_size, heads * self.size * (1 + a.attention_gate), bias=a.attention_bias)
+        self.k_proj = BlockLinear(a.hidden_size, groups * self.size, bias=a.attention_bias)
+        self.v_proj = BlockLinear(a.hidden_size, groups * self.size, bias=a.attention_bias)
+        self.o_proj = BlockLinear(heads * self.size, a.hidden_size, bias=a.attention_output_bias)
         if a.qk_norm:
             self.q_norm = norm_of(a, *_norm_shape(a, heads))
             self.k_norm = norm_of(a, *_norm_shape(a, groups))

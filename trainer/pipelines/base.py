@@ -19,6 +19,7 @@ from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.architecture import Architecture
 from trainer.models.balance import Balancer
+from trainer.models.linear import FakeQuantizer
 from trainer.models.load import ModelLoader
 from trainer.models.lora import Adapter
 from trainer.parallel import distributed
@@ -57,6 +58,7 @@ class Models:
 
     ``origin``: fingerprint of what the trained one started from.
     ``balancer``: keeps the trained one's experts busy alike; None where it has none.
+    ``fake_quantizer``: rounds the weights of the trained one in its forward; None where nothing does.
     """
 
     trained: nn.Module
@@ -64,6 +66,7 @@ class Models:
     origin: str = ""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     balancer: Balancer | None = None
+    fake_quantizer: FakeQuantizer | None = None
 
     @property
     def parts(self) -> dict[str, Balancer]:
@@ -118,7 +121,7 @@ class Pipeline(Node):
 
     def models(self, load: ModelLoader, tokenizer: Tokenizer) -> Models:
         """Build the trained model and the frozen ones."""
-        return Models(load.load(), tokenizer, load.fingerprint())
+        return Models(load.load(), tokenizer, load.fingerprint(), fake_quantizer=load.fake_quantizer)
 
     def prepare(self, models: Models, engine: Engine, corpus: Corpus, cache: Path) -> None:
         """What is computed once with the models as they start; ``cache``: a folder for it. Collective."""

@@ -19,6 +19,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -134,7 +135,9 @@ class PPO(PolicyGradientSettings, Pipeline):
             self._attach_critic(policy, load)
         scorers = {name: reward.open(load, tokenizer) for name, reward in self.reward.items()}
         rewards = RewardSum(scorers, {name: reward.weight for name, reward in self.reward.items()})
-        models = PPOModels(policy, tokenizer, load.fingerprint(), rewards=rewards, adapter=load.adapter)
+        models = PPOModels(
+            policy, tokenizer, load.fingerprint(), fake_quantizer=load.fake_quantizer, rewards=rewards, adapter=load.adapter
+        )  # fmt: skip
         if self.reference is ReferencePolicy.model and self.uses_reference:
             models.frozen["reference"] = load.frozen()
         return models
@@ -151,7 +154,8 @@ class PPO(PolicyGradientSettings, Pipeline):
             raise ConfigError(problems)
         config = dataclasses.replace(load.config, path=folder)
         new = load.new_tokens if folder == load.config.path else 0
-        policy.critic = dataclasses.replace(load, config=config, adapter=Full(), new_tokens=new, scores=True).load()
+        critic = dataclasses.replace(load, config=config, adapter=Full(), new_tokens=new, fake_quantizer=None)
+        policy.critic = dataclasses.replace(critic, scores=True).load()
 
     def exports(self, name: str) -> bool:
         return of_policy(name)
@@ -182,9 +186,10 @@ class PPO(PolicyGradientSettings, Pipeline):
     def _vllm(self, models: PPOModels, engine: Engine, plan: Plan) -> Sampler:
         from trainer.generation.vllm import VLLMSampler
 
+        weights = partial(merged_policy, engine, models.adapter, models.fake_quantizer)
         return VLLMSampler(
             engine.module.architecture,  # type: ignore[arg-type]
-            lambda: ((n, tensor) for n, tensor in merged_policy(engine, models.adapter) if of_policy(n)),
+            lambda: ((n, tensor) for n, tensor in weights() if of_policy(n)),
             self.rollout.sampling,
             models.tokenizer.stops,
             length=plan.length + 1,  # the last id of a completion is predicted, never read

@@ -98,8 +98,9 @@ class ModelReward(Reward):
         own = open_tokenizer(self.path)
         mean, std = score_statistics(Path(self.path)) if self.normalize else (0.0, 1.0)
         loader = replace(
-            load, config=Model(path=self.path), vocab_size=own.vocab_size, adapter=Full(), new_tokens=0, scores=True
-        )
+            load, config=Model(path=self.path), vocab_size=own.vocab_size, adapter=Full(), new_tokens=0, scores=True,
+            fake_quantizer=None,
+        )  # fmt: skip
         same = own.ids_as(tokenizer) and own.chat_template == tokenizer.chat_template
         template = None if same else open_template(None, own, now=midnight(TRAINING_DAY))
         return _ModelScorer(loader.frozen(), loader.computing, template, mean, std)

@@ -9,7 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.batch import Documents
 from trainer.functional import At, cross_entropy, logprobs
-from trainer.models.load import Model, ModelLoader, initial
+from trainer.models.initial import initial
+from trainer.models.load import Model, ModelLoader
 from trainer.models.transformer import Recompute
 from trainer.parallel.ddp import DDP
 
