@@ -20,7 +20,7 @@ from trainer.config import InputError
 from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
-from trainer.models.quantized import METHODS, method_of, quantized_weights
+from trainer.models.quantized import METHODS, method_of, quantized_weights, unread
 from trainer.models.text_part import ahead, left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, unsupported, without_safetensors
 
@@ -44,7 +44,7 @@ def read_architecture(folder: Path) -> Architecture:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise FormatError(f"{file}: {unsupported(config, FAMILIES)}")
     if (quantization := config.get("quantization_config")) and not _readable(quantization, kind):
-        raise FormatError(f"{file}: {quantized(folder, quantization)}")
+        raise FormatError(f"{file}: {quantized(folder, quantization, unread(quantization))}")
     classes = config.get("architectures") or []
     if not isinstance(classes, list):
         raise FormatError(f"{file}: architectures={json.dumps(classes)[:80]} is not a list; correct the file")
@@ -56,7 +56,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def _readable(quantization: Any, kind: str) -> bool:
-    return method_of(quantization) in (*METHODS, *FAMILIES[kind].quantized)
+    return method_of(quantization) in (*METHODS, *FAMILIES[kind].quantized) and unread(quantization) is None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

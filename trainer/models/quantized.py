@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.models import bnb_format
+from trainer.models import bnb_format, compressed_format
 from trainer.models.bnb_format import Triple
 
 Settings = Mapping[str, Any]
@@ -49,7 +49,14 @@ METHODS: dict[str, tuple[Packing, ...]] = {
         _four_bit("fp4"),
         Packing("bitsandbytes int8", "SCB", ("weight", "weight_format"), lambda t, _: bnb_format.eight_bit(t)),
     ),
-}
+    "compressed-tensors": (
+        Packing(
+            "compressed-tensors' packed integers", "weight_packed", ("weight_scale", "weight_shape"),
+            compressed_format.dequantised, ("weight_shape", lambda shape: tuple(shape.tolist())),
+        ),
+        Packing("compressed-tensors' integers", "weight_scale", ("weight",), compressed_format.dequantised),
+    ),
+}  # fmt: skip
 """The ways that are read, by ``quant_method``; of two that fit a layer the first holds."""
 
 
@@ -60,6 +67,11 @@ def method_of(settings: Any) -> str | None:
     loads = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))
     method = settings.get("quant_method", "bitsandbytes" if loads else None)
     return method if isinstance(method, str) else None
+
+
+def unread(settings: Any) -> str | None:
+    """What of a method that is read cannot be, by its settings, in words; None where all can."""
+    return compressed_format.unread(settings) if method_of(settings) == "compressed-tensors" else None
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,17 @@ NEEDS = {
 """Keys of ``config.json`` that only models have which need something that the decoder does not compute."""
 
 
-def quantized(folder: Path, settings: Any) -> str:
-    """Of weights that are quantized, by the ``quantization_config`` of their configuration."""
+def quantized(folder: Path, settings: Any, part: str | None = None) -> str:
+    """Of weights that are quantized, by the ``quantization_config`` of their configuration.
+
+    ``part``: what of it is not read, where other settings of the method are.
+    """
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     remedy = "use the folder of plain weights that it was made from"
     if method == "fp8":
         remedy += f", often without FP8 in its name, or write one: {DEQUANTIZED.format(folder)}"
-    return f"the weights are quantized (quant_method={method}), a layout that is not read; {remedy}"
+    layout = f"quant_method={method}, {part}" if part else f"quant_method={method}"
+    return f"the weights are quantized ({layout}), a layout that is not read; {remedy}"
 
 
 def without_safetensors(folder: Path, index: str) -> str:
