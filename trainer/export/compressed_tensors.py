@@ -29,7 +29,7 @@ Rounded = Iterator[tuple[str, Tensor, Tensor]]
 def int_problems(bits: int, architecture: Architecture, _: Any) -> Iterator[str]:
     """Why a model cannot be written in integers of ``bits``, a clause each."""
     if architecture.experts:
-        yield "experts are not written in this layout; use a GGUF format or nf4"
+        yield "experts are not written in this layout; use a GGUF format"
     widths = linear_widths(architecture)
     if group_size(widths.values(), bits) is None:
         name, width = next((name, width) for name, width in widths.items() if width % GROUPS[-1])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
+from trainer.export.compressed_tensors import int_problems, write_int
 from trainer.export.nf4_folder import nf4_problems, write_nf4
 from trainer.models.architecture import Architecture
 from trainer.models.header import read_shape
@@ -83,6 +84,9 @@ class ExportFormat:
 FORMATS: Mapping[str, ExportFormat] = {
     "bf16": ExportFormat(partial(write_copy, torch.bfloat16), rounds=False),
     "fp16": ExportFormat(partial(write_copy, torch.float16), rounds=False),
+    "int4": ExportFormat(partial(write_int, 4, "gptq"), problems=partial(int_problems, 4), calibrated=True),
+    "int4-rtn": ExportFormat(partial(write_int, 4, "rtn"), problems=partial(int_problems, 4)),
+    "int8": ExportFormat(partial(write_int, 8, "rtn"), problems=partial(int_problems, 8)),
     "nf4": ExportFormat(write_nf4, problems=nf4_problems, packages=("bitsandbytes",), extra="quant"),
 }
 """Every format by the name that ``--format`` and ``export.formats`` have for it."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from trainer.batch import Documents
 from trainer.config import InputError
 from trainer.export.compressed_tensors import int_problems, write_int
+from trainer.export.formats import FORMATS
 from trainer.export.gptq import clipped_scales, gptq
 from trainer.export.matrices import linear_widths
 from trainer.functional import logits
@@ -200,8 +201,20 @@ def test_rows_that_no_group_divides_are_refused_by_name(llama):
     assert "the 100 of model.layers.0.mlp.down_proj.weight; use int8" in problem
 
 
+def test_the_formats_are_in_the_table(llama, tmp_path):
+    a = dataclasses.replace(read_shape(llama), intermediate_size=100)
+    refused = {name: list(FORMATS[name].problems(a, None)) for name in ("int4", "int4-rtn", "int8")}
+    assert [len(problems) for problems in refused.values()] == [1, 1, 0]
+    assert [FORMATS[name].calibrated for name in refused] == [True, False, False]
+    for name, (bits, method) in {"int4": (4, "gptq"), "int4-rtn": (4, "rtn"), "int8": (8, "rtn")}.items():
+        FORMATS[name].write(llama, tmp_path / name, ROWS)
+        write_int(bits, method, llama, tmp_path / f"{name}-expected", ROWS)
+        after, expected = opened(tmp_path / name), opened(tmp_path / f"{name}-expected")
+        assert all(torch.equal(tensor, expected.state_dict()[n]) for n, tensor in after.state_dict().items())
+
+
 def test_experts_are_refused(llama):
     a = read_shape(llama)
     layers = tuple(dataclasses.replace(layer, sparse=True) for layer in a.layers)
     a = dataclasses.replace(a, layers=layers, experts=4, experts_per_token=2, expert_size=32)
-    assert "use a GGUF format or nf4" in next(int_problems(8, a, None))
+    assert "use a GGUF format" in next(int_problems(8, a, None))
