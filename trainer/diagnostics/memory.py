@@ -41,6 +41,7 @@ class Layout:
         cuda: Whether the ranks compute on GPUs.
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
         auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
+        moment: Bytes of a moment of an element of hidden matrices and adapters; 4 of every other one.
     """
 
     stage: int
@@ -55,6 +56,7 @@ class Layout:
     stream: int = 4
     adapters: int = 0
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
+    moment: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,20 @@ class Memory:
         yield f"  {'total':<12} {self.total / 1e9:8.2f} GB"
 
 
-def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
+def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state on a rank (docs/algorithms.md#memory).
 
     bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
-    float32 master, so 4 + 4 + 12.
+    float32 master, so 4 + 4 + 12. Of the last, 8 are the moments, less where ``layout.moment`` says so; not those of
+    the ``wide`` elements: embeddings and heads.
     """
     working = 2 if layout.low_precision_weights else 4
-    optimizer = 12 if layout.stage or layout.low_precision_weights else 8
+    masters = 4 if layout.stage or layout.low_precision_weights else 0
+    optimizer = masters * parameters + 2 * (layout.moment * (parameters - wide) + 4 * wide)
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
-        parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
+        size / n for size, n in zip((working * parameters, working * parameters, optimizer), over, strict=True)
     )
     if layout.offload != "none" and layout.cuda:
         moments = 0.0
@@ -107,11 +111,11 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     if not layout.cuda or layout.offload == "none":
         return 0.0
     trained = [
-        layout.adapters or parameters_of(a),
-        *(parameters_of(shape) for shape, learns in layout.auxiliary if learns),
+        (layout.adapters, 0) if layout.adapters else (parameters_of(a), tables(a)),
+        *((parameters_of(shape), tables(shape)) for shape, learns in layout.auxiliary if learns),
     ]
     here, there = (
-        sum(sum(states(count, dataclasses.replace(layout, offload=offload))) for count in trained)
+        sum(sum(states(count, dataclasses.replace(layout, offload=offload), wide)) for count, wide in trained)
         for offload in (layout.offload, "none")
     )
     return there - here
@@ -119,10 +123,15 @@ def host_memory(a: Architecture, layout: Layout) -> float:
 
 def frozen(a: Architecture, layout: Layout) -> float:
     """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
-    count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
+    count = parameters_of(a)
     if layout.low_precision_weights or layout.stage == 3:
         return count * (2 if layout.low_precision_weights else 4) / (layout.ranks if layout.stage == 3 else 1)
-    return float(4 * tables + layout.compute * (count - tables))
+    return float(4 * tables(a) + layout.compute * (count - tables(a)))
+
+
+def tables(a: Architecture) -> int:
+    """Elements of the embeddings and of the vocabulary projection."""
+    return a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
 
 
 def activations(a: Architecture, layout: Layout) -> float:
@@ -198,7 +207,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     """
     count = parameters_of(a)
     learnt = layout.adapters or count
-    weights, gradients, moments = states(learnt, layout)
+    weights, gradients, moments = states(learnt, layout, 0 if layout.adapters else tables(a))
     weights += frozen(a, layout) if layout.adapters else 0.0
     block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
     stored, head = activations(a, layout), loss(a, layout)
@@ -219,7 +228,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += sum(states(parameters_of(shape), layout)) + stored * parameters_of(shape) / count
+            others += sum(states(parameters_of(shape), layout, tables(shape))) + stored * parameters_of(shape) / count
         else:
             others += frozen(shape, layout)
     base = 0.0 if layout.cuda else BASE_CPU
