@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
+from trainer.models.delta import CHUNK
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET, live_parameters
@@ -41,7 +42,6 @@ class Layout:
         cuda: Whether the ranks compute on GPUs.
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
         auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
-        moment: Bytes of a moment of an element of hidden matrices and adapters; 4 of every other one.
     """
 
     stage: int
@@ -56,7 +56,6 @@ class Layout:
     stream: int = 4
     adapters: int = 0
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
-    moment: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -84,20 +83,18 @@ class Memory:
         yield f"  {'total':<12} {self.total / 1e9:8.2f} GB"
 
 
-def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float, float, float]:
+def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state on a rank (docs/algorithms.md#memory).
 
     bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
-    float32 master, so 4 + 4 + 12. Of the last, 8 are the moments, less where ``layout.moment`` says so; not those of
-    the ``wide`` elements: embeddings and heads.
+    float32 master, so 4 + 4 + 12.
     """
     working = 2 if layout.low_precision_weights else 4
-    masters = 4 if layout.stage or layout.low_precision_weights else 0
-    optimizer = masters * parameters + 2 * (layout.moment * (parameters - wide) + 4 * wide)
+    optimizer = 12 if layout.stage or layout.low_precision_weights else 8
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
-        size / n for size, n in zip((working * parameters, working * parameters, optimizer), over, strict=True)
+        parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
     )
     if layout.offload != "none" and layout.cuda:
         moments = 0.0
@@ -111,11 +108,11 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     if not layout.cuda or layout.offload == "none":
         return 0.0
     trained = [
-        (layout.adapters, 0) if layout.adapters else (parameters_of(a), tables(a)),
-        *((parameters_of(shape), tables(shape)) for shape, learns in layout.auxiliary if learns),
+        layout.adapters or parameters_of(a),
+        *(parameters_of(shape) for shape, learns in layout.auxiliary if learns),
     ]
     here, there = (
-        sum(sum(states(count, dataclasses.replace(layout, offload=offload), wide)) for count, wide in trained)
+        sum(sum(states(count, dataclasses.replace(layout, offload=offload))) for count in trained)
         for offload in (layout.offload, "none")
     )
     return there - here
@@ -123,26 +120,21 @@ def host_memory(a: Architecture, layout: Layout) -> float:
 
 def frozen(a: Architecture, layout: Layout) -> float:
     """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
-    count = parameters_of(a)
+    count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
     if layout.low_precision_weights or layout.stage == 3:
         return count * (2 if layout.low_precision_weights else 4) / (layout.ranks if layout.stage == 3 else 1)
-    return float(4 * tables(a) + layout.compute * (count - tables(a)))
-
-
-def tables(a: Architecture) -> int:
-    """Elements of the embeddings and of the vocabulary projection."""
-    return a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
+    return float(4 * tables + layout.compute * (count - tables))
 
 
 def activations(a: Architecture, layout: Layout) -> float:
     """Bytes that the forward of a micro-batch keeps for the backward."""
-    each = a.num_hidden_layers * _stored(a, layout) + _norm(layout) * a.hidden_size
+    each = sum(_stored(a, layout, layer.delta) for layer in a.layers) + _norm(layout) * a.hidden_size
     return float(layout.micro * layout.length * each)
 
 
 def backward(a: Architecture, layout: Layout) -> float:
     """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
-    again = _block(a, layout) - _stored(a, layout)
+    again = max(_block(a, layout, layer.delta) - _stored(a, layout, layer.delta) for layer in a.layers)
     gradients = 2 * layout.stream * a.hidden_size + layout.compute * (2 * mlp_width(a) + routed_width(a))
     return float(layout.micro * layout.length * (again + gradients))
 
@@ -158,26 +150,42 @@ def routed_width(a: Architecture) -> float:
     return sum(layer.sparse for layer in a.layers) / len(a.layers) * a.experts_per_token * a.hidden_size
 
 
-def _stored(a: Architecture, layout: Layout) -> float:
-    """Bytes that a block keeps of a token from its forward to its backward."""
+def _stored(a: Architecture, layout: Layout, delta: bool) -> float:
+    """Bytes that a block keeps of a token from its forward to its backward; ``delta``: a block of a gated delta rule."""
     inputs = layout.stream * a.hidden_size
-    heads, groups = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    products = layout.compute * (2 * heads + 2 * groups + 2 * a.hidden_size + 2 * mlp_width(a) + routed_width(a))
-    stored = {Recompute.none: _block(a, layout), Recompute.selective: inputs + products, Recompute.full: inputs}
+    products = layout.compute * (2 * a.hidden_size + 2 * mlp_width(a) + routed_width(a)) + _mixer(a, layout, delta)[1]
+    stored = {Recompute.none: _block(a, layout, delta), Recompute.selective: inputs + products, Recompute.full: inputs}
     return stored[layout.recompute]
 
 
-def _block(a: Architecture, layout: Layout) -> float:
+def _block(a: Architecture, layout: Layout, delta: bool) -> float:
     """Bytes of a token that a block's backward reads.
 
-    What its norms keep; in the compute format their outputs, queries, keys, values and attention's output, and four tensors
-    of the MLP's width (two without a gate); queries and keys before their own norms; what goes to experts and comes back.
+    What its norms keep; in the compute format their outputs, and four tensors of the MLP's width (two without a gate); what
+    goes to experts and comes back; and what its mixer keeps.
     """
-    c, heads, groups = layout.compute, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    norms, normed = 4 if a.norm_before and a.norm_after else 2, bool(a.qk_norm)
-    projected = (2 + normed) * heads + (2 + normed) * groups
+    norms = 4 if a.norm_before and a.norm_after else 2
     inner = (4 if a.gated else 2) * mlp_width(a) + 2 * routed_width(a)
-    return norms * _norm(layout) * a.hidden_size + c * (norms * a.hidden_size + projected + inner)
+    own = norms * _norm(layout) * a.hidden_size + layout.compute * (norms * a.hidden_size + inner)
+    return own + _mixer(a, layout, delta)[0]
+
+
+def _mixer(a: Architecture, layout: Layout, delta: bool) -> tuple[float, float]:
+    """Bytes of a token that a mixer's backward reads, and those of its products.
+
+    Of attention: queries, keys, values and its output; queries and keys before their own norms. Of a gated delta rule: in the
+    compute format what goes into its convolution and comes out of its norm; in float32 the convolution before and behind its
+    activation, seven matrices of a chunk, the solution of its system, nine tensors of the keys' width, seven of the values',
+    and a memory a chunk (counted in what autograd saves).
+    """
+    heads, groups, normed = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim, bool(a.qk_norm)
+    if not delta:
+        return layout.compute * (2 + normed) * (heads + groups), layout.compute * 2 * (heads + groups)
+    keys, values = (a.delta_value_heads * size for size in (a.delta_key_size, a.delta_value_size))
+    channels, chunk = 2 * a.delta_key_heads * a.delta_key_size + values, a.delta_value_heads * CHUNK
+    memory = keys * a.delta_value_size / CHUNK
+    narrow, wide = channels + values, 2 * channels + 7 * chunk + 10 * keys + 8 * values + memory
+    return layout.compute * narrow + 4 * wide, layout.compute * narrow + 4 * (2 * chunk + 3 * values + memory)
 
 
 def _norm(layout: Layout) -> int:
@@ -207,7 +215,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     """
     count = parameters_of(a)
     learnt = layout.adapters or count
-    weights, gradients, moments = states(learnt, layout, 0 if layout.adapters else tables(a))
+    weights, gradients, moments = states(learnt, layout)
     weights += frozen(a, layout) if layout.adapters else 0.0
     block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
     stored, head = activations(a, layout), loss(a, layout)
@@ -228,7 +236,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += sum(states(parameters_of(shape), layout, tables(shape))) + stored * parameters_of(shape) / count
+            others += sum(states(parameters_of(shape), layout)) + stored * parameters_of(shape) / count
         else:
             others += frozen(shape, layout)
     base = 0.0 if layout.cuda else BASE_CPU

@@ -3,14 +3,17 @@
 import dataclasses
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from tests.command import onecurve
 from tests.shapes import architecture
+from trainer.batch import Documents
 from trainer.cli.estimate import DEVICE_GB
 from trainer.compose import compose
-from trainer.diagnostics.memory import Layout, advice, fit, host_memory, memory, seconds_per_step, states
+from trainer.diagnostics.memory import Layout, activations, advice, fit, host_memory, memory, seconds_per_step, states
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import Recompute, Transformer
+from trainer.models.transformer import PackedContext, Recompute, Transformer
 from trainer.tracking.throughput import PEAKS
 
 SEVEN = architecture(
@@ -32,6 +35,36 @@ def test_all_experts_take_memory():
 def layout(**changes) -> Layout:
     usual = {"stage": 0, "ranks": 64, "low_precision_weights": True, "compute": 2, "micro": 1, "length": 2048}
     return Layout(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "value_heads", "sizes"), [(4, 8, (32, 48)), (2, 2, (64, 64))], ids=["shared-keys", "square"]
+)
+def test_a_gated_delta_rule_keeps_what_autograd_saves_of_it(key_heads, value_heads, sizes):
+    # Three delta rules and one attention, 256 tokens, in float32 without recomputation.
+    shape = architecture(
+        64, family="qwen3_5_text", hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, delta_key_heads=key_heads, delta_value_heads=value_heads,
+        delta_key_size=sizes[0], delta_value_size=sizes[1],
+    )  # fmt: skip
+    model, documents = Transformer(shape).train(), Documents.from_lengths([256], 1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # which keeps them, so that no address is used twice
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    turned = model.model.turned(documents.positions, torch.float32)
+    x = torch.randn(1, 256, 128, requires_grad=True)
+    with saved_tensors_hooks(remember, lambda t: t):
+        for block, angles in zip(model.model.layers, turned, strict=True):
+            x = block(x, angles, PackedContext(documents))
+    measured = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
+    usual = layout(ranks=1, low_precision_weights=False, compute=4, length=256, cuda=False)
+    assert activations(shape, usual) == pytest.approx(measured, rel=0.1)  # the tenth that the estimate promises
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -160,19 +193,3 @@ def test_what_is_left_to_the_memory_is_the_cheapest_recomputation_that_fits():
         # A fifth of the device is left alone.
         assert fit(SEVEN, seven, need / 0.8 * 1.001).recompute is recompute
     assert fit(SEVEN, seven, 1.0).recompute is Recompute.full
-
-
-def test_moments_in_8_bits_take_a_byte_and_a_sixty_fourth_but_not_those_of_the_tables():
-    [wide, narrow] = (
-        compose([f"optimizer.state={state}", "batch.micro=1", "batch.length=2048"]).layout(SEVEN, 1, cuda=True)
-        for state in ("fp32", "8bit")
-    )
-    count, tables = parameters_of(SEVEN), 2 * 32000 * 4096
-    assert memory(SEVEN, wide).optimizer == 8 * count
-    assert memory(SEVEN, narrow).optimizer == 2 * (1 + 4 / 256) * (count - tables) + 8 * tables
-    # Of adapters all.
-    adapted = dataclasses.replace(narrow, adapters=10_000_000)
-    assert memory(SEVEN, adapted).optimizer == 2 * (1 + 4 / 256) * 10_000_000
-    # Masters stay float32 where ZeRO divides them.
-    sharded = dataclasses.replace(narrow, stage=2, ranks=4)
-    assert memory(SEVEN, sharded).optimizer == pytest.approx((4 * count + memory(SEVEN, narrow).optimizer) / 4)
