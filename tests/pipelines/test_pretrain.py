@@ -98,14 +98,27 @@ def _wait_for_step(run, step: int, command: Command) -> None:
         time.sleep(0.005)
 
 
-def test_begun_on_two_ranks_and_finished_on_one_is_the_same_run(whole, pair, tmp_path):
-    Command(tmp_path, "run_dir=run", *RUN, "steps=12", "schedule=constant", ranks=2).finish()
-    Command(tmp_path, "run_dir=run", *RUN, "steps=24", "schedule=constant").finish()
-    Command(tmp_path, "run_dir=one", *RUN, "steps=24", "schedule=constant").finish()
-    mixed, one = curve(tmp_path / "run"), curve(tmp_path / "one")
-    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (mixed, one)]
-    assert len(losses[0]) == len(losses[1]) == 24
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+def test_experts_killed_on_two_ranks_end_with_the_same_bits_and_go_on_on_one(tmp_path):
+    run = [*RUN, "model.family=mixtral", "model.experts=4", "schedule=constant", "run_dir=run"]
+    pair, again = tmp_path / "pair", tmp_path / "again"
+    for folder in (pair, again, tmp_path / "one"):
+        folder.mkdir()
+    Command(pair, *run, "steps=12", "strategy=zero3", ranks=2).finish()
+    command = Command(again, *run, "steps=12", "strategy=zero3", ranks=2)
+    _wait_for_step(again / "run", 6, command)
+    assert all(p.poll() is None for p in command.processes)
+    command.kill()
+    Command(again, *run, "steps=12", "strategy=zero3", ranks=2).finish()
+    assert same_bits(again / "run", pair / "run")
+    assert curve(again / "run") == curve(pair / "run")
+    # Begun on two ranks and in shards, killed there, finished on one: the run that never was anywhere else.
+    Command(again, *run, "steps=24").finish()
+    Command(tmp_path / "one", *run, "steps=24").finish()
+    mixed, one = (metrics(folder / "run") for folder in (again, tmp_path / "one"))
+    for key in ("loss", "router/load_max", "router/entropy"):
+        values = [[line[key] for line in lines if key in line] for lines in (mixed, one)]
+        assert len(values[0]) == len(values[1]) == 24
+        np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
 
 
 def test_a_finished_run_started_again_changes_nothing(whole, tmp_path):
