@@ -117,7 +117,7 @@ def test_further_formats_are_written_once_and_measured_on_held_out_rows(tmp_path
     go(*command, "export.formats=[bf16]", "tracking.report=true")
     assert snapshot(folder).items() >= {k: v for k, v in before.items() if "/export/" in k}.items()
     record = json.loads((folder / "export-bf16" / "onecurve.json").read_text())
-    assert (record["step"], record["format"], record["cost"]["tokens"]) == (2, "bf16", 1806)
+    assert (record["step"], record["format"], record["cost"]["rows"]) == (2, "bf16", 31)
     # What the run's own evaluation says of the same rows, in float32 sums of another order.
     assert record["cost"]["original_perplexity"] == pytest.approx(np.exp(latest["eval/loss"]), rel=1e-5)
     assert "KL, nats a token" in (folder / "report.html").read_text()
@@ -241,6 +241,10 @@ def test_an_estimate_builds_nothing(tmp_path, capsys):
         (
             ["steps=2", "qat.bits=4", "qat.start=3"],
             "qat.start=3 is behind the last step (steps=2), so nothing is rounded",
+        ),
+        (
+            ["steps=2", "qat.bits=4", "export.formats=[int4]"],
+            "int4 moves weights away from where qat.bits=4 trained them",
         ),
         (["steps=2", "qat.bits=4", "export.dtype=fp16"], "export.dtype=fp16 rounds the weights before int4-rtn does"),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +33,22 @@ class QAT(Node):
         if self.bits is None and self.start:
             yield f"qat.start={self.start} has no effect without qat.bits; leave it out, or set qat.bits=4"
 
-    def validate_run(self, adapter: Adapter, steps: int | None, dtype: str) -> Iterator[str]:
+    def validate_run(self, adapter: Adapter, steps: int | None, dtype: str, formats: Collection[str]) -> Iterator[str]:
         """One sentence for everything about a run that does not work with it.
 
-        ``steps``: of the run, as far as they are set. ``dtype``: the number format of the export.
+        ``steps``: of the run, as far as they are set. ``dtype``: the number format of the export. ``formats``: further ones.
         """
         if self.bits is None:
             return
         yield from adapter.validate_rounded()
         if steps is not None and self.start > steps:
             yield f"qat.start={self.start} is behind the last step (steps={steps}), so nothing is rounded; use a lower one"
+        for name in formats:
+            if name.startswith(f"int{self.bits}") and name != EXPORTS[self.bits]:
+                yield (
+                    f"export.formats: {name} moves weights away from where qat.bits={self.bits} trained them to be rounded; "
+                    f"use {EXPORTS[self.bits]}"
+                )
         if dtype == "fp16":
             yield (
                 f"export.dtype=fp16 rounds the weights before {EXPORTS[self.bits]} does, so that it is not what qat.bits="

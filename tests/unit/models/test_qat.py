@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.unit.models.test_lora import NoTokenizer
 from trainer.batch import Documents
 from trainer.config import ConfigError
+from trainer.export.compressed_tensors import write_int
 from trainer.export.peft import merged_policy, merged_weights
 from trainer.functional import logits
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
 from trainer.models import int_grid, linear
+from trainer.models.hf_format import write_model
 from trainer.models.int_grid import dequantise, fake, quantise
 from trainer.models.linear import BlockLinear, FakeQuantizer, rounded_once, rounded_weights
 from trainer.models.load import Model, ModelLoader
@@ -145,6 +148,28 @@ def test_an_adapter_is_rounded_together_with_its_weight_as_the_export_is():
     base = round_in_place(loader().load(), rounded_weights(engine.module))
     with adapters_off(engine.module):
         assert torch.equal(scores(engine.module), scores(base))
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.float32), (4, torch.bfloat16), (8, torch.float32)])
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4)], ids=["full", "lora"])
+def test_the_exported_folder_holds_the_numbers_of_the_forward(adapter, bits, dtype, tmp_path):
+    load = loader(QAT(bits), adapter)
+    engine = DDP().wrap(disturbed(load.load()), AdamW(lr=0.1), Precision(Compute.fp32))
+    plain, exported = tmp_path / "export", tmp_path / "export-int"
+    write_model(
+        plain, load.architecture, merged_weights(engine, load), dtype=dtype, shard_bytes=10**9, tokenizer=NoTokenizer(),
+        facts={},
+    )  # fmt: skip
+    write_int(bits, "rtn", plain, exported)
+    opened = dict(ModelLoader(Model(path=str(exported)), DDP(), 3, VOCABULARY).load().named_parameters())
+    own = dict(merged_policy(engine, load.adapter, load.fake_quantizer))
+    rounded = rounded_weights(engine.module)
+    # What is not rounded is stored in the folder's format.
+    assert all(torch.equal(w, own[n] if n in rounded else own[n].to(dtype).float()) for n, w in opened.items())
+    if dtype is torch.float32:
+        assert torch.equal(
+            scores(engine.module), scores(ModelLoader(Model(path=str(exported)), DDP(), 3, VOCABULARY).load())
+        )
 
 
 def test_an_adapter_s_gradient_goes_straight_through_the_rounding():
