@@ -27,9 +27,9 @@ from trainer.export.hugging_face import Export
 from trainer.export.lineage import ancestry, model_digests
 from trainer.export.peft import export_adapter, merged_weights
 from trainer.loop import Step, train
+from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
-from trainer.models.lora import Adapter
 from trainer.models.qat import QAT
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import narrow_stream
@@ -168,7 +168,7 @@ class Run(Node):
             stream=2 if narrow_stream("cuda" if cuda else "cpu", self.precision.dtype) else 4,
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
-            auxiliary=tuple(self.pipeline.auxiliary_models(a)),
+            auxiliary=tuple(self.pipeline.auxiliary_models(a)), packed=self.adapter.packed_elements(a),
         )  # fmt: skip
         recompute = self.model.activation_checkpointing
         return replace(layout, recompute=recompute) if recompute else fit(a, layout, limit)

@@ -6,7 +6,9 @@ from trainer.data.chats import ChatData
 from trainer.data.labelled import LabelledData
 from trainer.data.preferences import PreferenceData
 from trainer.data.prompts import PromptData
-from trainer.models.lora import Full, LoRA
+from trainer.models.adapter import Full
+from trainer.models.lora import LoRA
+from trainer.models.qlora import QLoRA
 from trainer.parallel.ddp import DDP
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.dpo import DPO
@@ -19,6 +21,6 @@ from trainer.tinyworld.data import TinyWorldData
 
 SHIPPED = (
     Pretrain, SFT, RewardModelling, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData,
-    PreferenceData, LabelledData, PromptData,
+    PreferenceData, LabelledData, PromptData, QLoRA,
 )  # fmt: skip
 """Naming them here registers them."""

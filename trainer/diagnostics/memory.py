@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
 from trainer.models.delta import CHUNK
+from trainer.models.nf4 import BITS
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET, live_parameters
@@ -41,6 +42,7 @@ class Layout:
         offload: What lives in CPU memory: none, optimizer or parameters.
         cuda: Whether the ranks compute on GPUs.
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
+        packed: Elements of that model that are held in NF4, and of the largest matrix of them.
         auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
     """
 
@@ -55,6 +57,7 @@ class Layout:
     cuda: bool = True
     stream: int = 4
     adapters: int = 0
+    packed: tuple[int, int] = (0, 0)
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
 
 
@@ -118,12 +121,23 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     return there - here
 
 
-def frozen(a: Architecture, layout: Layout) -> float:
-    """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be."""
-    count, tables = parameters_of(a), a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
+def frozen(a: Architecture, layout: Layout, packed: int = 0) -> float:
+    """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be.
+
+    ``packed``: elements of them that are held in NF4; beside those the tables are in the compute format, too.
+    """
+    count, tables = parameters_of(a) - packed, vocabulary_tables(a)
+    in_bytes = packed * BITS / 8 / (layout.ranks if layout.stage == 3 else 1)
     if layout.low_precision_weights or layout.stage == 3:
-        return count * (2 if layout.low_precision_weights else 4) / (layout.ranks if layout.stage == 3 else 1)
-    return float(4 * tables + layout.compute * (count - tables))
+        return in_bytes + count * (2 if layout.low_precision_weights else 4) / (
+            layout.ranks if layout.stage == 3 else 1
+        )
+    return in_bytes + (layout.compute if packed else 4) * tables + layout.compute * (count - tables)
+
+
+def vocabulary_tables(a: Architecture) -> int:
+    """Elements of the embeddings of tokens, tied ones once."""
+    return a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
 
 
 def activations(a: Architecture, layout: Layout) -> float:
@@ -203,7 +217,8 @@ def loss(a: Architecture, layout: Layout) -> float:
     device = "cuda" if layout.cuda else "cpu"
     block = min(BLOCK_BYTES[device], 4 * tokens * a.vocab_size)
     group = min(max(GROUP_BYTES[device], block), layout.compute * tokens * a.vocab_size)
-    table = a.vocab_size * a.hidden_size * (2 * (layout.compute == 2) + 4 * (layout.adapters == 0))
+    cast = layout.compute == 2 and not (layout.packed[0] and layout.stage < 3)  # else it is held so
+    table = a.vocab_size * a.hidden_size * (2 * cast + 4 * (layout.adapters == 0))
     return float(1.5 * block + group + table + 4 * tokens * a.hidden_size)
 
 
@@ -216,7 +231,8 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     count = parameters_of(a)
     learnt = layout.adapters or count
     weights, gradients, moments = states(learnt, layout)
-    weights += frozen(a, layout) if layout.adapters else 0.0
+    packed, largest = layout.packed
+    weights += frozen(a, layout, packed) if layout.adapters else 0.0
     block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
     stored, head = activations(a, layout), loss(a, layout)
     # The loss is gone when the blocks' backward begins.
@@ -224,21 +240,24 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     if layout.compute == 2 and not layout.low_precision_weights:
         # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
         # Casts of frozen float32 weights live in the graph.
-        temporary += 2.0 * (learnt if layout.stage < 3 else count if layout.adapters else block)
+        temporary += 2.0 * (learnt if layout.stage < 3 else count - packed if layout.adapters else block)
     if layout.stage:
         # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile. The copy of its share that the
         # optimizer steps with comes later, when the activations are gone.
         temporary += (1 + layout.cuda) * 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
     if layout.stage == 3:
         live = max(live_parameters(layout.cuda), 2 * block + a.vocab_size * a.hidden_size)
-        temporary += (2 if layout.low_precision_weights else 4) * min(count, live)
+        temporary += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
+    # A packed matrix and the product's own copy of it, in a forward or backward.
+    temporary += layout.compute * largest
     others = 0.0
     for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
             others += sum(states(parameters_of(shape), layout)) + stored * parameters_of(shape) / count
         else:
-            others += frozen(shape, layout)
+            # A frozen model of the policy's shape is its reference, packed alike.
+            others += frozen(shape, layout, packed if shape == a else 0)
     base = 0.0 if layout.cuda else BASE_CPU
     return Memory(weights, gradients, moments, stored, head, temporary, others, base)
 

@@ -18,10 +18,10 @@ from trainer.export.export_rows import calibration_rows, heldout_of
 from trainer.export.format_folder import write_formats
 from trainer.export.formats import model_problems, name_problems
 from trainer.export.lineage import make_room
+from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_generation, write_model
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Adapter
 from trainer.parallel import distributed
 
 

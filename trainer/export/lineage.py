@@ -29,7 +29,9 @@ RECORD = "onecurve.json"
 """Of an export: what it was made with."""
 DECIDING = (".json", ".safetensors", ".model", ".jinja", ".txt")
 """Endings of the files of a model's folder that decide what it computes."""
-PACKAGES = ("onecurve", "torch", "deepspeed", "datasets", "tokenizers", "safetensors", "wandb", "flash_attn_3")
+PACKAGES = (
+    "onecurve", "torch", "deepspeed", "datasets", "tokenizers", "safetensors", "wandb", "flash_attn_3", "bitsandbytes",
+)  # fmt: skip
 
 
 def environment_facts(ranks: int) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from trainer.data.tokenizer import Tokenizer
 from trainer.export.lineage import make_room
+from trainer.models.adapter import Adapter
 from trainer.models.int_grid import fake
 from trainer.models.linear import FakeQuantizer, rounded_weights
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Adapter, is_adapter
+from trainer.models.lora import is_adapter
+from trainer.models.packed import unpacked
 from trainer.models.peft_format import write_adapter
 from trainer.models.peft_layout import in_peft_layout
 from trainer.parallel import distributed
@@ -29,7 +31,9 @@ def merged_weights(
         return
     trained = {name: tensor.clone() for name, tensor in _trained(engine, load)}
     if distributed.world().is_main:
-        yield from ((name, load.adapter.merged(name, trained, load.start)) for name in load.shapes if exports(name))
+        yield from (
+            (name, load.adapter.merged(name, trained, load.dequantised)) for name in load.shapes if exports(name)
+        )
 
 
 def merged_policy(
@@ -42,7 +46,7 @@ def merged_policy(
     """
     rounded = set() if quantizer is None else rounded_weights(engine.module)
     trained = {n: tensor.clone() for n, tensor in engine.weights(frozen=False) if is_adapter(n)}
-    for name, tensor in engine.weights():
+    for name, tensor in unpacked(engine.weights(), engine.module, engine.precision.dtype):
         if not is_adapter(name):
             merged = adapter.merged(name, trained, {name: tensor}.__getitem__) if trained else tensor
             yield name, fake(merged, quantizer.bits, quantizer.group) if quantizer and name in rounded else merged

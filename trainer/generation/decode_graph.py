@@ -157,7 +157,7 @@ class FixedDecoder:
 
 def _is_cast(name: str, parameter: nn.Parameter) -> bool:
     """Whether autocast casts it where it is used: not a norm's, nor the embedding, which is read row by row."""
-    cast = parameter.ndim == 2 or name.endswith(".bias")
+    cast = parameter.is_floating_point() and (parameter.ndim == 2 or name.endswith(".bias"))
     return cast and not name.endswith("embed_tokens.weight") and "norm" not in name.split(".")[-2]
 
 

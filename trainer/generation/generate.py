@@ -9,6 +9,7 @@ from torch import nn
 from trainer.generation.completion import Completion
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling
+from trainer.models.packed import widened
 
 
 def generate(
@@ -31,9 +32,10 @@ def generate(
         ValueError: if a prompt is empty, or there are not as many keys as prompts.
     """
     done = {}
-    for sequence in Decoding(model, prompts, sampling, stops=stops, keys=keys, max_concurrent=max_concurrent):
-        if sequence.done:
-            done[sequence.number] = Completion(sequence.ids, sequence.logprobs, sequence.ended)
+    with widened(model):
+        for sequence in Decoding(model, prompts, sampling, stops=stops, keys=keys, max_concurrent=max_concurrent):
+            if sequence.done:
+                done[sequence.number] = Completion(sequence.ids, sequence.logprobs, sequence.ended)
     return [done[n] for n in range(len(prompts))]
 
 

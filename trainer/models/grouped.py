@@ -150,7 +150,7 @@ class GroupedLinear(nn.Module):
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.experts, self.inputs, self.outputs = experts, inputs, outputs
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.weight: nn.Parameter | nn.Module = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
     def forward(self, rows: Tensor, assignment: Assignment) -> Tensor:
@@ -159,7 +159,12 @@ class GroupedLinear(nn.Module):
         return out if self.bias is None else out + self.bias[assignment.expert].to(out.dtype)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, assignment: Assignment) -> Tensor:
-    """Sorted rows ``(S, i)`` times their expert's matrix of ``weight`` ``(E, o, i)``, in the working format."""
+def grouped_linear(rows: Tensor, weight: Tensor | nn.Module, assignment: Assignment) -> Tensor:
+    """Sorted rows ``(S, i)`` times their expert's matrix of ``weight`` ``(E, o, i)``, in the working format.
+
+    ``weight``: or what stands for one and computes the product itself, of the rows and `Assignment.ends`.
+    """
     x = rows.to(working_dtype(rows))
+    if isinstance(weight, nn.Module):
+        return weight(x, assignment.ends)  # type: ignore[no-any-return]
     return _GroupedProduct.apply(x, weight, assignment.ends)  # type: ignore[no-any-return, no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.config import ConfigError, Node, schema, setting
+from trainer.config import ConfigError, schema
 from trainer.data.hub import absence, folder_of
+from trainer.models.adapter import Adapter, Full
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
 from trainer.models.balance import Balancer, BalanceRates, without_effect
@@ -22,46 +24,23 @@ from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
 from trainer.models.initial import HEAD, initial
 from trainer.models.linear import FakeQuantizer
-from trainer.models.lora import Adapter, Full, is_adapter
+from trainer.models.lora import is_adapter
+from trainer.models.nf4 import Packed, pack, unpack
+from trainer.models.options import ModelOptions
+from trainer.models.packed import fill_packed, packed_weights
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.qat import QAT, install
 from trainer.models.quantized_base import remark, validate_base
 from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Recompute, Transformer
+from trainer.parallel import distributed
 from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 """Parameters with a row for every token."""
-
-
-@dataclass(frozen=True)
-class ModelOptions(Node):
-    """What is chosen for a model of any shape. A base of `Model` so that help names it before the shape."""
-
-    path: str | None = setting(
-        None, "a Hugging Face folder, an earlier export, or a hub id (owner/name); the shape below is then the folder's"
-    )
-    activation_checkpointing: Recompute | None = setting(
-        Recompute.none,
-        "what the backward computes again: none, selective (all but matrix products and attention), full (every block); "
-        "null = the least that fits the device by the estimate",
-    )
-    compile: bool | None = setting(
-        False, "torch.compile the blocks for training; null = on CUDA where everything else allows it"
-    )
-    vocab_size: int | None = setting(None, "tokens of the vocabulary; null = the tokenizer's", least=1)
-    router_balance_loss: float | None = setting(
-        None, "weight of the loss that spreads tokens over experts; null = 0.001 from scratch, 0 with a path", least=0
-    )
-    router_z_loss: float = setting(0.0, "weight of softmax routers' squared log-partition; 0.001 is usual", least=0)
-    router_bias_rate: float | None = setting(
-        None,
-        "step of sigmoid routers' choice bias towards an even load; null = 0.001 from scratch, 0 with a path",
-        least=0,
-    )
 
 
 @schema("model/transformer")
@@ -98,7 +77,7 @@ class Model(Shape, ModelOptions):
         """One sentence for what does not work beside an adapter."""
         if adapter.freezes_model and self.router_bias_rate:
             yield (
-                f"model.router_bias_rate={self.router_bias_rate:g} changes the routers, which adapter=lora freezes and does "
+                f"model.router_bias_rate={self.router_bias_rate:g} changes the routers, which an adapter freezes and does "
                 "not export; leave it out, or use adapter=none"
             )
         if self.path is not None:
@@ -230,7 +209,8 @@ class ModelLoader:
         yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture)
 
     def remarks(self) -> Iterator[str]:
-        """A sentence for what of the folder is not read, or not as it is stored."""
+        """A sentence for what of the folder is not read, or not as it is stored, and for how the adapter holds the rest."""
+        yield from self.adapter.remarks(self.architecture)
         if self.files is not None:
             files = self.files.files
             sentences = [*([files.left_out] if files.left_out is not None else []), *remark(files)]
@@ -245,7 +225,8 @@ class ModelLoader:
         """The configured model, what is trained of it in float32."""
         grown = self.files is not None and self.new_tokens > 0
         with long_lived_allocations(), self.strategy.construction():
-            model = self.kind(self.architecture, self.config.activation_checkpointing or Recompute.none)
+            with self.adapter.construction():
+                model = self.kind(self.architecture, self.config.activation_checkpointing or Recompute.none)
             self.adapter.install(model, grown=grown)
         if self.fake_quantizer is not None:
             install(model, self.fake_quantizer)
@@ -253,12 +234,13 @@ class ModelLoader:
             for parameter in self.adapter.frozen_matrices(model):
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
         if self.files is not None:
-            own = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
-            buffers = dict(persistent_buffers(model))
-            self._validate_weights(self.files, {**own, **{n: tuple(b.shape) for n, b in buffers.items()}})
-            for name, buffer in buffers.items():
+            self._validate_weights(self.files, self._shapes_of(model))
+            for name, buffer in persistent_buffers(model):
                 buffer.copy_(self.start(name))
+        filled = fill_packed(model, self.bytes_of, self.strategy.fill)
         for name, parameter in model.named_parameters():
+            if name in filled:
+                continue
             added = self.adapter.initial(name, self.strategy.shape_of(parameter), self.seed)
             self.strategy.fill(parameter, self.start(name) if added is None else added)
         if self.config.compile:
@@ -282,6 +264,8 @@ class ModelLoader:
             base = f"{base}:{self.architecture.ropes}:{self.longest}"
         if self.fake_quantizer is not None and self.fake_quantizer.active:
             base = f"{base}:{self.fake_quantizer.bits}:{self.fake_quantizer.group}"
+        if self.packed:
+            base = f"{base}:nf4:{hashlib.sha256(','.join(sorted(self.packed)).encode()).hexdigest()[:8]}"
         adapter = getattr(self.adapter, "path", None)
         return base if adapter is None else f"{base}:{AdapterFolder(Path(adapter)).fingerprint()}"
 
@@ -300,6 +284,22 @@ class ModelLoader:
             values = torch.cat([values[:known], new, values[self.vocab_size :]])
         return values
 
+    def dequantised(self, name: str) -> Tensor:
+        """A parameter as training computes with it at first: `start`, of a packed weight what its bytes stand for."""
+        if name not in self.packed:
+            return self.start(name)
+        return unpack(self.bytes_of(name), self.packed[name], self.precision.dtype)
+
+    def bytes_of(self, name: str) -> Packed:
+        """A weight in NF4: as its folder stores it, where it does, else packed on this rank's device."""
+        stored = None if self.files is None else self.files.packed(name)
+        return pack(self.start(name).to(distributed.world().device)) if stored is None else Packed(*stored)
+
+    @cached_property
+    def packed(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights that are held in NF4, by name."""
+        return self.adapter.packed(self.architecture)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The model's own tensors, tied ones once, in their order."""
@@ -317,6 +317,14 @@ class ModelLoader:
     def _rows_added(self) -> int:
         assert self.config.path is not None
         return self.architecture.vocab_size - read_architecture(Path(self.config.path)).vocab_size
+
+    def _shapes_of(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that a model takes from its folder."""
+        packed = packed_weights(model)
+        parameters = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
+        wide = {n: shape for n, shape in parameters.items() if n.rpartition(".")[0] not in packed}
+        buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
+        return {**wide, **{name: weight.shape for name, weight in packed.items()}, **buffers}
 
     def _validate_weights(self, files: StoredWeights, wanted: dict[str, tuple[int, ...]]) -> None:
         tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings or self.scores else set[str]()

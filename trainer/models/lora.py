@@ -1,4 +1,4 @@
-"""What a run trains of its model: all of it, or low-rank adapters beside frozen weights."""
+"""Low-rank adapters beside frozen weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config import ConfigError, Node, schema, setting
+from trainer.config import ConfigError, schema, setting
 from trainer.data.hub import folder_of
+from trainer.models.adapter import Adapter, Full
 from trainer.models.architecture import Architecture
 from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
@@ -24,83 +25,13 @@ from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
 from trainer.models.linear import FakeQuantizer, LowRank
 from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
+from trainer.models.packed import PackedLinear
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"]
-ADAPTABLE = (nn.Linear, GroupedLinear)
+ADAPTABLE = (nn.Linear, PackedLinear, GroupedLinear)
 EMBEDDINGS = ("embed_tokens", "lm_head")
-
-
-@dataclass
-class Adapter(Node):
-    """The contract: which parameters are trained, and what of them is written in the end."""
-
-    rate: ClassVar[float] = 1.0
-    """Factor of the pipeline's learning rate where ``optimizer.lr=null``."""
-    freezes_model: ClassVar[bool] = False
-    """Whether the model is frozen and parameters beside it are trained, which `merged` and `peft_settings` then take."""
-
-    def validate_architecture(self, architecture: Architecture) -> None:
-        """Check that it fits a model.
-
-        Raises:
-            ConfigError: if it does not.
-        """
-
-    def trained(self, architecture: Architecture, grown: bool) -> int:
-        """Elements that are trained beside a frozen model; 0 = the model itself is. ``grown``: as for `install`."""
-        return 0
-
-    def install(self, model: Transformer, *, grown: bool) -> None:
-        """Change a newly built model, before it has values. ``grown``: its vocabulary has tokens that its folder lacks."""
-
-    def initial(self, name: str, shape: Sequence[int], seed: int) -> Tensor | None:
-        """The first values of a parameter that `install` added; None for the model's own."""
-        return None
-
-    def frozen_matrices(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """What may be held in the compute format, because no step changes it."""
-        yield from ()
-
-    def validate_compiled(self) -> Iterator[str]:
-        """One sentence for why it does not work in compiled blocks."""
-        yield from ()
-
-    def validate_rounded(self) -> Iterator[str]:
-        """One sentence for why its weights cannot be rounded in training (``qat``)."""
-        yield from ()
-
-    def moves_reference(self, new_tokens: int) -> str | None:
-        """Why the model with this switched off is not the policy before its first step; None where it is.
-
-        ``new_tokens``: tokens that the model's folder lacks.
-        """
-        return "adapter=none trains every weight"
-
-    @property
-    def at_start(self) -> Adapter:
-        """What of it a model before its first step has: what a frozen copy of that is built with."""
-        return Full()
-
-    @property
-    def exports(self) -> bool:
-        """Whether a whole model is written in the end."""
-        return True
-
-    def merged(self, name: str, trained: Mapping[str, Tensor], start: Callable[[str], Tensor]) -> Tensor:
-        """A tensor of the model, what was trained beside it merged in; ``start``: its values before training by name."""
-        raise NotImplementedError
-
-    def peft_settings(self, trained: Mapping[str, Tensor]) -> Settings:
-        """What PEFT must know to open the trained tensors as an adapter."""
-        raise NotImplementedError
-
-
-@schema("adapter/none")
-@dataclass
-class Full(Adapter):
-    """Every weight of the model is trained."""
 
 
 @schema("adapter/lora")
@@ -234,7 +165,7 @@ class LoRA(Adapter):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(True)
 
-    def _adapted(self, module: nn.Linear | GroupedLinear, name: str) -> nn.Module:
+    def _adapted(self, module: nn.Linear | PackedLinear | GroupedLinear, name: str) -> nn.Module:
         if isinstance(module, GroupedLinear):
             return LoRAGroupedLinear(module, self.rank, self.scale)
         return LoRALinear(module, self.rank, self.scale, self.dropout, name)
@@ -288,12 +219,15 @@ class LoRA(Adapter):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer's own weight, and beside it the product of two trained matrices of ``rank``."""
+    """A frozen linear layer's own weight, packed or not, and beside it the product of two trained matrices of ``rank``."""
 
     fake_quantizer: FakeQuantizer | None = None
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropped: float = 0.0, place: str = "") -> None:
+    def __init__(
+        self, base: nn.Linear | PackedLinear, rank: int, scale: float, dropped: float = 0.0, place: str = ""
+    ) -> None:
         super().__init__()
+        self.weight: nn.Module | Tensor
         self.weight, self.bias = base.weight, base.bias
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
@@ -301,11 +235,15 @@ class LoRALinear(nn.Module):
         self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if (quantizer := self.fake_quantizer) is not None and quantizer.active:
+        weight, bias = self.weight, self.bias
+        if isinstance(weight, nn.Module):
+            out: Tensor = weight(x, bias)
+        elif (quantizer := self.fake_quantizer) is not None and quantizer.active:
             if not self.active:
-                return quantizer.product(x, self.weight, self.bias)
-            return quantizer.adapted_product(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
-        out = F.linear(x, self.weight, self.bias)
+                return quantizer.product(x, weight, bias)
+            return quantizer.adapted_product(x, weight, bias, self.lora_A, self.lora_B, self.scale)
+        else:
+            out = F.linear(x, weight, bias)
         if not self.active:
             return out
         if self.training and self.dropped:

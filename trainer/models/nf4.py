@@ -109,7 +109,7 @@ def _unpack(codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int]
     # A part of a gathered buffer may begin at an address where no float32 can be read.
     scales = numbers.clone().view(torch.float32)
     largest = operators.dequantize_blockwise(maxima, scales[:-1], levels(codes.device), NESTED, torch.float32)
-    # As one row: its kernel for CPUs wants rows of even length.
+    # As one row: its kernel for CPUs (0.50) begins a block with every row, so values are wrong where 64 does not divide it.
     flat = operators.dequantize_4bit(codes, largest + scales[-1], BLOCK, "nf4", [2 * len(codes)], dtype)
     return flat.flatten()[: math.prod(shape)].view(shape)  # type: ignore[no-any-return]
 

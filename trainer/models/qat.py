@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.int_grid import GROUPS, group_size
 from trainer.models.linear import BlockLinear, FakeQuantizer
-from trainer.models.lora import Adapter, LoRALinear
+from trainer.models.lora import LoRALinear
 from trainer.models.transformer import Transformer
 
 EXPORTS = {4: "int4-rtn", 8: "int8"}
@@ -67,7 +68,8 @@ class QAT(Node):
             raise ConfigError([f"qat.bits={self.bits}: {EXPORTS[self.bits]} cannot hold experts; leave qat out"])
         with torch.device("meta"):
             model = Transformer(architecture)
-        widths = {f"{name}.weight": module.weight.shape[-1] for name, module in _rounded_layers(model)}
+        layers = ((name, m) for name, m in model.named_modules() if isinstance(m, BlockLinear))
+        widths = {f"{name}.weight": layer.in_features for name, layer in layers}
         group = group_size(widths.values(), self.bits)
         if group is None:
             name, width = next((n, w) for n, w in widths.items() if w % GROUPS[-1])

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.models.adapter import Adapter
 from trainer.models.hf_format import FormatError, WeightFiles
-from trainer.models.lora import Adapter, matches
+from trainer.models.lora import matches
 
 
 def validate_base(

@@ -31,5 +31,5 @@ def multiplied_by(a: Architecture) -> int:
         model = Transformer(dataclasses.replace(a, scores=False))
     plain = (nn.Linear, Router, SharedExpertGate)
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, plain))
-    stacked = sum(m.weight.numel() for m in model.modules() if isinstance(m, GroupedLinear))
+    stacked = sum(m.experts * m.inputs * m.outputs for m in model.modules() if isinstance(m, GroupedLinear))
     return linears + stacked * a.experts_per_token // max(a.experts, 1) + a.vocab_size * a.hidden_size

@@ -193,6 +193,8 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = embed(tokens, self.weight, tied=self.tied)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # the residual stream's format; a frozen table may be held in a narrower one
         x = x if self.scale == 1.0 else x * self.scale
         return x.bfloat16() if narrow_stream(x.device.type, working_dtype(x)) else x
 

@@ -105,14 +105,14 @@ class Muon(AdamW):
         for group in others if self.adamw_lr is not None else ():
             if group["base_lr"] == self.lr:
                 group["lr"] = group["base_lr"] = self.adamw_lr
-        muon = BatchedMuon(
-            [{"params": p, "lr": lr, "base_lr": lr} for lr, p in matrices.items()],
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-        )
-        adamw = torch.optim.AdamW(others, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
-        return [muon, adamw]
+        hidden_groups = [{"params": p, "lr": lr, "base_lr": lr} for lr, p in matrices.items()]
+        built: list[torch.optim.Optimizer] = []
+        if hidden_groups:
+            built.append(BatchedMuon(hidden_groups, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum))
+        if others:  # none of adapters alone
+            betas = (self.beta1, self.beta2)
+            built.append(torch.optim.AdamW(others, lr=self.lr, betas=betas, eps=self.eps, fused=True))
+        return built
 
     def share_work(self, optimizers: Sequence[torch.optim.Optimizer], replicas: Replicas) -> None:
         for optimizer in optimizers:
@@ -148,7 +148,8 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def hidden_matrices(module: nn.Module) -> list[Tensor]:
     """Weights of linear layers, or of stacks of them, that are neither an embedding nor the vocabulary projection."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    linears = [(name, m.weight) for name, m in module.named_modules() if isinstance(m, nn.Linear) or _stacked(m)]
+    layers = [(name, m.weight) for name, m in module.named_modules() if isinstance(m, nn.Linear) or _stacked(m)]
+    linears = [(name, weight) for name, weight in layers if isinstance(weight, Tensor)]  # others are packed, and frozen
     heads = {id(w) for name, w in linears if name.rpartition(".")[2].endswith("head")}
     return [w for _, w in linears if w.requires_grad and id(w) not in embeddings | heads]
 

@@ -192,7 +192,10 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Collective: one full tensor at a time, under its logical name, tied ones once; trained ones are float32."""
+        """Collective: one full tensor at a time, under its parameter's name, tied ones once; trained ones are float32.
+
+        Those of a packed weight come as the bytes that they hold, in the order of the module's parameters.
+        """
 
     @abstractmethod
     def fragments(self, *, owned: bool) -> Iterator[Fragment]:

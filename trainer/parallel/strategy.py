@@ -61,8 +61,12 @@ class Strategy(Node):
         parameter.copy_(values)
 
     def cast_frozen(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        """Hold a parameter that is never trained in the compute format: autocast keeps no cast of it from use to use."""
-        parameter.data = parameter.data.to(dtype)
+        """Hold a parameter that is never trained in the compute format: autocast keeps no cast of it from use to use.
+
+        One that holds bytes stays as it is.
+        """
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
     def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
         """Train ``module`` under this strategy."""

@@ -124,10 +124,10 @@ class Zero(Strategy):
     def _cast_shards(self, module: nn.Module, precision: Precision) -> None:
         """Hold sharded parameters in bfloat16 where the working copy is: DeepSpeed converts only those that are whole.
 
-        Not by building them so: it would narrow every buffer, too.
+        Bytes stay bytes. Not by building them so: it would narrow every buffer, too.
         """
         if self.stage == 3 and self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda"):
-            for parameter in module.parameters():
+            for parameter in filter(torch.is_floating_point, module.parameters()):
                 shard: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 narrow = shard.data.to(precision.dtype)
                 shard.data = narrow.pin_memory() if shard.is_pinned() else narrow

@@ -49,7 +49,7 @@ class ZeroState:
         raise NotImplementedError
 
     def full(self, name: str, p: nn.Parameter) -> Tensor:
-        """A whole parameter in float32; collective."""
+        """A whole parameter, in float32 or as bytes; collective."""
         raise NotImplementedError
 
     def create_moments(self) -> None:
@@ -126,7 +126,7 @@ class PartitionedOptimizer(ZeroState):
 
     def full(self, name: str, p: nn.Parameter) -> Tensor:
         if not p.requires_grad or p.dtype is torch.float32:
-            return p.detach().float()
+            return p.detach().float() if p.is_floating_point() else p.detach()
         # The working copy is bfloat16: put the float32 masters of all ranks together.
         full = torch.zeros(p.numel(), dtype=torch.float32, device=distributed.world().device)
         if (place := self.located(name, p)) is not None:
@@ -161,7 +161,8 @@ class PartitionedParameters(ZeroState):
             small[0].all_gather(small)
 
     def full(self, name: str, p: nn.Parameter) -> Tensor:
-        full = torch.zeros(p.ds_numel, dtype=torch.float32, device=distributed.world().device)  # type: ignore[attr-defined]
+        dtype = torch.float32 if p.is_floating_point() else p.dtype
+        full = torch.zeros(p.ds_numel, dtype=dtype, device=distributed.world().device)  # type: ignore[attr-defined]
         if p.requires_grad:
             place = self.located(name, p)
             if place is not None:
@@ -170,7 +171,7 @@ class PartitionedParameters(ZeroState):
         else:
             start, size = share(p)
             if size > 0:
-                full[start : start + size] = p.ds_tensor.detach()[:size].float()  # type: ignore[attr-defined]
+                full[start : start + size] = p.ds_tensor.detach()[:size]  # type: ignore[attr-defined]
         return distributed.sum_over_data(full).view(p.ds_shape)  # type: ignore[attr-defined]
 
 

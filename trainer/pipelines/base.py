@@ -17,11 +17,12 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.diagnostics.first_step import FirstStep
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
+from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.balance import Balancer
 from trainer.models.linear import FakeQuantizer
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Adapter
+from trainer.models.packed import PackedBase
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.tracking.throughput import Stopwatch
@@ -69,9 +70,15 @@ class Models:
     fake_quantizer: FakeQuantizer | None = None
 
     @property
-    def parts(self) -> dict[str, Balancer]:
-        """Parts of the run whose state is in its checkpoints, by name."""
-        return {} if self.balancer is None else {"routing": self.balancer}
+    def parts(self) -> dict[str, Balancer | PackedBase]:
+        """Parts of the run whose state is in its checkpoints, by name; collective.
+
+        Raises:
+            RunError: if ranks pack frozen weights differently.
+        """
+        parts: dict[str, Balancer | PackedBase] = {} if self.balancer is None else {"routing": self.balancer}
+        base = PackedBase.of(self.trained)
+        return {**parts, "base": base} if base.digests else parts
 
 
 @dataclass

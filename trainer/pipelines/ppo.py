@@ -37,10 +37,10 @@ from trainer.functional import logprobs_at
 from trainer.generation.completion import Response
 from trainer.metrics import Metrics
 from trainer.models.actor_critic import CRITIC, ActorCritic, ValueHead, of_policy, values_at
+from trainer.models.adapter import Adapter, Full
 from trainer.models.architecture import Architecture
 from trainer.models.hf_format import read_architecture
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Adapter, Full
 from trainer.models.quantized_base import validate_base
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine

@@ -23,14 +23,15 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.diagnostics.first_step import FirstStep
 from trainer.disk import save_tensors
 from trainer.functional import logprobs_at
+from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.load import ModelLoader
-from trainer.models.lora import Adapter, adapters_off
+from trainer.models.lora import adapters_off
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
 
-ADAPTERS_OFF = "pipeline.reference=adapters_off needs adapter=lora, and a start that is the model without its adapters"
+ADAPTERS_OFF = "pipeline.reference=adapters_off needs adapter=lora or qlora, starting as the model without its adapters"
 """The rule; why an adapter breaks it follows."""
 OWN_REFERENCE = "before the first update the policy is its own reference"
 REFERENCE_REMEDY = "the reference must be what the policy starts from, in the same precision and without dropout"
@@ -90,7 +91,7 @@ class ReferencePipeline(Pipeline):
 
     reference: ReferenceSource = setting(
         ReferenceSource.model,
-        "model: a frozen copy; precomputed: once, before training; adapters_off: the base under adapter=lora; none",
+        "model: a frozen copy; precomputed: once, before training; adapters_off: the base under adapter=lora or qlora; none",
     )
 
     @property

@@ -27,8 +27,8 @@ from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.generation.completion import Response
 from trainer.generation.pretrained import score_statistics, scoring_problem
 from trainer.generation.scoring import score
+from trainer.models.adapter import Full
 from trainer.models.load import Model, ModelLoader
-from trainer.models.lora import Full
 from trainer.parallel import distributed
 from trainer.rl.functions import load_reward, may_pass
 

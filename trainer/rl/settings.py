@@ -105,7 +105,7 @@ class PolicyGradientSettings(Node):
     )
     missing_eos_penalty: float = setting(0.0, "taken off the score of a completion without an end", least=0)
     reference: ReferencePolicy = setting(
-        ReferencePolicy.model, "a frozen model, adapters_off (the base under adapter=lora), or none"
+        ReferencePolicy.model, "a frozen model, adapters_off (the base under adapter=lora or qlora), or none"
     )
     kl_coef: float | None = setting(None, "KL coefficient (beta) in the reward; null = 0.05 for gae, else 0", least=0)
     kl_estimator: str = setting("k1", "estimator of the KL divergence in the reward", choices=KL_ESTIMATORS)

@@ -91,6 +91,33 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
     assert sharded.parameters == pytest.approx(2 * (count + 10_000_000) / 8)
 
 
+def test_a_base_of_four_bits_fits_the_devices_that_it_is_made_for():
+    def need(model: str, gb: float, *more: str):
+        qlora = [
+            "adapter=qlora",
+            "precision=bf16",
+            "batch.micro=1",
+            "batch.length=512",
+            "model.vocab_size=32000",
+            *more,
+        ]
+        cfg = compose([f"model={model}", *qlora])
+        shape = cfg.model.architecture(32000)
+        return memory(shape, cfg.layout(shape, 1, cuda=True, limit=gb * 1e9))
+
+    seven, seventy = need("7b", 24), need("70b", 48)
+    # 64 weights in 32 bytes and one byte of their maximum, of which 256 share four bytes; the rest in bf16, adapters of rank
+    # 16 (41,943,040) in float32.
+    wide = 2 * 32000 * 4096 + 65 * 4096
+    packed = 7_241_732_096 - wide
+    assert seven.parameters == pytest.approx(packed * (33 + 4 / 256) / 64 + 2 * wide + 4 * 41_943_040)
+    # arXiv:2305.14314: 65 billion parameters on one GPU of 48 GB.
+    assert seven.total < 8e9
+    assert seventy.total < 42e9
+    assert need("7b", 24, "batch.micro=4").total < 24e9
+    assert need("70b", 48, "adapter.rank=64").total > 48e9  # with float32 states
+
+
 def test_a_run_counts_the_residual_stream_in_the_format_that_a_gpu_keeps_it_in():
     # A token of a layer in bf16: two residuals and two norms' outputs of 4096, query and output of 4096, keys and
     # values of 1024, four tensors of 14336; the final norm's input.

@@ -34,6 +34,7 @@ SHAPE = {
 STARTS = {
     "full": [],
     "lora": ["adapter=lora"],
+    "qlora": ["adapter=qlora"],
     "lora with new tokens": ["adapter=lora", "tokenizer.add=['<|turn|>','<|over|>']"],
     "lora from an adapter": ["adapter=lora", "adapter.path=adapter"],
 }
@@ -113,13 +114,23 @@ def losses(algorithm: str, start: str, kind: str, folder) -> list[dict]:
     return [line for line in metrics(folder / cfg.run_dir) if "loss" in line]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("start", STARTS)
+SLOW = [("qlora", "kto"), ("qlora", "ppo")]
+"""A packed base differs from another in its linear layers alone."""
+
+
+@pytest.mark.parametrize(
+    ("start", "algorithm"),
+    [
+        pytest.param(start, algorithm, marks=[pytest.mark.slow] if (start, algorithm) in SLOW else [])
+        for start in STARTS
+        for algorithm in ALGORITHMS
+    ],
+)
 def test_the_reference_is_the_policy_before_its_first_step(start, algorithm, world, monkeypatch):
     monkeypatch.chdir(world)
     learns_offline = algorithm in ("dpo", "kto")
     runs = {kind: losses(algorithm, start, kind, world) for kind in ["model"] + ["precomputed"] * learns_offline}
-    if start == "lora":
+    if start in ("lora", "qlora"):
         runs["adapters_off"] = losses(algorithm, start, "adapters_off", world)
     else:
         with pytest.raises(ConfigError, match=r"adapters_off needs adapter=lora.*use pipeline.reference=model"):
@@ -150,7 +161,7 @@ def square() -> dict[str, list[tuple[str, str, str]]]:
     for row, start in enumerate(STARTS):
         for column, algorithm in enumerate(ALGORITHMS):
             kind = "precomputed" if (start, algorithm) in PRECOMPUTED else "model"
-            cell = (algorithm, start, "adapters_off" if start == "lora" else kind)
+            cell = (algorithm, start, "adapters_off" if start in ("lora", "qlora") else kind)
             cells[list(STRATEGIES)[(row + column) % len(STRATEGIES)]].append(cell)
     return cells
 

@@ -1,0 +1,250 @@
+"""Layers whose frozen weight is held in NF4: how they replace others, and how a model of them is filled and read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from trainer.config import RunError
+from trainer.functional import working_dtype
+from trainer.models.grouped import GroupedLinear
+from trainer.models.linear import BlockLinear
+from trainer.models.nf4 import PACKAGE, FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
+from trainer.parallel import distributed
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.8
+"""Part of the free memory that wide copies may take: keys and values need some, too."""
+NAMED = 3
+"""Matrices that a message names; the others are counted."""
+
+
+class PackedWeight(nn.Module):
+    """A frozen weight in NF4 in the place of the parameter that it stands for, whose name its own parameters' begin with.
+
+    They are parameters, not buffers: those DDP would send at every step, and ZeRO-3 would leave whole on every rank.
+
+    Attributes:
+        shape: Of the weight.
+        wide: The weight unpacked, while there is such a copy.
+        digest: Of the bytes that it was filled with.
+    """
+
+    codes: Tensor
+    maxima: Tensor
+    numbers: Tensor
+    wide: Tensor | None
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.digest = shape, ""
+        for name, part in packed_sizes(math.prod(shape))._asdict().items():
+            bytes_of_part = torch.empty(part.shape, dtype=torch.uint8)
+            self.register_parameter(name, nn.Parameter(bytes_of_part, requires_grad=False))
+        self.register_buffer("wide", None, persistent=False)
+
+    @property
+    def packed(self) -> Packed:
+        """Its bytes."""
+        return Packed(self.codes, self.maxima, self.numbers)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b`` in the working format."""
+        x = x.to(working_dtype(x))
+        if self.wide is not None and self.wide.dtype is x.dtype:
+            return F.linear(x, self.wide, bias)
+        return FrozenProduct.apply(x, bias, self.shape, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class PackedStack(PackedWeight):
+    """A packed stack ``(E, o, i)`` of experts' matrices."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:  # type: ignore[override]
+        """Rows ``(S, i)``, sorted by expert and in the working format, times the matrix of their expert.
+
+        ``ends`` ``(E,)``: the row behind the last one of every expert.
+        """
+        return FrozenGroupedProduct.apply(x, ends, self.shape, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight is packed; its bias is not."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = PackedWeight((base.out_features, base.in_features)), base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight(x, self.bias)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """Linear layers become packed ones as soon as a module takes them: the wide model never exists."""
+    hook = register_module_module_registration_hook(lambda _, __, layer: _packed(layer))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def pack_layers(model: nn.Module, wide: Callable[[str], bool]) -> None:
+    """Let a model without values have packed layers in the place of all linear ones but those whose name is ``wide``."""
+    for name, layer in list(model.named_modules()):
+        if (new := _unpacked(layer) if wide(name) else _packed(layer)) is not None and new is not layer:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+
+
+def _packed(layer: nn.Module | None) -> nn.Module | None:
+    """The packed form of a layer that has one; of a stack it is the layer itself, changed."""
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer)
+    if isinstance(layer, GroupedLinear) and isinstance(layer.weight, Tensor):
+        del layer.weight  # no module takes the place of a parameter
+        layer.weight = PackedStack((layer.experts, layer.outputs, layer.inputs))
+    return layer
+
+
+def _unpacked(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, PackedLinear):
+        return BlockLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    if isinstance(layer, GroupedLinear) and isinstance(layer.weight, PackedStack):
+        layer.weight = nn.Parameter(torch.empty(layer.experts, layer.outputs, layer.inputs))
+    return layer
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """The packed weights of a model by the names of the parameters that they stand for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
+def fill_packed(
+    model: nn.Module, packed_of: Callable[[str], Packed], fill: Callable[[nn.Parameter, Tensor], None]
+) -> frozenset[str]:
+    """Give the packed weights of a new model their bytes, one after the other; gives the names of their parameters.
+
+    ``packed_of``: a weight's bytes by its name. ``fill``: writes values into a parameter, as a strategy does.
+    """
+    filled = list[str]()
+    for name, weight in packed_weights(model).items():
+        packed = packed_of(name)
+        weight.digest = packed.digest()
+        for part, values in packed._asdict().items():
+            fill(weight.get_parameter(part), values)
+            filled.append(f"{name}.{part}")
+    return frozenset(filled)
+
+
+def unpacked(
+    weights: Iterable[tuple[str, Tensor]], model: nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The logical tensors of a model, of its parameters by name: packed ones in ``dtype`` under their weight's name."""
+    packed, parts = packed_weights(model), dict[str, Tensor]()
+    for name, tensor in weights:
+        stem, _, part = name.rpartition(".")
+        if stem not in packed:
+            yield name, tensor
+            continue
+        parts[part] = tensor
+        if len(parts) == len(Packed._fields):
+            yield stem, unpack(Packed(**parts), packed[stem].shape, dtype)
+            parts = {}
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Hold packed weights unpacked, too, where memory allows: token by token, they would be unpacked for each.
+
+    What the model computes is the same.
+    """
+    weights = [weight for weight in packed_weights(model).values() if weight.wide is None]
+    if not weights:
+        yield
+        return
+    dtype = working_dtype(next(p for p in model.parameters() if p.is_floating_point()))
+    needed = dtype.itemsize * sum(math.prod(weight.shape) for weight in weights)
+    free = _free_bytes(weights[0].codes.device)
+    if needed > USABLE * free:
+        _warn_once(
+            f"sampling unpacks the NF4 weights at every token: a copy needs {needed / 1e9:.1f} GB of {free / 1e9:.1f}"
+        )
+        yield
+        return
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.wide = unpack(weight.packed, weight.shape, dtype)
+        yield
+    finally:
+        for weight in weights:
+            weight.wide = None
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that can be had on a device, what its allocator caches included."""
+    if device.type != "cuda":
+        return float(psutil.virtual_memory().available)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + cached)
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    log.warning("%s", sentence)
+
+
+@dataclass(frozen=True)
+class PackedBase:
+    """What a run's frozen weights were packed to, which its checkpoints do not hold: machines may differ in the last step.
+
+    digests: of the bytes of every packed weight by name
+    """
+
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PackedBase:
+        """That of a model, wrapped or not; collective if there is any.
+
+        Raises:
+            RunError: if another rank packed it otherwise.
+        """
+        digests = {name.removeprefix("module."): weight.digest for name, weight in packed_weights(model).items()}
+        if digests:
+            every = distributed.gather(digests)
+            if differing := [rank for rank, other in enumerate(every) if other != every[0]]:
+                raise RunError(
+                    f"rank {differing[0]} packs the model to other NF4 bytes than rank 0; use machines of one kind, with one "
+                    f"version of {PACKAGE}"
+                )
+        return cls(digests)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"digests": dict(self.digests), PACKAGE: importlib.metadata.version(PACKAGE)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare with what the run was begun with; a difference is logged."""
+        before = state["digests"]
+        differing = [name for name, digest in self.digests.items() if before.get(name) != digest]
+        if differing and distributed.world().is_main:
+            more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+            log.warning(
+                "%d of %d NF4 weights (%s%s) are packed to other bytes here, with %s %s, than where the run was saved, with "
+                "%s: training goes on from a slightly different base; continue on a machine of that kind for the same curve",
+                len(differing), len(self.digests), ", ".join(differing[:NAMED]), more, PACKAGE,
+                importlib.metadata.version(PACKAGE), state[PACKAGE],
+            )  # fmt: skip
