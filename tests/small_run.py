@@ -1,6 +1,7 @@
 """A model of a few hundred weights under an engine, with a checkpointer: what checkpoint tests save and restore."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Run:
         precision: Compute = Compute.fp32,
         **config: Any,
     ) -> None:
-        kind = {"adamw": AdamW, "muon": Muon}[optimizer]
+        kind = {"adamw": AdamW, "adamw8bit": partial(AdamW, state="8bit"), "muon": Muon}[optimizer]
         spread = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy]()
         with spread.construction():
             net = Net(width)

@@ -157,6 +157,17 @@ class Run(Node):
         how = f"{dtype}, strategy={self.strategy.name}, {distributed.ranks()} rank(s)"
         return f"{pipeline} of {model}: {parameters_of(architecture):,} parameters, {trained}; {how}"
 
+    def remarks(self, load: ModelLoader, engine: Engine, last: int) -> Iterator[str]:
+        """What is to be said at the start of a run of ``last`` steps: what was decided, and what is not as it is set."""
+        yield from (
+            *self.model.decided(load.config),
+            *load.remarks(),
+            *self.schedule.remarks(last),
+            *self.qat.remarks(),
+        )
+        yield from self.optimizer.remarks(engine.module, self.strategy.shape_of)
+        yield from filter(None, [distributed.world().attention])
+
     def layout(
         self, a: Architecture, ranks: int | None = None, *, cuda: bool | None = None, limit: float | None = None
     ) -> Layout:
@@ -169,6 +180,7 @@ class Run(Node):
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
             offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
             auxiliary=tuple(self.pipeline.auxiliary_models(a)), packed=self.adapter.packed_elements(a),
+            moment=self.optimizer.moment,
         )  # fmt: skip
         recompute = self.model.activation_checkpointing
         return replace(layout, recompute=recompute) if recompute else fit(a, layout, limit)
@@ -207,6 +219,7 @@ def run(cfg: Run) -> dict[str, float]:
     tokenizer, architecture = cfg.open_tokenizer_and_shape()
     if cfg.estimate:
         return print_estimate(cfg.summary(architecture), architecture, cfg.layout(architecture))
+    cfg.optimizer.check_machine()
     load, corpus = cfg.loader(tokenizer).validated(), cfg.open_corpus(tokenizer)
     made_from, lineage = cfg.made_from(tokenizer, corpus), ancestry(texts_of(cfg))
     folder = run_folder.choose(cfg.run_dir, cfg.resume, cfg, made_from)
@@ -238,9 +251,7 @@ def run(cfg: Run) -> dict[str, float]:
                 cfg.profile.recording(folder / "profile", done + 1) as profiler,
                 watchdog.phase("step"),  # between the laps of a step, where metrics meet and saves are completed
             ):
-                remarks = [*cfg.model.decided(load.config), *load.remarks(), *cfg.schedule.remarks(last)]
-                remarks += [*cfg.qat.remarks(), *filter(None, [world.attention])]
-                tracker.say([cfg.summary(architecture), *remarks, *corpus.summary])
+                tracker.say([cfg.summary(architecture), *cfg.remarks(load, engine, last), *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
                 log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)

@@ -38,6 +38,8 @@ CONFIGURATIONS = [
     (1, ["batch.size=16", "batch.micro=8", "batch.length=256"]),
     (1, ["batch.size=8", "batch.micro=4", "batch.length=256", "adapter=lora"]),
     (1, ["batch.size=8", "batch.micro=4", "batch.length=256", "adapter=lora", "precision=bf16"]),
+    (1, ["batch.size=8", "batch.micro=4", "batch.length=256", "optimizer.state=8bit"]),
+    (2, ["batch.size=16", "batch.micro=4", "batch.length=256", "strategy=zero2", "optimizer.state=8bit"]),
 ]
 
 

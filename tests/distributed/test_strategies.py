@@ -359,16 +359,26 @@ def test_bf16_weights_are_held_in_bf16_where_parameters_are_sharded():
     assert narrow == wide / 2
 
 
+BF16 = ["precision=bf16", "strategy.autocast=false"]
+EIGHT_BIT = ["optimizer.state=8bit", "model.hidden_size=64", "model.intermediate_size=96"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_a_killed_run_with_bf16_weights_ends_with_the_same_bytes(strategy, tmp_path):
-    low = [*RUN, "precision=bf16", "strategy.autocast=false", f"strategy={strategy}"]
-    Command(tmp_path, "run_dir=whole", *low, ranks=2).finish()
-    cut = Command(tmp_path, "run_dir=cut", *low, ranks=2)
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "narrow"),
+    [(strategy, 2, BF16) for strategy in ("zero1", "zero2", "zero3")]
+    + [("ddp", 1, EIGHT_BIT), ("zero2", 2, EIGHT_BIT)],
+)
+def test_a_killed_run_with_narrow_weights_or_moments_ends_with_the_same_bytes(strategy, ranks, narrow, tmp_path):
+    if narrow == EIGHT_BIT:
+        pytest.importorskip("bitsandbytes")
+    low = [*RUN, *narrow, f"strategy={strategy}"]
+    Command(tmp_path, "run_dir=whole", *low, ranks=ranks).finish()
+    cut = Command(tmp_path, "run_dir=cut", *low, ranks=ranks)
     latest = tmp_path / "cut" / "checkpoints" / "latest"
     while not latest.exists() and cut.processes[0].poll() is None:
         time.sleep(0.01)
     cut.kill()
-    assert "continuing after step" in Command(tmp_path, "run_dir=cut", *low, ranks=2).finish()
+    assert "continuing after step" in Command(tmp_path, "run_dir=cut", *low, ranks=ranks).finish()
     whole, continued = export_of(tmp_path / "whole"), export_of(tmp_path / "cut")
     assert all(np.array_equal(whole[name], continued[name]) for name in whole)

@@ -11,8 +11,9 @@ from torch import nn
 
 from tests.mixtures import small
 from trainer.models.experts import MixtureOfExperts
-from trainer.optim import AdamW, Constant, Cosine, Linear, Muon, WarmupStableDecay, create_state, gradient_norm
+from trainer.optim import AdamW, Constant, Cosine, Linear, Muon, WarmupStableDecay, gradient_norm
 from trainer.optim.muon import BatchedMuon, Replicas, _newton_schulz
+from trainer.optim.state import create_state
 
 
 class Tiny(nn.Module):

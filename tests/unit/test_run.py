@@ -117,7 +117,7 @@ def test_further_formats_are_written_once_and_measured_on_held_out_rows(tmp_path
     go(*command, "export.formats=[bf16]", "tracking.report=true")
     assert snapshot(folder).items() >= {k: v for k, v in before.items() if "/export/" in k}.items()
     record = json.loads((folder / "export-bf16" / "onecurve.json").read_text())
-    assert (record["step"], record["format"], record["cost"]["rows"]) == (2, "bf16", 31)
+    assert (record["step"], record["format"], record["cost"]["tokens"]) == (2, "bf16", 1806)
     # What the run's own evaluation says of the same rows, in float32 sums of another order.
     assert record["cost"]["original_perplexity"] == pytest.approx(np.exp(latest["eval/loss"]), rel=1e-5)
     assert "KL, nats a token" in (folder / "report.html").read_text()

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,11 +31,16 @@ from trainer.checkpoint.folder import (
 )
 from trainer.checkpoint.saving import Copies, Save, Written, in_files
 from trainer.config import InputError, Node, RunError, schema, setting
+from trainer.optim.eight_bit import BOUND
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, owned_spans
 
 log = logging.getLogger(__name__)
 
+ROUNDED = (
+    "optimizer state was rounded to 8 bits, in other blocks than it was saved from: by at most %.2f%% of a block's maximum "
+    "(the bound is %.2f%%)"
+)
 HELD = "held"
 """The state of tensors that belong to a part of the run instead of the model."""
 
@@ -99,18 +105,20 @@ class Checkpointer:
         """
         self.advance(wait=True)
         unfinished = Path(distributed.run_on_main(lambda: self._begin(step)))
-        fragments = [*self.engine.fragments(owned=True), *self._tensors_of_parts()]
-        save = Save(step, unfinished, distributed.world().name, {f.name: list(f.shape) for f in fragments})
-        save.manifest = self._facts_of(step)
+        # One file's worth at a time: of state in 8 bits they are copies already.
+        fragments = chain(self.engine.fragments(owned=True), self._tensors_of_parts())
+        save = Save(step, unfinished, distributed.world().name)
         copying = (Copies(together) for together in in_files(fragments))
         if self.config.asynchronous:
             copies = list(copying)
             for together in copies:
                 self.engine.before_next_update(together.wait)
+            save.manifest = self._facts_of(step)
             save.start(copies)
             self._writing = save
         else:
             save.write(copying)
+            save.manifest = self._facts_of(step)
             self._finish(save)
 
     def advance(self, *, wait: bool = False) -> None:
@@ -140,12 +148,14 @@ class Checkpointer:
             problems = list(dict.fromkeys(p for part in every for p in part))
             if not problems:
                 try:
-                    distributed.run_on_all_ranks(partial(self._load, step))
+                    moved = max(distributed.run_on_all_ranks(partial(self._load, step)))
                 except InputError as error:
                     raise RestoreError(str(error)) from error
                 except (RunError, distributed.RankError) as error:
                     raise CheckpointError(f"{folder_name(step)} could not be restored ({error}); run again") from error
                 self._good.add(step)
+                if moved and world.is_main:
+                    log.warning(ROUNDED, 100 * moved, 100 * BOUND)
                 return int(step)
             bad += problems
             for problem in problems if world.is_main else ():
@@ -242,7 +252,8 @@ class Checkpointer:
                 if good > self.config.keep:
                     remove(folder)
 
-    def _load(self, step: int) -> None:
+    def _load(self, step: int) -> float:
+        """Restore; gives what `Engine.restored` does."""
         folder = self.folder / folder_name(step)
         manifest = read_manifest(folder)
         files = FragmentFiles(folder, manifest)
@@ -250,7 +261,7 @@ class Checkpointer:
         self._refuse_another_model(folder, manifest, files, wanted)
         for fragment in wanted:
             files.read(fragment.name, fragment.state, fragment.box, fragment.start, fragment.tensor)
-        self.engine.restored(manifest.optimizer_steps, manifest.engine)
+        moved = self.engine.restored(manifest.optimizer_steps, manifest.engine)
         missing = self.parts.keys() - manifest.parts.keys()
         if missing:
             raise RestoreError(
@@ -261,6 +272,7 @@ class Checkpointer:
             if isinstance(part, Holder):
                 names = {n.removeprefix(f"{name}/"): n for n in manifest.shapes if n.startswith(f"{name}/")}
                 part.load_tensors({key: files.full_tensor(n, HELD, manifest.shapes[n]) for key, n in names.items()})
+        return moved
 
     def _refuse_another_model(self, folder: Path, manifest: Manifest, files: FragmentFiles, wanted: list[Any]) -> None:
         problems = []

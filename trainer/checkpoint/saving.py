@@ -49,9 +49,9 @@ class Save:
 
     manifest: dict[str, Any]
 
-    def __init__(self, step: int, partial: Path, prefix: str, shapes: dict[str, list[int]]) -> None:
+    def __init__(self, step: int, partial: Path, prefix: str) -> None:
         self.step, self.partial, self.prefix = step, partial, prefix
-        self._written = Written({}, shapes, [])
+        self._written = Written({}, {}, [])
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -64,6 +64,7 @@ class Save:
         """Write each of ``copies`` into a file of its own; a failure is kept for `result`."""
         try:
             for together in copies:
+                self._written.shapes.update(together.shapes)
                 tensors: dict[str, Tensor] = {}
                 for name, state, box, start, tensor in together.pieces():
                     key = str(len(self._written.fragments))
@@ -105,9 +106,13 @@ class Copies:
     """Copies of fragments in CPU memory that nobody else writes to, made while the device goes on.
 
     From CUDA into pinned memory and on a stream of their own. What writes to the fragments has to wait for them: see `wait`.
+
+    Attributes:
+        shapes: Of the logical tensors that the fragments are of, by name.
     """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
+        self.shapes = {f.name: list(f.shape) for f in fragments}
         self._places = [(f.name, f.state, f.box, f.start) for f in fragments]
         tensors = [f.tensor.detach() for f in fragments]
         self._copied: torch.cuda.Event | None = None
@@ -120,6 +125,8 @@ class Copies:
         with torch.cuda.stream(stream):
             for copy, tensor in zip(self._tensors, tensors, strict=True):
                 copy.copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)  # a copy of state in 8 bits is nobody else's: its memory waits
         self._copied = stream.record_event()
 
     def wait(self, *_: Any) -> None:

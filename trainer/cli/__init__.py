@@ -30,7 +30,7 @@ VERBS = {
     "compare": "answer the same prompts with several models and score the answers",
     "evaluate": "measure a model on held-out data without training it",
     "convert": "turn a GGUF file into a Hugging Face folder",
-    "export": "turn a run's newest checkpoint into a Hugging Face folder",
+    "export": "a run's newest checkpoint as a Hugging Face folder; a model in other formats",
     "label": "make preference pairs: a model answers twice, a judge chooses",
     "report": "write report.html of a run, or one that compares runs",
     "recipe": "carry out the stages of a model's life, one after the other",

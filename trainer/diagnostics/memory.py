@@ -44,6 +44,7 @@ class Layout:
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
         packed: Elements of that model that are held in NF4, and of the largest matrix of them.
         auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
+        moment: Bytes of a moment of an element of hidden matrices and adapters; 4 of every other one.
     """
 
     stage: int
@@ -59,6 +60,7 @@ class Layout:
     adapters: int = 0
     packed: tuple[int, int] = (0, 0)
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
+    moment: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,20 @@ class Memory:
         yield f"  {'total':<12} {self.total / 1e9:8.2f} GB"
 
 
-def states(parameters: float, layout: Layout) -> tuple[float, float, float]:
+def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float, float, float]:
     """Bytes of parameters, gradients and optimizer state on a rank (docs/algorithms.md#memory).
 
     bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
-    float32 master, so 4 + 4 + 12.
+    float32 master, so 4 + 4 + 12. Of the last, 8 are the moments, less where ``layout.moment`` says so; not those of
+    the ``wide`` elements: embeddings and heads.
     """
     working = 2 if layout.low_precision_weights else 4
-    optimizer = 12 if layout.stage or layout.low_precision_weights else 8
+    masters = 4 if layout.stage or layout.low_precision_weights else 0
+    optimizer = masters * parameters + 2 * (layout.moment * (parameters - wide) + 4 * wide)
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
-        parameters * size / n for size, n in zip((working, working, optimizer), over, strict=True)
+        size / n for size, n in zip((working * parameters, working * parameters, optimizer), over, strict=True)
     )
     if layout.offload != "none" and layout.cuda:
         moments = 0.0
@@ -111,11 +115,11 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     if not layout.cuda or layout.offload == "none":
         return 0.0
     trained = [
-        layout.adapters or parameters_of(a),
-        *(parameters_of(shape) for shape, learns in layout.auxiliary if learns),
+        (layout.adapters, 0) if layout.adapters else (parameters_of(a), vocabulary_tables(a)),
+        *((parameters_of(shape), vocabulary_tables(shape)) for shape, learns in layout.auxiliary if learns),
     ]
     here, there = (
-        sum(sum(states(count, dataclasses.replace(layout, offload=offload))) for count in trained)
+        sum(sum(states(count, dataclasses.replace(layout, offload=offload), wide)) for count, wide in trained)
         for offload in (layout.offload, "none")
     )
     return there - here
@@ -230,8 +234,8 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     """
     count = parameters_of(a)
     learnt = layout.adapters or count
-    weights, gradients, moments = states(learnt, layout)
     packed, largest = layout.packed
+    weights, gradients, moments = states(learnt, layout, 0 if layout.adapters else vocabulary_tables(a))
     weights += frozen(a, layout, packed) if layout.adapters else 0.0
     block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
     stored, head = activations(a, layout), loss(a, layout)
@@ -254,7 +258,10 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += sum(states(parameters_of(shape), layout)) + stored * parameters_of(shape) / count
+            others += (
+                sum(states(parameters_of(shape), layout, vocabulary_tables(shape)))
+                + stored * parameters_of(shape) / count
+            )
         else:
             # A frozen model of the policy's shape is its reference, packed alike.
             others += frozen(shape, layout, packed if shape == a else 0)

@@ -106,17 +106,19 @@ class Laid(NamedTuple):
 
     ``tokens`` ``(1, T)``, ``documents``: what a model reads.
     ``places`` ``(n,)``: the tokens whose next one counts. ``targets`` ``(n,)``: these next ones.
+    ``counts``: how many of them are of each sequence.
     """
 
     tokens: Tensor
     documents: Documents
     places: Tensor
     targets: Tensor
+    counts: list[int]
 
 
 def lay(unit: Sequence[Span]) -> Laid:
     """A unit as a model reads it."""
-    tokens, lengths, places, targets = list[int](), list[int](), list[int](), list[int]()
+    tokens, lengths, places, targets, sizes = list[int](), list[int](), list[int](), list[int](), list[int]()
     for span in unit:
         ids = [int(n) for n in span.ids]
         counts = [True] * len(ids) if span.trained is None else list(span.trained)
@@ -125,8 +127,9 @@ def lay(unit: Sequence[Span]) -> Laid:
         targets += [ids[at + 1] for at in chosen]
         tokens += ids[:-1]
         lengths += [len(ids) - 1] if len(ids) > 1 else []
-    rows = (torch.tensor(part, dtype=torch.int64) for part in (places, targets))
-    return Laid(torch.tensor([tokens]), Documents.from_lengths(lengths, 1), *rows)
+        sizes += [len(chosen)] if chosen else []
+    where, which = (torch.tensor(part, dtype=torch.int64) for part in (places, targets))
+    return Laid(torch.tensor([tokens]), Documents.from_lengths(lengths, 1), where, which, sizes)
 
 
 class TokenComparison:
@@ -149,13 +152,13 @@ class TokenComparison:
         for unit, (states, head) in zip(self.units, self.before, strict=True):
             values = compared(states, head, *final_states(model, unit), unit.targets)
             totals += values.double().sum(1)
-            sums.append((float(values[0].double().sum()), len(unit.targets)))
+            sums += [(float(part.double().sum()), len(part)) for part in torch.split(values[0], unit.counts)]
         tokens = sum(count for _, count in sums)
         kl, before, after, same, shift = (totals / max(tokens, 1)).tolist()
         measures = {
             "kl": kl, "kl_error": standard_error(sums), "perplexity": math.exp(after),
             "original_perplexity": math.exp(before), "same_token": same, "logprob_change": shift,
-            "tokens": tokens, "rows": len(self.units),
+            "tokens": tokens, "sequences": len(sums),
         }  # fmt: skip
         if self.right is not None:
             measures |= {"original_exact_match": self.right, "exact_match": self._answer(model)[0]}
@@ -206,16 +209,16 @@ def compared(before: Tensor, head_before: Head, after: Tensor, head: Head, targe
 
 
 def standard_error(sums: Sequence[tuple[float, int]]) -> float | None:
-    """Of a mean over tokens that come in rows, each a sum and a number of tokens; None of a single row.
+    """Of a mean over tokens that come in sequences, each a sum and a number of tokens; None of a single one.
 
-    Tokens of a row are alike, so what scatters are the rows: the error of a ratio of sums (Cochran 1977, section 6.3).
+    Tokens of a sequence are alike, so what scatters are the sequences: the error of a ratio of sums (Cochran 1977, 6.3).
     """
-    rows, tokens = len(sums), sum(count for _, count in sums)
-    if rows < 2 or not tokens:
+    sequences, tokens = len(sums), sum(count for _, count in sums)
+    if sequences < 2 or not tokens:
         return None
     mean = sum(value for value, _ in sums) / tokens
     squares = sum((value - mean * count) ** 2 for value, count in sums)
-    return math.sqrt(squares * rows / (rows - 1)) / tokens
+    return math.sqrt(squares * sequences / (sequences - 1)) / tokens
 
 
 class ScoreComparison:
@@ -236,7 +239,7 @@ class ScoreComparison:
             "score_change": float((scores[1] - scores[0]).abs().mean()), "score_spread": float(scores[0].std()),
             "same_order": float((preferred[0] == preferred[1]).double().mean()),
             "original_accuracy": float(preferred[0].double().mean()), "accuracy": float(preferred[1].double().mean()),
-            "pairs": pairs.shape[1], "rows": len(self.units),
+            "pairs": pairs.shape[1],
         }  # fmt: skip
 
     def _scores(self, model: Transformer) -> list[Tensor]:

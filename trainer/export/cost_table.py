@@ -50,11 +50,11 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[
 
 def measured_on(costs: Mapping[str, Mapping[str, Any]]) -> str:
     """What the figures are of, a sentence; empty where nothing but sizes is known."""
-    first = next((cost for cost in costs.values() if cost.get("rows")), {})
+    first = next((cost for cost in costs.values() if "tokens" in cost or "pairs" in cost), {})
     if "tokens" in first:
-        error = "; ± is one standard error over the rows" if first.get("kl_error") is not None else ""
+        error = "; ± is one standard error over sequences" if first.get("kl_error") is not None else ""
         answers = f", exact match of {first['answers']:,} answers" if first.get("answers") else ""
-        where = f"{first['tokens']:,} held-out tokens of {first['rows']:,} rows{answers}"
+        where = f"{first['tokens']:,} held-out tokens of {first['sequences']:,} sequences{answers}"
         return f"KL(original || format) and perplexity on {where}, in float32 on the dequantised weights{error}"
     if "pairs" in first:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Node, schema, setting
+from trainer.config import ConfigError, Node, schema, setting
+from trainer.optim.eight_bit import BLOCK, SMALLEST, EightBitAdamW
 from trainer.optim.muon import BatchedMuon, Replicas
 
 Groups = list[dict[str, Any]]
@@ -39,6 +41,22 @@ class Optimizer(Node):
         """
         raise NotImplementedError(f"{type(self).__name__} builds no optimizer")
 
+    @property
+    def moment(self) -> float:
+        """Bytes of a moment of an element of hidden matrices."""
+        return 4.0
+
+    def check_machine(self) -> None:
+        """Check that this machine has what it needs; called where a run starts on it.
+
+        Raises:
+            ConfigError: if something is missing.
+        """
+
+    def remarks(self, module: nn.Module, shape_of: ShapeOf = shape) -> Iterator[str]:
+        """What is to be said of training ``module``; ``shape_of``: as for `build`."""
+        yield from ()
+
     def share_work(self, optimizers: Sequence[torch.optim.Optimizer], replicas: Replicas) -> None:
         """Tell what `build` made that ``replicas`` hold the same parameters; some divide a step's work among them."""
 
@@ -66,18 +84,62 @@ class Optimizer(Node):
         ]
 
 
+STATES = {"fp32": 4.0, "8bit": 1 + 4 / BLOCK, "paged8bit": 1 + 4 / BLOCK}
+"""Formats of moments, and the bytes of an element that is in that format."""
+
+
 @schema("optimizer/adamw")
 @dataclass
 class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), PyTorch's fused kernel."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), PyTorch's fused kernel; in 8 bits bitsandbytes'."""
 
     beta1: float = setting(0.9, "decay of the first moment", least=0, below=1)
     beta2: float = setting(0.95, "decay of the second moment", least=0, below=1)
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    state: str = setting(
+        "fp32",
+        "format of the moments of hidden matrices; paged8bit: 8 bits, moved to CPU memory where the GPU's is full",
+        choices=STATES,
+    )
+
+    @property
+    def moment(self) -> float:
+        return STATES[self.state]
+
+    def check_machine(self) -> None:
+        problems = []
+        if self.state != "fp32" and importlib.util.find_spec("bitsandbytes") is None:
+            problems.append(
+                f"optimizer.state={self.state} needs the package bitsandbytes; pip install 'onecurve[quant]'"
+            )
+        if self.state == "paged8bit" and not torch.cuda.is_available():
+            problems.append(
+                "optimizer.state=paged8bit pages the memory of a GPU, and this machine has none; use optimizer.state=8bit"
+            )
+        if problems:
+            raise ConfigError(problems)
 
     def build(self, module: nn.Module, shape_of: ShapeOf = shape) -> list[torch.optim.Optimizer]:
-        groups = self.groups(trained(module), rates_of(module), shape_of)
-        return [torch.optim.AdamW(groups, lr=self.lr or 0.0, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)]
+        rates, lr, betas = rates_of(module), self.lr or 0.0, (self.beta1, self.beta2)
+        if self.state == "fp32":
+            groups = self.groups(trained(module), rates, shape_of)
+            return [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=self.eps, fused=True)]
+        narrow = narrow_matrices(module, shape_of)
+        groups = [
+            {**group, "eight_bit": eight_bit}
+            for eight_bit in (True, False)
+            for group in self.groups(
+                ((n, p) for n, p in trained(module) if (id(p) in narrow) == eight_bit), rates, shape_of
+            )
+        ]
+        return [EightBitAdamW(groups, lr=lr, betas=betas, eps=self.eps, paged=self.state == "paged8bit")]
+
+    def remarks(self, module: nn.Module, shape_of: ShapeOf = shape) -> Iterator[str]:
+        if self.state != "fp32":
+            sizes = {id(p): math.prod(shape_of(p)) for _, p in trained(module)}
+            narrow, every = sum(sizes[one] for one in narrow_matrices(module, shape_of)), sum(sizes.values())
+            wide = f"embeddings, heads, norms, biases and matrices of fewer than {SMALLEST} elements keep float32"
+            yield f"8-bit states: {narrow / every:.0%} of {every:,} trained elements; {wide}"
 
 
 @schema("optimizer/muon")
@@ -93,6 +155,13 @@ class Muon(AdamW):
     adamw_lr: float | None = setting(
         None, "base learning rate of everything but the hidden matrices; null = lr", least=0
     )
+
+    def problems(self) -> Iterator[str]:
+        if self.state != "fp32":
+            yield (
+                f"optimizer.state={self.state} is for the moments of hidden matrices, of which optimizer=muon keeps none; "
+                "use optimizer=adamw or optimizer.state=fp32"
+            )
 
     def build(self, module: nn.Module, shape_of: ShapeOf = shape) -> list[torch.optim.Optimizer]:
         hidden = {id(p) for p in hidden_matrices(module)}
@@ -126,7 +195,7 @@ def is_vector(name: str, shape: Sequence[int]) -> bool:
 
 
 def applies_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it unscales and skips by tensors (``grad_scale``, ``found_inf``), so that nobody waits for the device."""
+    """Whether its own step unscales and skips, by tensors: ``grad_scale``, ``found_inf``."""
     return isinstance(optimizer, torch.optim.AdamW | BatchedMuon)
 
 
@@ -154,26 +223,14 @@ def hidden_matrices(module: nn.Module) -> list[Tensor]:
     return [w for _, w in linears if w.requires_grad and id(w) not in embeddings | heads]
 
 
+def narrow_matrices(module: nn.Module, shape_of: ShapeOf = shape) -> set[int]:
+    """The ids of hidden matrices that are large enough for moments in 8 bits."""
+    large = {id(p) for _, p in trained(module) if math.prod(shape_of(p)) >= SMALLEST}
+    return large & {id(weight) for weight in hidden_matrices(module)}
+
+
 def _stacked(module: nn.Module) -> bool:
     return bool(getattr(module, "casts_weights", False))
-
-
-def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that the optimizer's first step would create, as zeros; existing state stays."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if state:
-                continue
-            for name in moments(optimizer):
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the state tensors that have their parameter's shape."""
-    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
 
 
 WARMUP = 0.03

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
 from trainer.config import schema, setting
-from trainer.optim import Optimizer, create_state
+from trainer.optim import Optimizer
 from trainer.optim.muon import Replicas
+from trainer.optim.state import create_state, elements
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine, Fragment, LossOf, Report, digest_of, owned_spans, saved_buffers
 from trainer.parallel.native import NativeEngine
@@ -90,7 +91,8 @@ class ReplicatedEngine(NativeEngine):
         for number, first, last in owned_spans([t.numel() for _, t in tensors], owned=owned):
             name, tensor = tensors[number]
             for state, values in self.states(tensor).items():
-                yield Fragment.of_tensor(name, state, tensor.shape, first, values.detach().view(-1)[first:last])
+                own = elements(values, first, last, restoring=not owned)
+                yield Fragment.of_tensor(name, state, tensor.shape, first, own)
 
     def digest(self) -> list[int]:
         return digest_of(tensor for _, tensor in self._logical())

@@ -34,7 +34,7 @@ class Fragment:
         shape: Of the logical tensor.
         box: What of it the interval is counted in.
         start: The first element's place in the flattened box.
-        tensor: ``(size,)``; writing into it restores it.
+        tensor: ``(size,)``; writing into it restores it. Of state in 8 bits its float32 values, which are no view.
     """
 
     name: str
@@ -203,7 +203,8 @@ class Engine(ABC):
 
         What is frozen is not part of a run's state: it comes again from where the model came from.
         ``owned``: only what this rank writes to a checkpoint: over all ranks disjoint and complete. Otherwise all that it
-        needs to be restored. Optimizer state that does not exist yet is created as zeros.
+        needs to be restored: what is written into it is there after `restored`. Optimizer state that does not exist yet is
+        created as zeros.
         """
 
     @abstractmethod
@@ -215,8 +216,12 @@ class Engine(ABC):
         """Updates that the optimizer has applied to each parameter that this rank has a fragment of, by logical name."""
 
     @abstractmethod
-    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> None:
-        """Finish a restore after every fragment was written: optimizer step counts, working copies, `state`."""
+    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> float:
+        """Finish a restore after every fragment was written: optimizer step counts, working copies, `state`.
+
+        Gives the most that rounding optimizer state to 8 bits moved an element, as a part of its block's maximum: 0 if all
+        is as it was saved.
+        """
 
     def state(self) -> dict[str, Any]:
         """What else must be saved, as JSON values, equal on all ranks: the loss scale."""

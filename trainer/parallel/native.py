@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optim import applies_on_device, create_state, gradient_norm, moments
+from trainer.optim import applies_on_device, gradient_norm
+from trainer.optim.eight_bit import Moment
+from trainer.optim.state import create_state, moments, settle
 from trainer.parallel.engine import Engine, Outcome
 
 
@@ -50,17 +52,18 @@ class NativeEngine(Engine):
         states = ((p, s) for o in self.optimizers for p, s in o.state.items() if "step" in s)
         return {names[id(p)]: float(s["step"]) for p, s in states}
 
-    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> None:
+    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> float:
         for optimizer in self.optimizers:
             create_state(optimizer)
             for name, tensor in self.trained():
                 if name in steps and "step" in (own := optimizer.state.get(tensor, {})):
                     own["step"].fill_(steps[name])
         self.scale.load(state.get("loss_scale", {}))
+        return settle(self.optimizers)
 
-    def states(self, tensor: Tensor) -> dict[str, Tensor]:
+    def states(self, tensor: Tensor) -> dict[str, Tensor | Moment]:
         """A tensor that the optimizers hold, as ``param``, and its moments."""
-        views = {"param": tensor}
+        views: dict[str, Tensor | Moment] = {"param": tensor}
         for optimizer in self.optimizers:
             if tensor in optimizer.state:
                 views.update({name: optimizer.state[tensor][name] for name in moments(optimizer)})

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from trainer.config import schema, setting
 from trainer.optim import Muon, Optimizer
+from trainer.optim.state import settle
 from trainer.parallel import distributed, zero_state, zero_waits
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Decision, Engine, Fragment, Outcome, digest_of
@@ -77,6 +78,9 @@ class Zero(Strategy):
     def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
         if isinstance(optimizer, Muon):
             yield f"optimizer=muon needs whole matrices, and strategy={self.name} flattens them; use strategy=ddp or adamw"
+        if self.offload is not Offload.none and getattr(optimizer, "state", "") == "paged8bit":
+            where = f"strategy.offload={self.offload} keeps optimizer state in CPU memory already"
+            yield f"optimizer.state=paged8bit has nothing to page: {where}; use optimizer.state=8bit"
 
     def validate_compiled(self) -> Iterator[str]:
         if self.stage == 3:
@@ -283,11 +287,12 @@ class ZeroEngine(Engine):
     def optimizer_steps(self) -> dict[str, float]:
         return self.state_of.optimizer_steps()
 
-    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> None:
+    def restored(self, steps: Mapping[str, float], state: Mapping[str, Any]) -> float:
         self.state_of.create_moments()
         self.state_of.set_optimizer_steps(steps)
         self.state_of.refresh()
         self.scale.load(state.get("loss_scale", {}))
+        return settle(self.optimizers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.low_precision_weights else self.precision.autocast(self.device)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.optim.state import create_state, elements, moments
 from trainer.parallel import distributed
 from trainer.parallel.engine import Fragment, owned_spans, saved_buffers
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def reader(module: nn.Module, inner: Any, zero: Any, stage: int) -> ZeroState:
@@ -54,11 +53,7 @@ class ZeroState:
 
     def create_moments(self) -> None:
         """Give every partition the state that AdamW's first step would create, as zeros; existing state stays."""
-        for _, flat in self.flats():
-            state = self.inner.state[flat]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state.update({name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS})
+        create_state(self.inner, self.flats())
 
     def fragments(self, owned: bool) -> Iterator[Fragment]:
         """This rank's pieces; ``owned``: over all ranks disjoint and complete."""
@@ -66,8 +61,10 @@ class ZeroState:
             if p.requires_grad and (place := self.located(name, p)) is not None:
                 flat, at, start, size = place
                 shape = tuple(getattr(p, "ds_shape", p.shape))
-                for state, values in {"param": flat, **{m: self.inner.state[flat][m] for m in MOMENTS}}.items():
-                    yield Fragment.of_tensor(name, state, shape, start, values.detach().narrow(0, at, size))
+                own = {moment: self.inner.state[flat][moment] for moment in moments(self.inner)}
+                for state, values in {"param": flat, **own}.items():
+                    values = elements(values, at, at + size, restoring=not owned)
+                    yield Fragment.of_tensor(name, state, shape, start, values)
         yield from self._replicated(owned)
 
     def optimizer_steps(self) -> dict[str, float]:

@@ -53,7 +53,7 @@ def test_a_folder_is_written_in_several_formats_with_a_table(desk, tmp_path):
     # Each answer with its end of turn: 3 + 5 + 4 letters and three ends.
     assert tokens == 15
     assert measured.startswith(
-        f"KL(original || format) and perplexity on {tokens} held-out tokens of 1 rows, exact match of 3"
+        f"KL(original || format) and perplexity on {tokens} held-out tokens of 3 sequences, exact"
     )
     assert cost(tmp_path / "out" / "fp16")["measured_on"] == cost(tmp_path / "out" / "bf16")["measured_on"]
 

@@ -220,3 +220,19 @@ def test_what_is_left_to_the_memory_is_the_cheapest_recomputation_that_fits():
         # A fifth of the device is left alone.
         assert fit(SEVEN, seven, need / 0.8 * 1.001).recompute is recompute
     assert fit(SEVEN, seven, 1.0).recompute is Recompute.full
+
+
+def test_moments_in_8_bits_take_a_byte_and_a_sixty_fourth_but_not_those_of_the_tables():
+    [wide, narrow] = (
+        compose([f"optimizer.state={state}", "batch.micro=1", "batch.length=2048"]).layout(SEVEN, 1, cuda=True)
+        for state in ("fp32", "8bit")
+    )
+    count, tables = parameters_of(SEVEN), 2 * 32000 * 4096
+    assert memory(SEVEN, wide).optimizer == 8 * count
+    assert memory(SEVEN, narrow).optimizer == 2 * (1 + 4 / 256) * (count - tables) + 8 * tables
+    # Of adapters all.
+    adapted = dataclasses.replace(narrow, adapters=10_000_000)
+    assert memory(SEVEN, adapted).optimizer == 2 * (1 + 4 / 256) * 10_000_000
+    # Masters stay float32 where ZeRO divides them.
+    sharded = dataclasses.replace(narrow, stage=2, ranks=4)
+    assert memory(SEVEN, sharded).optimizer == pytest.approx((4 * count + memory(SEVEN, narrow).optimizer) / 4)

@@ -42,10 +42,10 @@ def test_a_bound_of_the_logits_is_part_of_what_is_compared():
     assert kl == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), abs=1e-6)
 
 
-def test_the_spread_of_a_mean_over_tokens_is_that_of_its_rows():
-    # Rows of one token, 1 and 3: their mean 2 has the standard error sqrt(2) / sqrt(2).
+def test_the_spread_of_a_mean_over_tokens_is_that_of_its_sequences():
+    # Sequences of one token, 1 and 3: their mean 2 has the standard error sqrt(2) / sqrt(2).
     assert standard_error([(1.0, 1), (3.0, 1)]) == pytest.approx(1.0)
-    # 6 tokens of mean 2: the rows deviate by 2 - 2 * 2 and 10 - 4 * 2; sqrt((4 + 4) * 2 / 1) / 6.
+    # 6 tokens of mean 2: they deviate by 2 - 2 * 2 and 10 - 4 * 2; sqrt((4 + 4) * 2 / 1) / 6.
     assert standard_error([(2.0, 2), (10.0, 4)]) == pytest.approx(4 / 6)
     assert standard_error([(1.0, 7)]) is None
 
@@ -56,6 +56,7 @@ def test_sequences_are_laid_end_to_end_without_their_last_ids():
     assert unit.documents.lengths == (2, 2)
     assert unit.places.tolist() == [0, 1, 3]
     assert unit.targets.tolist() == [6, 7, 6]
+    assert unit.counts == [2, 1]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def cost(source: Path, model: Path, heldout: Heldout) -> dict:
 def test_a_copy_without_loss_costs_nothing(folder):
     same = cost(folder, folder, Heldout(UNITS))
     assert (same["kl"], same["kl_error"], same["logprob_change"]) == (0.0, 0.0, 0.0)
-    assert (same["same_token"], same["tokens"], same["rows"]) == (1.0, TARGETS, 2)
+    assert (same["same_token"], same["tokens"], same["sequences"]) == (1.0, TARGETS, 3)
     assert same["perplexity"] == same["original_perplexity"]
 
 
@@ -129,7 +130,7 @@ def test_exact_match_is_of_greedy_answers_of_both(folder, tmp_path):
 
 def test_prompts_alone_are_compared_on_the_answers_of_the_original(folder):
     same = cost(folder, folder, Heldout(prompts=[Prompt([65, 66, 67], "ABC")], answer_tokens=5))
-    assert (same["kl"], same["rows"]) == (0.0, 1)
+    assert (same["kl"], same["sequences"], same["kl_error"]) == (0.0, 1, None)
     assert 1 <= same["tokens"] <= 5
     assert "exact_match" not in same
 

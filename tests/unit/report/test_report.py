@@ -64,6 +64,27 @@ def test_the_headline_says_how_far_the_loss_is_from_the_entropy_of_the_language(
     assert ">entropy of the language 0.75</text>" in text_of(write(tmp_path / "r"))
 
 
+def test_formats_of_the_export_are_a_table_with_the_original_first(tmp_path):
+    folder = pretraining(tmp_path / "r")
+    assert "Formats" not in text_of(write(folder))
+    cost = {"kl": 0.25, "kl_error": 0.02, "perplexity": 4.5, "original_perplexity": 4.0, "tokens": 1200, "sequences": 9}
+    records = {
+        "int4": {"size": 5e6, "original_size": 16e6, **cost},
+        "nf4": {"size": 6e6, "original_size": 16e6, **cost, "kl": 5e-4},
+    }
+    for name, values in {**records, "int4-step-00000002": cost, "aside": cost}.items():
+        (folder / f"export-{name}").mkdir()
+        record = {"format": name if name in records else "int4", "cost": values}
+        (folder / f"export-{name}" / "onecurve.json").write_text(json.dumps(record))
+    section = text_of(write(folder)).partition('<section id="formats"')[2].partition("</section>")[0]
+    rows = [re.sub("<[^>]+>", " ", row).split() for row in re.findall("<tr>(.*?)</tr>", section)]
+    assert rows[1:] == [
+        ["original", "16.0", "–", "–", "4.000"], ["int4", "5.0", "0.2500", "0.0200", "4.500"],
+        ["nf4", "6.0", "5.0e-04", "0.0200", "4.500"],
+    ]  # fmt: skip
+    assert "1,200 held-out tokens of 9 sequences" in section
+
+
 def test_the_time_of_a_run_is_that_of_its_laps(tmp_path):
     waited = {"straggler/waiting": 2.0, "straggler/rank": 1.0, "straggler/slowness": 3.0}
     lines = [{"step": s, "loss": 1.0, "time/forward_backward": 0.2, "time/data": 0.1, **waited} for s in range(1, 101)]
