@@ -96,6 +96,7 @@ def pretend() -> None:
     cuda.Event = cuda.Stream = Event
     cuda.current_stream = cuda.default_stream = Event
     cuda.stream, cuda.synchronize = nullcontext, lambda *_: waited("the device")
+    torch.Tensor.record_stream = lambda self, _: None  # type: ignore[method-assign, assignment]
     cuda.current_device, cuda.set_device, cuda.empty_cache = (lambda: 0), (lambda *_: None), (lambda: None)
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -112,7 +112,6 @@ def pretend_another_rank() -> None:
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
     # DeepSpeed asks where its partitions begin.
     FakeTensor.data_ptr = lambda self: 0  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, _: None  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:
