@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.small_folder import write_folder
 from trainer.batch import Documents
 from trainer.config import InputError
 from trainer.export.compressed_tensors import int_problems, write_int
 from trainer.export.formats import FORMATS
-from trainer.export.gptq import clipped_scales, gptq
-from trainer.export.matrices import linear_widths
+from trainer.export.gptq import _batches, calibrated, clipped_scales, gptq
+from trainer.export.matrices import linear_widths, matrices_of
 from trainer.functional import logits
 from trainer.models.header import read_shape
 from trainer.models.int_grid import dequantise, quantise
 from trainer.models.load import Model, ModelLoader
+from trainer.models.stored import StoredWeights
 from trainer.parallel.ddp import DDP
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -147,6 +149,32 @@ def test_a_block_is_calibrated_on_what_the_rounded_ones_before_it_give(llama, tm
         scale = clipped_scales(original[name], (x.T @ x).diagonal(), 4, 32)
         codes = gptq(original[name], x.T @ x, 4, scale)
         assert torch.equal(written[name], dequantise(codes, scale)), name
+
+
+@torch.no_grad()
+def test_rows_of_several_forwards_count_like_those_of_one(llama, monkeypatch):
+    stored = StoredWeights(llama, read_shape(llama))
+    one = [codes for _, codes, _ in calibrated(stored, matrices_of(stored), 4, 32, ROWS)]
+    monkeypatch.setattr("trainer.export.gptq.FORWARD", 60)  # two rows of 24, and no third
+    forwards = [batch.documents.lengths for batch in _batches([*ROWS, [], [5] * 99], 96)]
+    assert forwards == [(24, 24)] * 6 + [(99,)]
+    several = [codes for _, codes, _ in calibrated(stored, matrices_of(stored), 4, 32, ROWS)]
+    # Sums in another order may move what lies between two codes, and then what comes after it.
+    same = sum(int((a == b).sum()) for a, b in zip(one, several, strict=True)) / sum(a.numel() for a in one)
+    assert same > 0.999
+
+
+@torch.no_grad()
+def test_a_reward_model_s_head_stays_as_it_was(tmp_path):
+    source = write_folder(tmp_path / "source", scores=True)
+    write_int(8, "rtn", source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["score"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert torch.equal(before["score.weight"], after["score.weight"])
+    model = ModelLoader(Model(path=str(tmp_path / "out")), DDP(), 0, 265, scores=True).load()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(name), dequantise(*quantise(before[name], 8, 0)))
 
 
 def test_what_is_no_linear_layer_s_stays_as_it_was(llama, tmp_path):
