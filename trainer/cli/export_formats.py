@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,7 @@ class Subject:
 
 def export_formats(a: argparse.Namespace) -> int:
     """Write, measure, and show both; nothing is written where anything is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # how far a calibration is
     names, subject = a.format.split(","), Subject.of(a.run_dir)
     outs = subject.outs(a.out, names)
     if problems := list(_problems(names, subject, outs, a)):
