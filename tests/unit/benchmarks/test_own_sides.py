@@ -52,6 +52,16 @@ def test_our_side_of_a_benchmark_gives_its_rate(inputs, name, arguments, figure,
     assert result[figure] > 0
 
 
+@pytest.mark.parametrize("side", ["lora", "qlora"])
+def test_our_adapters_are_sides_of_the_fine_tuning_benchmark(inputs, side, monkeypatch, capsys):
+    if side == "qlora":
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (extra: quant)")
+    arguments = [f"{inputs}/model", f"{inputs}/chats.jsonl", "--length", "64", "--steps", "1", "--side", side]
+    result = result_of("sft", arguments, monkeypatch, capsys)
+    assert result["tokens_per_second"] > 0 < result["estimate_gb"]
+    assert 4 < result["loss"] < 7  # a new model's: log 265 = 5.6
+
+
 def test_our_side_of_the_ppo_benchmark_counts_what_was_asked(inputs, monkeypatch, capsys):
     """It writes models of its own: 4 episodes of at most 64 tokens, four epochs of four mini-batches."""
     monkeypatch.chdir(inputs)
