@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,9 +17,13 @@ from trainer.generation.completion import Response
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
 from trainer.metrics import Metrics
+from trainer.models.load import ModelLoader
+from trainer.models.packed import on_original
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.pipelines.base import Models, Pipeline
+
+log = logging.getLogger(__name__)
 
 MAX_CONCURRENT = 32
 """Prompts that are answered at once."""
@@ -96,6 +101,30 @@ class Evaluation(Node):
                         errors.append({"source": name, "row": number, key: by_unit[number], **texts})
         values.update({f"eval/{key}": v for key, v in _counted(overall).items()})
         return HeldOutMetrics(values, units, errors)
+
+    def measure_on_original(
+        self, pipeline: Pipeline, models: Models, engine: Engine, corpus: Corpus, load: ModelLoader, micro: int
+    ) -> dict[str, float]:
+        """``eval/loss_on_original``: with the weights that the packed ones were made of, as `MergeBase` would merge.
+
+        Nothing where none are packed, where the folder has packed ones alone, or where memory lacks; collective.
+        """
+        if not load.packed or (load.files is not None and load.files.files.quantized) or not corpus.heldout:
+            return {}
+        with on_original(engine.module, load.start, engine.precision.dtype) as lack:
+            if lack is not None:
+                log.warning("the held-out loss of a merge onto the original weights is not measured: %s", lack)
+                return {}
+            values = replace(self, errors=0).measure(pipeline, models, engine, corpus.heldout, micro).values
+        if "eval/loss" not in values:
+            return {}
+        loss, onto = float(values["eval/loss"]), "original" if load.adapter.merges_onto_original else "trained"
+        if distributed.world().is_main:
+            log.info(
+                "held-out loss with the adapters on the original weights: %.4g; eval/loss is on those that they were trained "
+                "beside, and export/ is merged onto the %s ones (adapter.merge_onto)", loss, onto,
+            )  # fmt: skip
+        return {"eval/loss_on_original": loss}
 
     def answer(
         self, pipeline: Pipeline, models: Models, engine: Engine, corpus: Corpus, step: int, seed: int

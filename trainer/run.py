@@ -298,20 +298,22 @@ class Session:
         if stopping:  # there may be no time for an evaluation
             self.save(number)
         if cfg.evaluation.due(number, last):
-            self.evaluate(number)
+            self.evaluate(number, final=number == last)
         if cfg.checkpoint.due(number, last) and not stopping:
             self.save(number)
         if stopping:
             self.checkpoints.close()
             raise Stopped(number, last, self.log.stop.reason)
 
-    def evaluate(self, step: int) -> None:
-        """Measure held-out data and answer held-out prompts; collective."""
+    def evaluate(self, step: int, *, final: bool = False) -> None:
+        """Measure held-out data and answer held-out prompts; collective. ``final``: after it the model is exported."""
         self.log.flush()
-        evaluation, pipeline, tracker = self.cfg.evaluation, self.cfg.pipeline, self.tracker
+        evaluation, tracker, micro = self.cfg.evaluation, self.tracker, self.cfg.batch.micro
+        parts = (self.cfg.pipeline, self.models, self.engine)
         with self.watch.lap("evaluation"):
-            measured = evaluation.measure(pipeline, self.models, self.engine, self.corpus.heldout, self.cfg.batch.micro)
-            scores, samples = evaluation.answer(pipeline, self.models, self.engine, self.corpus, step, self.cfg.seed)
+            measured = evaluation.measure(*parts, self.corpus.heldout, micro)
+            scores, samples = evaluation.answer(*parts, self.corpus, step, self.cfg.seed)
+            scores |= evaluation.measure_on_original(*parts, self.corpus, self.load, micro) if final else {}
         tracker.log(step, {**{name: float(value) for name, value in measured.values.items()}, **scores})
         tracker.histograms(step, measured.units)
         tracker.table(step, "errors", measured.errors)
@@ -330,7 +332,8 @@ class Session:
         self.log.flush()
         self.checkpoints.close()
         tokenizer = self.models.tokenizer
-        facts = {**record, **self.cfg.pipeline.finalize(self.models, self.engine, self.corpus), "step": step}
+        facts = {**record, **self.cfg.adapter.record(self.cfg.model.path, self.tracker.latest), "step": step}
+        facts |= self.cfg.pipeline.finalize(self.models, self.engine, self.corpus)
         if self.cfg.adapter.exports:
             weights = partial(merged_weights, self.engine, self.load, self.cfg.pipeline.exports)
             self.cfg.export.write(folder / "export", weights, self.load, tokenizer, facts)

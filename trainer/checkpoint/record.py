@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "estimate", "sweep", "data.cache", "guard.max_bad_steps", "guard.first_step",
     "model.compile",
     "model.activation_checkpointing",
+    "adapter.merge_onto",
 )  # fmt: skip
 """Settings that a resumed run may change: they decide how the work is done and for how long, not what is computed."""
 

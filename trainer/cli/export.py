@@ -83,7 +83,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model
         step = restored_step(cfg, run_dir, engine)
-        computed = cfg.pipeline.finalize(models, engine, corpus)
+        computed = {**cfg.pipeline.finalize(models, engine, corpus), **cfg.adapter.record(cfg.model.path, {})}
         record = {**facts, "config": plain(cfg), **ancestry(texts_of(cfg)), **computed, "step": step}
         weights = partial(merged_weights, engine, load, cfg.pipeline.exports)
         cfg.export.write(out, weights, load, tokenizer, record)

@@ -33,6 +33,10 @@ class Format(StrEnum):
     fp16 = auto()
 
 
+SAME = ("export.dtype", "export.shard_gb", "adapter.merge_onto")
+"""Settings that decide what is exported of a step."""
+
+
 @schema("export")
 @dataclass
 class Export(Node):
@@ -71,7 +75,7 @@ class Export(Node):
         ``facts``: the record of the run, with its ``config`` and ``step``.
         Another export that is there is kept as ``<folder>-step-<step>``.
         """
-        if distributed.run_on_main(lambda: make_room(folder, facts, "export.dtype", "export.shard_gb")):
+        if distributed.run_on_main(lambda: make_room(folder, facts, *SAME)):
             return folder
         dtype = {Format.fp32: torch.float32, Format.bf16: torch.bfloat16, Format.fp16: torch.float16}[self.dtype]
 

@@ -31,9 +31,8 @@ def merged_weights(
         return
     trained = {name: tensor.clone() for name, tensor in _trained(engine, load)}
     if distributed.world().is_main:
-        yield from (
-            (name, load.adapter.merged(name, trained, load.dequantised)) for name in load.shapes if exports(name)
-        )
+        base = load.start if load.adapter.merges_onto_original else load.dequantised
+        yield from ((name, load.adapter.merged(name, trained, base)) for name in load.shapes if exports(name))
 
 
 def merged_policy(
@@ -67,7 +66,7 @@ def export_adapter(
 
     def write() -> None:
         own, tensors = in_peft_layout(settings, trained, load.architecture, load.shapes)
-        write_adapter(folder, own, tensors, load.config.path, tokenizer, facts)
+        write_adapter(folder, own, tensors, load.config.path, tokenizer, facts, load.adapter.card(load.config.path))
 
     distributed.run_on_main(write)
 

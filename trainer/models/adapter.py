@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -88,6 +88,22 @@ class Adapter(Node):
     def exports(self) -> bool:
         """Whether a whole model is written in the end."""
         return True
+
+    @property
+    def merges_onto_original(self) -> bool:
+        """Whether adapters are merged onto the model's weights as they are stored, not onto what was trained beside them."""
+        return False
+
+    def record(self, base: str | None, latest: Mapping[str, float]) -> dict[str, Any]:
+        """What the record of an export says of it beside its settings.
+
+        ``base``: the folder of the model. ``latest``: the last value of every metric of the run.
+        """
+        return {}
+
+    def card(self, base: str | None) -> str | None:
+        """The README of a folder in PEFT's layout; None where its configuration says all. ``base`` as in `record`."""
+        return None
 
     def merged(self, name: str, trained: Mapping[str, Tensor], start: Callable[[str], Tensor]) -> Tensor:
         """A tensor of the model, what was trained beside it merged in; ``start``: its values before training by name."""

@@ -94,6 +94,18 @@ def as_packed(parts: Mapping[str, Tensor]) -> Triple | None:
     return parts[CODES].contiguous().view(torch.uint8).flatten(), parts[MAXIMA], numbers
 
 
+def part_of(packed: Triple, first: int, last: int) -> Triple | None:
+    """The weights from ``first`` up to ``last`` of a packed one, counted row by row; None where ``first`` begins no block."""
+    if first % (BLOCK * NESTED_BLOCK):
+        return None
+    codes, maxima, numbers = packed
+    floats = numbers.view(torch.float32)
+    blocks = slice(first // BLOCK, -(-last // BLOCK))
+    nested = floats[:-1][first // (BLOCK * NESTED_BLOCK) : -(-last // (BLOCK * NESTED_BLOCK))]
+    own = torch.cat([nested, floats[-1:]]).view(torch.uint8)
+    return codes[first // 2 : (last + 1) // 2], maxima[blocks], own
+
+
 def stored_parts(packed: Triple, levels: Tensor, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a weight that `nf4.pack` packed, by ending.
 

@@ -30,7 +30,7 @@ from trainer.models.options import ModelOptions
 from trainer.models.packed import fill_packed, packed_weights
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.qat import QAT, install
-from trainer.models.quantized_base import remark, validate_base
+from trainer.models.quantized_base import remarks, validate_base
 from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Recompute, Transformer
@@ -212,8 +212,7 @@ class ModelLoader:
         """A sentence for what of the folder is not read, or not as it is stored, and for how the adapter holds the rest."""
         yield from self.adapter.remarks(self.architecture)
         if self.files is not None:
-            files = self.files.files
-            sentences = [*([files.left_out] if files.left_out is not None else []), *remark(files)]
+            sentences = remarks(self.files.files, packs=bool(self.packed))
             yield from (f"model.path={self.config.path}: {sentence}" for sentence in sentences)
 
     @cached_property

@@ -42,6 +42,8 @@ class LoRA(Adapter):
     # Adapters want about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret").
     rate: ClassVar[float] = 10.0
     freezes_model: ClassVar[bool] = True
+    base_format: ClassVar[str | None] = None
+    """What the frozen weights are held in, other than numbers of the compute format."""
 
     path: str | None = setting(
         None,
@@ -78,6 +80,13 @@ class LoRA(Adapter):
                 yield f"adapter.path={self.path}: {error}"
         if not self.targets:
             yield f"adapter.targets=[] adapts nothing; name layers such as {', '.join(PROJECTIONS[:4])}"
+
+    def remarks(self, architecture: Architecture) -> Iterator[str]:
+        if self.path is not None and (kind := AdapterFolder(Path(self.path)).base_format) != self.base_format:
+            yield (
+                f"adapter.path={self.path} was trained beside {kind or 'plain'} weights and goes on beside "
+                f"{self.base_format or 'plain'} ones, so that its loss begins elsewhere than it ended"
+            )
 
     def validate_compiled(self) -> Iterator[str]:
         if self.dropout:

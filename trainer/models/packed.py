@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from trainer.config import RunError
 from trainer.functional import working_dtype
-from trainer.models.grouped import GroupedLinear
+from trainer.models.grouped import GroupedLinear, grouped_product
 from trainer.models.linear import BlockLinear
 from trainer.models.nf4 import PACKAGE, FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
 from trainer.parallel import distributed
@@ -77,6 +77,8 @@ class PackedStack(PackedWeight):
 
         ``ends`` ``(E,)``: the row behind the last one of every expert.
         """
+        if self.wide is not None and self.wide.dtype is x.dtype:
+            return grouped_product(x, self.wide.mT, ends)
         return FrozenGroupedProduct.apply(x, ends, self.shape, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -171,26 +173,51 @@ def widened(model: nn.Module) -> Iterator[None]:
 
     What the model computes is the same.
     """
-    weights = [weight for weight in packed_weights(model).values() if weight.wide is None]
+    weights = {name: weight for name, weight in packed_weights(model).items() if weight.wide is None}
     if not weights:
         yield
         return
     dtype = working_dtype(next(p for p in model.parameters() if p.is_floating_point()))
-    needed = dtype.itemsize * sum(math.prod(weight.shape) for weight in weights)
-    free = _free_bytes(weights[0].codes.device)
-    if needed > USABLE * free:
-        _warn_once(
-            f"sampling unpacks the NF4 weights at every token: a copy needs {needed / 1e9:.1f} GB of {free / 1e9:.1f}"
-        )
+    if lack := _lack(weights.values(), dtype):
+        _warn_once(f"sampling unpacks the NF4 weights at every token: {lack}")
         yield
         return
+    with _wide(weights, lambda name: unpack(weights[name].packed, weights[name].shape, dtype)):
+        yield
+
+
+@contextmanager
+def on_original(model: nn.Module, start: Callable[[str], Tensor], dtype: torch.dtype) -> Iterator[str | None]:
+    """Let a model compute with the weights that its packed ones were made of, where memory allows; collective.
+
+    Gives why it does not; None where it does. ``start``: a weight's values by name. ``dtype``: what the model computes in.
+    """
+    weights = packed_weights(model)
+    lacks = filter(None, distributed.gather(_lack(weights.values(), dtype)))
+    if lack := next(lacks, None):
+        yield lack
+        return
+    with _wide(weights, lambda name: start(name).to(weights[name].codes.device, dtype)):
+        yield None
+
+
+def _lack(weights: Iterable[PackedWeight], dtype: torch.dtype) -> str:
+    """What is missing of the memory that copies of packed weights need; empty where there is enough."""
+    device = next(iter(weights)).codes.device
+    needed, free = dtype.itemsize * sum(math.prod(weight.shape) for weight in weights), _free_bytes(device)
+    return f"a copy needs {needed / 1e9:.1f} GB of {free / 1e9:.1f}" if needed > USABLE * free else ""
+
+
+@contextmanager
+def _wide(weights: Mapping[str, PackedWeight], copied: Callable[[str], Tensor]) -> Iterator[None]:
+    """Let packed weights have copies, made by name, for a while."""
     try:
         with torch.no_grad():
-            for weight in weights:
-                weight.wide = unpack(weight.packed, weight.shape, dtype)
+            for name, weight in weights.items():
+                weight.wide = copied(name)
         yield
     finally:
-        for weight in weights:
+        for weight in weights.values():
             weight.wide = None
 
 

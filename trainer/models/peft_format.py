@@ -98,6 +98,13 @@ class AdapterFolder:
         wrong = [n for n in needed if needed[n] != stored[n]]
         return f"{wrong[0]} is {stored[wrong[0]]} and should be {needed[wrong[0]]}" if wrong else None
 
+    @property
+    def base_format(self) -> str | None:
+        """What the weights beside which it was trained were held in, where its record says so."""
+        record = self.folder / "onecurve.json"
+        base = read_object(record).get("adapter_base") if record.is_file() else None
+        return base.get("format") if isinstance(base, Mapping) else None
+
     def fingerprint(self) -> str:
         """Of the adapter's weights."""
         return digest(self.folder / WEIGHTS)[:24]
@@ -124,10 +131,12 @@ def write_adapter(
     base: str | None,
     tokenizer: Any,
     facts: Mapping[str, Any],
+    card: str | None = None,
 ) -> None:
     """Write a folder that PEFT opens, tokenizer included; it appears whole or not at all.
 
     ``base``: the folder of the model that it belongs to. ``facts``: kept in ``onecurve.json``: where it comes from.
+    ``card``: its README.
     """
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.rank, "lora_alpha": settings.alpha,
@@ -145,6 +154,8 @@ def write_adapter(
         save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
         write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
         write_text(partial / "onecurve.json", json.dumps(dict(facts), indent=2) + "\n")
+        if card is not None:
+            write_text(partial / "README.md", card)
         for file in [*partial.iterdir(), partial]:
             sync(file)
         partial.rename(folder)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum, auto
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from trainer.config import schema
+from trainer.config import schema, setting
 from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.lora import LoRA, matches
@@ -19,8 +21,41 @@ from trainer.models.packed import pack_layers, packed_weights, packing
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import TokenEmbedding, Transformer, VocabularyProjection
 
+
+class MergeBase(StrEnum):
+    """What adapters that were trained beside packed weights are merged onto."""
+
+    trained = auto()
+    original = auto()
+
+
 SMALL = 1_000_000_000
 """Parameters below which a model loses visibly to four bits."""
+
+
+LOSSES = {MergeBase.trained: "eval/loss", MergeBase.original: "eval/loss_on_original"}
+"""The held-out loss of each merge; that onto what was trained is the model that is evaluated."""
+FORMAT = "nf4"
+CARD = """---
+library_name: peft
+base_model: {base}
+---
+
+# An adapter beside weights in {format}
+
+It was trained beside `{base}` with all linear layers of the blocks in NF4 (blocks of 64, double
+quantisation), and computes what it was evaluated with on that base in four bits:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{format}", bnb_4bit_use_double_quant=True)
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=settings)
+model = PeftModel.from_pretrained(base, "THIS FOLDER")
+```
+"""
+"""The README of an adapter's folder: PEFT's configuration has no word for it."""
 
 
 @schema("adapter/qlora")
@@ -32,8 +67,17 @@ class QLoRA(LoRA):
     are not.
     """
 
+    base_format: ClassVar[str | None] = FORMAT
+
+    merge_onto: MergeBase = setting(
+        MergeBase.trained,
+        "what export/ merges the adapters onto: trained, the numbers that NF4 stands for; original, the folder's own weights",
+    )
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.merges_onto_original and not self.merge:
+            yield "adapter.merge_onto=original has no effect beside adapter.merge=false, which merges nothing; leave it out"
         if absent := absent_library():
             yield f"adapter=qlora: {absent}"
 
@@ -60,6 +104,7 @@ class QLoRA(LoRA):
         return {name: weight.shape for name, weight in packed_weights(model).items()}
 
     def remarks(self, architecture: Architecture) -> Iterator[str]:
+        yield from super().remarks(architecture)
         (packed, _), every = self.packed_elements(architecture), parameters_of(architecture)
         yield (
             f"base in NF4: {packed:,} of {every:,} weights at {BITS:.2f} bits, {packed * BITS / 8e9:.2f} GB instead of "
@@ -70,6 +115,18 @@ class QLoRA(LoRA):
                 f"a model below {SMALL / 1e9:g} billion parameters loses more accuracy to NF4 than a large one, and fits in "
                 "16 bits: compare with adapter=lora"
             )
+
+    @property
+    def merges_onto_original(self) -> bool:
+        return self.merge_onto is MergeBase.original
+
+    def record(self, base: str | None, latest: Mapping[str, float]) -> dict[str, Any]:
+        losses = {kind.value: latest[metric] for kind, metric in LOSSES.items() if metric in latest}
+        merge = {"merge": {"onto": self.merge_onto.value, "heldout_loss": losses}} if self.merge else {}
+        return {"adapter_base": {"folder": base, "format": FORMAT}, **merge}
+
+    def card(self, base: str | None) -> str | None:
+        return CARD.format(base=base or "BASE", format=FORMAT)
 
     @property
     def at_start(self) -> Adapter:

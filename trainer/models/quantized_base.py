@@ -29,6 +29,11 @@ def validate_base(
             f"{setting}={path}: {count} weights are stored as {kind}, and rounded weights are not trained further; "
             f"{remedy}, or the folder of plain weights that it was made from"
         )
+    elif labels and adapter.merges_onto_original:
+        yield (
+            f"adapter.merge_onto=original: {setting}={path} has {next(iter(labels.values()))} weights and no original ones; "
+            "use adapter.merge_onto=trained"
+        )
     elif full := [name for name in labels if matches(name, getattr(adapter, "full", []))]:
         yield (
             f"adapter.full: {full[0]} of {path} is stored as {labels[full[0]]}, and rounded weights are not trained "
@@ -36,7 +41,13 @@ def validate_base(
         )
 
 
-def remark(files: WeightFiles) -> Iterator[str]:
-    """A sentence for weights that are stored in few bits and computed with as numbers."""
+def remarks(files: WeightFiles, *, packs: bool) -> Iterator[str]:
+    """A sentence for tensors that are not read, and for those that are not read as they are stored.
+
+    ``packs``: whether they are packed in NF4 then.
+    """
+    if files.left_out is not None:
+        yield files.left_out
     for kind, count in Counter(weight.packing.label for weight in files.quantized.values()).items():
-        yield f"{count} of {len(files.files)} weights are stored as {kind} and read as numbers"
+        again = ", then rounded once more to NF4, which adapter=lora does not" if packs and "nf4" not in kind else ""
+        yield f"{count} of {len(files.files)} weights are stored as {kind} and read as numbers{again}"

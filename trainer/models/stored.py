@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.models import bnb_format
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
 from trainer.models.family import Origin
@@ -41,13 +42,18 @@ class StoredWeights:
     def packed(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
         """Codes, maxima and numbers of a parameter as `nf4.pack` gives them, as the folder has them.
 
-        None where it is stored in another way, or as a part of another tensor.
+        None where it is stored in another way, or as a part of a tensor that begins within a block.
         """
         source = self._source(name)
-        stand_in = torch.empty(self.files.shape(source.names[0]), device="meta")
-        if len(source.names) > 1 or source.load([stand_in], self.architecture)[source.place] is not stand_in:
+        packed = self.files.packed(source.names[0]) if len(source.names) == 1 else None
+        if packed is None:
             return None
-        return self.files.packed(source.names[0])
+        rows, columns = self.files.shape(source.names[0])
+        own = source.load([torch.arange(rows)[:, None]], self.architecture)[source.place].flatten()
+        first, last = int(own[0]), int(own[-1]) + 1
+        if not torch.equal(own, torch.arange(first, last)):
+            return None
+        return bnb_format.part_of(packed, first * columns, last * columns)
 
     def validate(
         self, wanted: Mapping[str, tuple[int, ...]], optional: Collection[str], rows: Collection[str], grown: int
