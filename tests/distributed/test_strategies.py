@@ -379,6 +379,8 @@ def test_a_killed_run_with_narrow_weights_or_moments_ends_with_the_same_bytes(st
     while not latest.exists() and cut.processes[0].poll() is None:
         time.sleep(0.01)
     cut.kill()
-    assert "continuing after step" in Command(tmp_path, "run_dir=cut", *low, ranks=ranks).finish()
+    again = Command(tmp_path, "run_dir=cut", *low, ranks=ranks).finish()
+    assert "continuing after step" in again
+    assert "untested optimizer" not in again
     whole, continued = export_of(tmp_path / "whole"), export_of(tmp_path / "cut")
     assert all(np.array_equal(whole[name], continued[name]) for name in whole)

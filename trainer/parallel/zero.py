@@ -326,6 +326,7 @@ def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.runtime.engine.is_zero_supported_optimizer = lambda _: True  # else it warns of any but its own
     # What DeepSpeed may compile. Finding out runs a compiler; building the shared-memory exchange takes a minute, and a build
     # that was killed leaves a lock that later runs wait for.
     deepspeed.ops.__compatible_ops__ = {}
@@ -344,7 +345,6 @@ def _lookup(settings: Mapping[str, Any], path: str) -> Any:
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(ours)
     for key, value in theirs.items():
-        both[key] = (
-            _merged(both[key], value) if isinstance(value, Mapping) and isinstance(both.get(key), Mapping) else value
-        )
+        nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = _merged(both[key], value) if nested else value
     return both
