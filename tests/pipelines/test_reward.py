@@ -13,7 +13,7 @@ from tests.layouts import covering
 from tests.pipelines.test_dpo import PAIRS, QUIET, SMALL
 from tests.pipelines.test_dpo import base as base
 
-KINDS = {"full": [], "lora": ["adapter=lora", "adapter.rank=4"]}
+KINDS = {"full": [], "lora": ["adapter=lora", "adapter.rank=4"], "qlora": ["adapter=qlora", "adapter.rank=4"]}
 
 
 def run(base, folder, *overrides, ranks=1) -> list[dict]:

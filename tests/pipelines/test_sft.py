@@ -23,6 +23,7 @@ LORA = ["adapter=lora", "adapter.rank=4", "adapter.dropout=0.2", "optimizer.lr=0
 KINDS = {
     "full": ["optimizer.lr=0.003"],
     # Each conversation is two samples, whose common beginning is computed once.
+    "qlora": ["adapter=qlora", *LORA[1:]],
     "lora": [*LORA, "data.train=[BASE/reasoned.jsonl]", "data.template=BASE/thinking.jinja", "batch.length=128"],
 }
 
@@ -113,15 +114,16 @@ def test_a_run_that_changes_ranks_and_strategy_stays_the_run(kind, base, referen
     np.testing.assert_allclose(losses, [line["loss"] for line in reference(kind)[0] if "loss" in line], rtol=1e-5)
 
 
-def test_a_killed_run_with_dropout_is_bitwise_the_uninterrupted_one(base, reference, tmp_path):
-    going = begun(base, tmp_path, *KINDS["lora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+def test_a_killed_run_with_dropout_is_bitwise_the_uninterrupted_one(kind, base, reference, tmp_path):
+    going = begun(base, tmp_path, *KINDS[kind])
     while not (tmp_path / "run" / "checkpoints" / "latest").exists():  # after step 4 of 8
         assert going.processes[0].poll() is None, going.processes[0].communicate()[0]
         time.sleep(0.005)
     going.kill()
     assert not (tmp_path / "run" / "export").exists()
-    found = tuned(base, tmp_path, *KINDS["lora"])
-    expected, whole, _ = reference("lora")
+    found = tuned(base, tmp_path, *KINDS[kind])
+    expected, whole, _ = reference(kind)
     assert [line.get("loss") for line in found] == [line.get("loss") for line in expected]
     again = weights(tmp_path)
     assert all(np.array_equal(again[n], whole[n]) for n in whole)

@@ -26,6 +26,10 @@ more were seen elsewhere.
 """
 
 
+LIBRARY_CPU = 0.04e9
+"""What the import of bitsandbytes adds (0.50, without its files' pages)."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model is spread and computed.
@@ -254,7 +258,7 @@ def memory(a: Architecture, layout: Layout) -> Memory:
         temporary += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
     # A packed matrix and the product's own copy of it, in a forward or backward.
     temporary += layout.compute * largest
-    others = 0.0
+    others = LIBRARY_CPU if packed and not layout.cuda else 0.0
     for shape, trained in layout.auxiliary:
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.

@@ -92,30 +92,24 @@ def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_ea
 
 
 def test_a_base_of_four_bits_fits_the_devices_that_it_is_made_for():
-    def need(model: str, gb: float, *more: str):
-        qlora = [
-            "adapter=qlora",
-            "precision=bf16",
-            "batch.micro=1",
-            "batch.length=512",
-            "model.vocab_size=32000",
-            *more,
-        ]
+    def planned(model: str, gb: float):
+        qlora = ["adapter=qlora", "precision=bf16", "batch.micro=1", "batch.length=512", "model.vocab_size=32000"]
         cfg = compose([f"model={model}", *qlora])
         shape = cfg.model.architecture(32000)
-        return memory(shape, cfg.layout(shape, 1, cuda=True, limit=gb * 1e9))
+        return shape, cfg.layout(shape, 1, cuda=True, limit=gb * 1e9)
 
-    seven, seventy = need("7b", 24), need("70b", 48)
+    (seven, on_24), (seventy, on_48) = planned("7b", 24), planned("70b", 48)
     # 64 weights in 32 bytes and one byte of their maximum, of which 256 share four bytes; the rest in bf16, adapters of rank
     # 16 (41,943,040) in float32.
     wide = 2 * 32000 * 4096 + 65 * 4096
     packed = 7_241_732_096 - wide
-    assert seven.parameters == pytest.approx(packed * (33 + 4 / 256) / 64 + 2 * wide + 4 * 41_943_040)
+    assert memory(seven, on_24).parameters == pytest.approx(packed * (33 + 4 / 256) / 64 + 2 * wide + 4 * 41_943_040)
     # arXiv:2305.14314: 65 billion parameters on one GPU of 48 GB.
-    assert seven.total < 8e9
-    assert seventy.total < 42e9
-    assert need("7b", 24, "batch.micro=4").total < 24e9
-    assert need("70b", 48, "adapter.rank=64").total > 48e9  # with float32 states
+    assert memory(seven, on_24).total < 8e9
+    assert memory(seven, dataclasses.replace(on_24, micro=4)).total < 24e9
+    assert memory(seventy, on_48).total < 42e9
+    rank_64 = dataclasses.replace(on_48, adapters=4 * on_48.adapters)
+    assert memory(seventy, rank_64).total > 48e9  # with float32 states
 
 
 def test_a_run_counts_the_residual_stream_in_the_format_that_a_gpu_keeps_it_in():
