@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from trainer.functional.chunks import blocks
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
 from trainer.models.actor_critic import values_at
+from trainer.models.architecture import Architecture
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import Transformer
 
@@ -81,7 +83,7 @@ def measured(
     tokenizer = open_tokenizer(source)
     with torch.no_grad():
         original = opened_folder(source)
-        device = device_for(original)
+        device = device_for(original.architecture)
         kind = ScoreComparison if original.architecture.scores else TokenComparison
         comparison = kind(original.eval().to(device), heldout, tokenizer)
         del original
@@ -94,9 +96,17 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
 
 
-def device_for(model: Transformer) -> torch.device:
+def room_problem(architecture: Architecture) -> str | None:
+    """Why nothing can be measured on this machine, in words; None where the model has room in float32."""
+    needed, free = 4 * parameters_of(architecture), psutil.virtual_memory().available
+    if needed < free:
+        return None
+    return f"the model takes {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB of memory are free"
+
+
+def device_for(architecture: Architecture) -> torch.device:
     """The GPU where the model fits into what is free of it in float32, with room for logits; else the CPU."""
-    needed = 5 * parameters_of(model.architecture) + 2 * 2**30
+    needed = 5 * parameters_of(architecture) + 2 * 2**30
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 

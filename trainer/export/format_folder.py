@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.disk import read_json, sync, write_text
-from trainer.export.cost import Heldout, measured, size_of
+from trainer.export.cost import Heldout, measured, room_problem, size_of
 from trainer.export.cost_table import table_lines
 from trainer.export.formats import FORMATS, Calibration
 from trainer.export.lineage import RECORD, ancestry, environment_facts, move_aside
@@ -28,7 +28,7 @@ INHERITED = ("step", "identity", "config", "reward", "license")
 SAME = ("format", "parents", "calibration", "step", "identity")
 """What is equal in the record of a folder that holds what is to be written already."""
 
-NOTHING = "only sizes are measured: there are no held-out rows (data.eval, --data), or export.cost_tokens is 0"
+NO_ROWS = "there are no held-out rows (data.eval, --data), or export.cost_tokens is 0"
 
 
 def facts_of(source: Path, name: str, calibration: Calibration) -> dict[str, Any]:
@@ -108,10 +108,18 @@ def add_costs(
 ) -> None:
     """Write into the record of every format what it cost, unless it has that of these rows; say all of them as a table."""
     records = {name: read_json(out / RECORD) for name, out in outs.items()}
+    problem = NO_ROWS if heldout is None else room_problem(read_shape(source))
+    heldout = None if problem else heldout
     digest = None if heldout is None else heldout.digest
     missing = {n: out for n, out in outs.items() if records[n].get("cost", {}).get("measured_on", "") != digest}
     if missing:
-        say([NOTHING if heldout is None else f"measuring what {', '.join(missing)} cost on {heldout.described}"])
+        say(
+            [
+                f"only sizes are measured: {problem}"
+                if heldout is None
+                else f"measuring what {', '.join(missing)} cost on {heldout.described}"
+            ]
+        )
     models = {name: (out, FORMATS[name].open) for name, out in missing.items()}
     for name, cost in measured(source, models, heldout):
         records[name]["cost"] = {**sizes(source, outs[name]), **cost, "measured_on": digest}

@@ -1,6 +1,7 @@
 """What a format costs, by hand: divergence, perplexity, agreement, spread; of language models and of reward models."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from tests.small_folder import write_folder
 from trainer.batch import Documents
 from trainer.data.corpus import Prompt
 from trainer.data.store import Span
-from trainer.export.cost import Heldout, compared, lay, measured, standard_error
+from trainer.export.cost import Heldout, compared, lay, measured, room_problem, standard_error
 from trainer.export.formats import opened_folder
 from trainer.functional import Head, logits
+from trainer.models.header import read_shape
 
 UNITS = [
     [Span("", [65, 66, 67, 68, 69]), Span("", [70, 71, 72])],
@@ -146,6 +148,13 @@ def test_a_reward_model_is_compared_by_scores_and_the_order_of_pairs(tmp_path):
     doubled = cost(folder, changed(folder, tmp_path / "doubled", score=2.0), Heldout(pairs))
     assert doubled["score_change"] == pytest.approx(turned["score_change"] / 2)
     assert doubled["score_spread"] == same["score_spread"] > 0
+
+
+def test_a_model_that_memory_has_no_room_for_is_not_measured(folder):
+    assert room_problem(read_shape(folder)) is None
+    # 10^11 rows of 16 weights of 4 bytes.
+    huge = replace(read_shape(folder), vocab_size=10**11)
+    assert room_problem(huge).startswith("the model takes 6400.0 GB in float32, and ")
 
 
 def test_without_rows_nothing_is_measured(folder):
