@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 Layout = tuple[int, str]
-LAYOUTS: list[Layout] = [(2, "zero3"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
+LAYOUTS: list[Layout] = [(2, "zero3"), (2, "fsdp"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
 
 
 def covering(kinds: Iterable[str], quick: Collection[tuple[str, Layout]]) -> list[Any]:

@@ -14,6 +14,7 @@ from trainer.metrics import Metrics
 from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 
@@ -63,9 +64,10 @@ class Run:
         **config: Any,
     ) -> None:
         kind = {"adamw": AdamW, "adamw8bit": partial(AdamW, state="8bit"), "muon": Muon}[optimizer]
-        spread = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy]()
+        spread = {"ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy]()
         with spread.construction():
             net = Net(width)
+        spread.place(net, (), Precision(precision))
         for number, p in enumerate(net.parameters()):
             # What is frozen comes from where the model came from, so it does not depend on the seed.
             own = 100 * seed * p.requires_grad + number

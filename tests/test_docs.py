@@ -211,7 +211,7 @@ python -m trainer data.workers=4
 onecurve fly
 python scripts/none.py
 python scripts/benchmarks/plan.py --fast
-launch/local.sh -n 2 -- strategy=fsdp
+launch/local.sh -n 2 -- strategy=sharded
 torchrun --nproc-per-node 2 -m trainer steps=many
 make coffee
 pip install '.[nothing]'

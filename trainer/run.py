@@ -178,7 +178,8 @@ class Run(Node):
             low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
             stream=2 if narrow_stream("cuda" if cuda else "cpu", self.precision.dtype) else 4,
             compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
-            offload=getattr(self.strategy, "offload", "none"), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
+            offload=getattr(self.strategy, "offload", "none"), float_rows=self.strategy.float_rows,
+            reshard=getattr(self.strategy, "reshard", True), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
             auxiliary=tuple(self.pipeline.auxiliary_models(a)), packed=self.adapter.packed_elements(a),
             moment=self.optimizer.moment,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from trainer.models.adapter import Full
 from trainer.models.lora import LoRA
 from trainer.models.qlora import QLoRA
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.dpo import DPO
 from trainer.pipelines.kto import KTO
@@ -20,7 +21,7 @@ from trainer.pipelines.sft import SFT
 from trainer.tinyworld.data import TinyWorldData
 
 SHIPPED = (
-    Pretrain, SFT, RewardModelling, DPO, KTO, PPO, Full, LoRA, DDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData,
+    Pretrain, SFT, RewardModelling, DPO, KTO, PPO, Full, LoRA, DDP, FSDP, Zero1, Zero2, Zero3, TinyWorldData, ChatData,
     PreferenceData, LabelledData, PromptData, QLoRA,
 )  # fmt: skip
 """Naming them here registers them."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from side_by_side import lines_of
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
     "experiment=tinyworld", "tokenizer.path=null", "optimizer=adamw", "optimizer.lr=0.001", "model.vocab_size=16384",

@@ -23,7 +23,8 @@ from trainer.diagnostics.memory import Layout, memory
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling
-from trainer.models.transformer import Recompute, Transformer, narrow_stream
+from trainer.models.recompute import Recompute
+from trainer.models.transformer import Transformer, narrow_stream
 from trainer.parallel import distributed
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3

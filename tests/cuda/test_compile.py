@@ -13,7 +13,8 @@ from trainer.batch import Branches, Documents
 from trainer.functional import cross_entropy, logits, logprobs_at
 from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
-from trainer.models.transformer import Recompute
+from trainer.models.recompute import Recompute
+from trainer.parallel import distributed, sharding
 
 
 class Graphs:
@@ -78,6 +79,22 @@ def test_blocks_are_compiled_once_a_kind_and_stay_so_whatever_is_sampled(step, r
                 model.eval()(torch.tensor([[1, 2, 3]]), Documents.from_lengths((3,), 1), logits)
                 generate(model, [[1, 2, 3], [4]], Sampling(2 + number, 1.0), stops=())
     assert counts == [kinds, *[2 * kinds] * 2]
+
+
+def test_blocks_in_shards_are_compiled_as_whole_ones_are():
+    """What gathers a block's weights is around its graph, and around what is computed again."""
+    torch._dynamo.reset()
+    with distributed.session():
+        graphs, plain, model = Graphs(), built(), built(activation_checkpointing=Recompute.full)
+        sharding.shard(model, model.model.layers, dtype=None, reshard=True, offload=False)
+        model.compile_blocks(graphs)
+        counts = []
+        with torch.autocast("cpu", torch.bfloat16), emulated():
+            for number in range(3):
+                expected = packed_step(plain.train(), number)
+                assert packed_step(model.train(), number) == pytest.approx(expected, rel=1e-2)  # as above
+                counts.append(graphs.count)
+    assert counts == [1, 2, 2]
 
 
 def test_the_eager_backward_computes_attention_again_only_under_full_recomputation():

@@ -12,8 +12,9 @@ from tests.small_run import Run, same
 from trainer.checkpoint.folder import read_manifest
 from trainer.parallel import distributed
 
-LAYOUTS = [(ranks, strategy) for ranks in (1, 2) for strategy in ("ddp", "zero1", "zero2", "zero3")]
-MORE = [(4, "ddp"), (4, "zero1"), (4, "zero2"), (4, "zero3")]
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+LAYOUTS = [(ranks, strategy) for ranks in (1, 2) for strategy in STRATEGIES]
+MORE = [(4, strategy) for strategy in STRATEGIES]
 
 
 def save(folder: str, strategy: str, last: int, **config) -> dict:
@@ -65,15 +66,18 @@ def check(saved, source: tuple[int, str], target: tuple[int, str]) -> None:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [((1, "ddp"), t) for t in LAYOUTS] + [(s, (1, "ddp")) for s in LAYOUTS[1:]] + [((2, "zero3"), (2, "zero1"))],
+    [((1, "ddp"), t) for t in LAYOUTS]
+    + [(s, (1, "ddp")) for s in LAYOUTS[1:]]
+    + [((2, "zero3"), (2, "zero1")), ((2, "zero3"), (2, "fsdp")), ((2, "fsdp"), (2, "zero1"))],
 )
 def test_every_layout_restores_what_another_saved_bit_for_bit(source, target, saved):
     check(saved, source, target)
 
 
-TWELVE = LAYOUTS + MORE
-PAIRS = [(TWELVE[n], TWELVE[(n + 5) % 12]) for n in range(12)]
-"""Each of the twelve layouts as source and as target of another."""
+EVERY = LAYOUTS + MORE
+PAIRS = [(EVERY[n], EVERY[(n + 6) % 15]) for n in range(15)]
+"""Each of the fifteen layouts as source and as target of another, of another strategy."""
+PAIRS += [((2, "fsdp"), (4, s)) for s in STRATEGIES] + [((4, s), (2, "fsdp")) for s in STRATEGIES]
 
 
 @pytest.mark.slow
@@ -84,8 +88,8 @@ def test_layouts_of_up_to_four_ranks_restore_each_other(source, target, saved):
 
 @pytest.mark.parametrize(
     "layout",
-    [(2, s) for s in ("ddp", "zero1", "zero2", "zero3")]
-    + [pytest.param(layout, marks=pytest.mark.slow) for layout in ((4, "ddp"), (3, "zero3"))],
+    [(2, s) for s in STRATEGIES]
+    + [pytest.param(layout, marks=pytest.mark.slow) for layout in ((4, "ddp"), (3, "zero3"), (3, "fsdp"))],
 )
 def test_saved_and_continued_on_the_same_layout_is_bitwise_the_uninterrupted_run(layout, saved, tmp_path):
     ranks, strategy = layout
@@ -94,7 +98,7 @@ def test_saved_and_continued_on_the_same_layout_is_bitwise_the_uninterrupted_run
     assert same(continued, on_ranks(ranks, uninterrupted, str(tmp_path), strategy, 8)[0])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_rank_writes_its_share_and_no_more(strategy, saved):
     folder, _ = saved(2, strategy)
     manifest = read_manifest(Path(folder) / "step-00000003")

@@ -11,7 +11,7 @@ from trainer.optim.eight_bit import BLOCK, BOUND
 
 pytest.importorskip("bitsandbytes")
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 WIDTH = 65
 """Of a hidden matrix of 4225 elements, which two ranks cut inside a block."""
 
@@ -48,7 +48,8 @@ def restored(folder: str, pairs: list) -> dict:
 
 PAIRS = [(source, target, "adamw8bit") for source in (*STRATEGIES, "fp32") for target in STRATEGIES]
 WIDE = [
-    (source, target, "adamw") for source, target in zip(STRATEGIES, ("zero3", "ddp", "zero1", "zero2"), strict=True)
+    (source, target, "adamw")
+    for source, target in zip(STRATEGIES, ("zero3", "ddp", "zero1", "fsdp", "zero2"), strict=True)
 ]
 
 

@@ -12,17 +12,19 @@ from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.loop import train_step
 from trainer.models.balance import Balancer, BalanceRates
 from trainer.models.initial import initial
-from trainer.models.transformer import Recompute, Transformer
+from trainer.models.recompute import Recompute
+from trainer.models.transformer import Transformer
 from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.base import Models
 from trainer.pipelines.pretrain import Pretrain
 from trainer.tracking.throughput import Stopwatch
 
-STRATEGIES = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+STRATEGIES = {"ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
 KINDS = {
     "softmax": ({}, BalanceRates(balance_loss=0.1, z_loss=0.01)),
     "sigmoid": ({"router_sigmoid": True, "shared_size": 16}, BalanceRates(bias_rate=0.02)),
@@ -50,6 +52,7 @@ def curve(kind: str, strategy_name: str, micro: int, recompute: str) -> tuple[np
         strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     with strategy.construction():
         model = Transformer(shape, Recompute(recompute))
+    strategy.place(model, model.model.layers, Precision())
     for name, parameter in model.named_parameters():
         strategy.fill(parameter, initial(name, strategy.shape_of(parameter), 0, 0.1, 2))
     engine = strategy.wrap(model, AdamW(lr=3e-3), Precision())

@@ -16,6 +16,7 @@ from trainer.models.load import Model, ModelLoader
 from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Precision
 from trainer.parallel.zero import Zero3
 
@@ -30,7 +31,7 @@ class Row:
         return self
 
 
-def losses_of(folder: Path, strategy: DDP | Zero3) -> list[float]:
+def losses_of(folder: Path, strategy: DDP | FSDP | Zero3) -> list[float]:
     """The sum of losses before and after a step, a row of packed documents a rank."""
     engine = strategy.wrap(
         ModelLoader(Model(path=str(folder)), strategy, 0, 96, longest=30).load(), AdamW(lr=0.01), Precision()
@@ -53,12 +54,12 @@ def losses_of(folder: Path, strategy: DDP | Zero3) -> list[float]:
     return [float(distributed.sum_over_data(loss.double())) for loss in sums]
 
 
-def in_both(folders: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """By family what a whole copy learns on each rank, and what shards do."""
+def in_all(folders: Path) -> dict[str, list[list[float]]]:
+    """By family what a whole copy learns on each rank, and what shards of both kinds do."""
     gc.freeze()  # DeepSpeed collects for every engine, and all that is imported would be looked through each time
     shards = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return {
-        kind: (losses_of(folders / kind, DDP()), losses_of(folders / kind, Zero3(deepspeed=shards)))
+        kind: [losses_of(folders / kind, strategy) for strategy in (DDP(), Zero3(deepspeed=shards), FSDP())]
         for kind in sorted(OWN)
     }
 
@@ -67,7 +68,8 @@ def in_both(folders: Path) -> dict[str, tuple[list[float], list[float]]]:
 def test_every_family_learns_the_same_in_shards_as_in_copies(tmp_path):
     for kind in OWN:
         built(kind, tmp_path / kind)
-    [losses, _] = on_ranks(2, in_both, tmp_path)
-    for kind, (copies, shards) in losses.items():
-        assert shards == pytest.approx(copies, rel=1e-5), kind
+    [losses, _] = on_ranks(2, in_all, tmp_path)
+    for kind, (copies, zero3, fsdp) in losses.items():
+        assert zero3 == pytest.approx(copies, rel=1e-5), kind
+        assert fsdp == pytest.approx(copies, rel=1e-5), kind
         assert copies[1] < copies[0], kind

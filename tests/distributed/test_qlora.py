@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.ranks import on_ranks
+from tests.shards import held
 from tests.small_folder import SHAPE
 from trainer.batch import Documents
 from trainer.export.peft import merged_policy
@@ -21,6 +22,7 @@ from trainer.models.qlora import QLoRA
 from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 
@@ -32,10 +34,12 @@ STRATEGIES = {
     "zero1": (Zero1(), Compute.fp32),
     "zero2": (Zero2(), Compute.fp32),
     "zero3": (Zero3(deepspeed=SHARDS), Compute.fp32),
+    "fsdp": (FSDP(), Compute.fp32),
+    "fsdp bf16": (FSDP(autocast=False), Compute.bf16),
     "zero2 bf16": (Zero2(autocast=False), Compute.bf16),
     "zero3 bf16": (Zero3(autocast=False, deepspeed=SHARDS), Compute.bf16),
 }
-QUICK = ("ddp", "zero2", "zero3")
+QUICK = ("ddp", "zero2", "zero3", "fsdp")
 
 
 class Row:
@@ -84,8 +88,8 @@ def learnt(name: str) -> dict:
         "reference": [first.tolist() == off.tolist() == frozen.tolist()],
         "answer": answer.ids,
         "policy": policy,
-        "bytes": sum(getattr(part, "ds_tensor", part).numel() for part in parts),
-        "kinds": sorted({str(getattr(part, "ds_tensor", part).dtype) for part in parts}),
+        "bytes": sum(held(part).numel() for part in parts),
+        "kinds": sorted({str(held(part).dtype) for part in parts}),
         "base": dict(PackedBase.of(engine.model).digests),
     }
 
@@ -133,6 +137,7 @@ def test_shards_hold_half_of_the_bytes_on_each_of_two_ranks(together, alone):
     for rank in together:
         parts = 3 * len(alone["base"])
         assert alone["bytes"] / 2 <= rank["zero3"]["bytes"] <= alone["bytes"] / 2 + parts  # padding to an even split
+        assert alone["bytes"] / 2 - parts <= rank["fsdp"]["bytes"] <= alone["bytes"] / 2 + parts
         assert rank["zero2"]["bytes"] == alone["bytes"]
 
 

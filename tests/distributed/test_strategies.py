@@ -13,6 +13,7 @@ import torch
 
 from tests.command import ROOT, TINY, Command, environment, metrics
 from tests.ranks import free_port, on_ranks
+from tests.shards import held
 from tests.small_run import Net, Run, same
 from trainer.batch import Documents
 from trainer.functional import logprobs
@@ -21,11 +22,16 @@ from trainer.models.load import Model, ModelLoader
 from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.watchdog import EXIT_CODE, DivergenceError, Watchdog, WatchdogSettings
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 
-STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
+KINDS = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3, "fsdp": FSDP}
+STRATEGIES = list(KINDS)
+
+
+NOTHING_PERSISTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def gathering(folder: str, strategy: str, gather: bool) -> tuple[dict, float]:
@@ -53,21 +59,26 @@ def test_whole_weights_are_there_for_unequal_numbers_of_forwards_and_training_go
 
 def shards(strategy_name: str) -> tuple[int, int]:
     """(elements of parameters that this rank holds, elements of the model)."""
-    kind = {"zero2": Zero2, "zero3": Zero3}[strategy_name]
-    strategy = kind(deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    strategy = KINDS[strategy_name]()
+    if isinstance(strategy, Zero3):
+        strategy.deepspeed = NOTHING_PERSISTS
     with strategy.construction():
         net = Net(32)
-    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
-    whole = sum(getattr(p, "ds_numel", p.numel()) for p in net.parameters())
-    assert strategy_name != "zero3" or all(p.numel() == 0 for p in net.parameters())
-    return held, whole
+        assert strategy_name == "zero2" or not any(p.numel() and not p.is_meta for p in net.parameters())
+    strategy.place(net, (), Precision())
+    return sum(held(p).numel() for p in net.parameters()), sum(
+        getattr(p, "ds_numel", p.numel()) for p in net.parameters()
+    )
 
 
-def test_under_zero3_parameters_are_born_sharded():
-    for held, whole in on_ranks(2, shards, "zero3"):
-        assert whole / 2 <= held <= whole / 2 + 4  # padding to an even split, an element a parameter
-    for held, whole in on_ranks(2, shards, "zero2"):
-        assert held == whole
+def test_parameters_are_born_sharded_where_they_are_sharded():
+    for strategy in ("zero3", "fsdp"):
+        for here, whole in on_ranks(2, shards, strategy):
+            assert (
+                whole / 2 - 32 <= here <= whole / 2 + 32
+            )  # a row of 32 more or less, of five tokens and three outputs
+    for here, whole in on_ranks(2, shards, "zero2"):
+        assert here == whole
 
 
 def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
@@ -84,9 +95,10 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
             ]
             return [torch.optim.AdamW(made, lr=0.1, fused=True)]
 
-    strategy = {"ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}[strategy_name]()
+    strategy = KINDS[strategy_name]()
     with strategy.construction():
         net = Net()
+    strategy.place(net, (), Precision())
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)))
     engine = strategy.wrap(net, Two(lr=0.1), Precision())
@@ -101,25 +113,27 @@ def separate_rates(strategy_name: str) -> dict[str, np.ndarray]:
 
 def frozen(strategy_name: str) -> tuple[float, int]:
     """(what a frozen model computes, elements that this rank holds of it)."""
-    strategy = {"ddp": DDP, "zero3": Zero3}[strategy_name]()
+    strategy = KINDS[strategy_name]()
     if isinstance(strategy, Zero3):
-        strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        strategy.deepspeed = NOTHING_PERSISTS
     with strategy.construction():
         net = Net(32)
+    strategy.place(net, (), Precision())
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)) / 6)
     model = strategy.freeze(net, Precision())
     with torch.no_grad():
         value = float(model(torch.arange(5)))
     assert not any(p.requires_grad for p in net.parameters())
-    return value, sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in net.parameters())
+    return value, sum(held(p).numel() for p in net.parameters())
 
 
-def test_a_frozen_model_computes_the_same_from_shards():
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_a_frozen_model_computes_the_same_from_shards(strategy):
     [(expected, whole)] = on_ranks(1, frozen, "ddp")
-    for value, held in on_ranks(2, frozen, "zero3"):
+    for value, here in on_ranks(2, frozen, strategy):
         assert value == pytest.approx(expected, rel=1e-6)
-        assert held <= whole / 2 + 4
+        assert here <= whole / 2 + 32
 
 
 class Unread:
@@ -138,13 +152,14 @@ def test_parameter_groups_keep_their_own_rates_and_frozen_weights_stay(strategy)
 
 
 def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[float]:
-    kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
-    strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
+    precision = Precision(Compute(compute), initial_scale=256.0)
+    strategy = DDP() if strategy_name == "ddp" else KINDS[strategy_name](autocast=autocast)
     with strategy.construction():
         net = Net(16)
+    strategy.place(net, (net.hidden,), precision)
     for number, p in enumerate(net.parameters()):
         strategy.fill(p, torch.randn(strategy.shape_of(p), generator=torch.Generator().manual_seed(number)) / 4)
-    engine = strategy.wrap(net, AdamW(lr=0.01), Precision(Compute(compute), initial_scale=256.0))
+    engine = strategy.wrap(net, AdamW(lr=0.01), precision)
     losses = []
     for _ in range(15):
         metrics = Metrics()
@@ -163,7 +178,8 @@ def low_precision(strategy_name: str, autocast: bool, compute: str) -> list[floa
 
 
 @pytest.mark.parametrize(
-    "strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", pytest.param("zero3", marks=pytest.mark.slow)]
+    "strategy",
+    [pytest.param("zero1", marks=pytest.mark.slow), "zero2", pytest.param("zero3", marks=pytest.mark.slow), "fsdp"],
 )
 @pytest.mark.parametrize(("autocast", "compute"), [(True, "bf16"), (False, "bf16"), (True, "fp16")])
 def test_both_forms_of_low_precision_follow_ddp(strategy, autocast, compute):
@@ -191,7 +207,7 @@ def export_of(run: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
 def test_a_run_under_every_strategy_gives_the_same_curve_and_model(strategy, ranks, reference, tmp_path):
     Command(tmp_path, "run_dir=run", *RUN, f"strategy={strategy}", ranks=ranks).finish()
     for one, other in zip(metrics(reference), metrics(tmp_path / "run"), strict=True):
@@ -327,8 +343,7 @@ def test_one_flipped_bit_on_one_rank_is_found(tmp_path):
 
 def twins(strategy_name: str, compute: str, autocast: bool) -> tuple[list[float], list[float], int, int]:
     """Log-probabilities under a new model that is trained, and under its frozen twin; bytes of both on this rank."""
-    kinds = {"zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
-    strategy = DDP() if strategy_name == "ddp" else kinds[strategy_name](autocast=autocast)
+    strategy = DDP() if strategy_name == "ddp" else KINDS[strategy_name](autocast=autocast)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     precision = Precision(Compute(compute))
     load = ModelLoader(Model(**shape, num_key_value_heads=2, head_dim=8), strategy, 0, 50, precision=precision)
@@ -339,10 +354,6 @@ def twins(strategy_name: str, compute: str, autocast: bool) -> tuple[list[float]
     with engine.evaluating():
         both = [model(tokens, documents, read)[0][0].tolist() for model in (engine.model, twin)]
     return both[0], both[1], *(sum(held(p).nbytes for p in m.parameters()) for m in (engine.module, twin))
-
-
-def held(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return getattr(parameter, "ds_tensor", parameter)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -366,7 +377,7 @@ EIGHT_BIT = ["optimizer.state=8bit", "model.hidden_size=64", "model.intermediate
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "ranks", "narrow"),
-    [(strategy, 2, BF16) for strategy in ("zero1", "zero2", "zero3")]
+    [(strategy, 2, BF16) for strategy in ("zero1", "zero2", "zero3", "fsdp")]
     + [("ddp", 1, EIGHT_BIT), ("zero2", 2, EIGHT_BIT)],
 )
 def test_a_killed_run_with_narrow_weights_or_moments_ends_with_the_same_bytes(strategy, ranks, narrow, tmp_path):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainer.models.architecture import Architecture
 from trainer.models.delta import CHUNK
 from trainer.models.nf4 import BITS
+from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import Recompute
 from trainer.parallel.zero import BUCKET, live_parameters
 from trainer.tracking.throughput import device_bytes, training_flops
 
@@ -47,6 +47,8 @@ class Layout:
         cuda: Whether the ranks compute on GPUs.
         adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
         packed: Elements of that model that are held in NF4, and of the largest matrix of them.
+        float_rows: The sharded weights are float32 rows, which the optimizer steps and gathered weights are cast from.
+        reshard: Gathered weights and gradients are given back block by block, with every micro-batch.
         auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
         moment: Bytes of a moment of an element of hidden matrices and adapters; 4 of every other one.
     """
@@ -63,6 +65,8 @@ class Layout:
     stream: int = 4
     adapters: int = 0
     packed: tuple[int, int] = (0, 0)
+    float_rows: bool = False
+    reshard: bool = True
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
     moment: float = 4.0
 
@@ -98,11 +102,16 @@ def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float,
     bfloat16 working copy: 2 + 2 + 12 bytes a parameter, of which ZeRO divides the last, the last two, or all by the ranks
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
     float32 master, so 4 + 4 + 12. Of the last, 8 are the moments, less where ``layout.moment`` says so; not those of
-    the ``wide`` elements: embeddings and heads.
+    the ``wide`` elements: embeddings and heads. FSDP: 4 + 4 and the moments, all of them divided; without resharding a
+    working copy and its gradients besides.
     """
     working = 2 if layout.low_precision_weights else 4
-    masters = 4 if layout.stage or layout.low_precision_weights else 0
-    optimizer = masters * parameters + 2 * (layout.moment * (parameters - wide) + 4 * wide)
+    pair = 2 * (layout.moment * (parameters - wide) + 4 * wide)
+    if layout.float_rows:
+        share = 0.0 if layout.offload != "none" and layout.cuda else 1 / layout.ranks
+        copy = 0.0 if layout.reshard else parameters
+        return 4 * parameters * share + working * copy, 4 * parameters * share + 4 * copy, pair * share
+    optimizer = (4 if layout.stage or layout.low_precision_weights else 0) * parameters + pair
     over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
         size / n for size, n in zip((working * parameters, working * parameters, optimizer), over, strict=True)
@@ -135,12 +144,11 @@ def frozen(a: Architecture, layout: Layout, packed: int = 0) -> float:
     ``packed``: elements of them that are held in NF4; beside those the tables are in the compute format, too.
     """
     count, tables = parameters_of(a) - packed, vocabulary_tables(a)
-    in_bytes = packed * BITS / 8 / (layout.ranks if layout.stage == 3 else 1)
-    if layout.low_precision_weights or layout.stage == 3:
-        return in_bytes + count * (2 if layout.low_precision_weights else 4) / (
-            layout.ranks if layout.stage == 3 else 1
-        )
-    return in_bytes + (layout.compute if packed else 4) * tables + layout.compute * (count - tables)
+    if layout.low_precision_weights or (layout.stage == 3 and not layout.float_rows):
+        others = (2 if layout.low_precision_weights else 4) * count
+    else:
+        others = (layout.compute if packed else 4) * tables + layout.compute * (count - tables)
+    return (packed * BITS / 8 + others) / (layout.ranks if layout.stage == 3 else 1)
 
 
 def vocabulary_tables(a: Architecture) -> int:
@@ -245,15 +253,17 @@ def memory(a: Architecture, layout: Layout) -> Memory:
     stored, head = activations(a, layout), loss(a, layout)
     # The loss is gone when the blocks' backward begins.
     temporary = max(0.0, backward(a, layout) - head)
-    if layout.compute == 2 and not layout.low_precision_weights:
+    if layout.float_rows:
+        temporary += _gathered(a, layout, learnt, block)
+    elif layout.compute == 2 and not layout.low_precision_weights:
         # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
         # Casts of frozen float32 weights live in the graph.
         temporary += 2.0 * (learnt if layout.stage < 3 else count - packed if layout.adapters else block)
-    if layout.stage:
+    if layout.stage and not layout.float_rows:
         # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile. The copy of its share that the
         # optimizer steps with comes later, when the activations are gone.
         temporary += (1 + layout.cuda) * 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
-    if layout.stage == 3:
+    if layout.stage == 3 and not layout.float_rows:
         live = max(live_parameters(layout.cuda), 2 * block + a.vocab_size * a.hidden_size)
         temporary += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
     # A packed matrix and the product's own copy of it, in a forward or backward.
@@ -271,6 +281,21 @@ def memory(a: Architecture, layout: Layout) -> Memory:
             others += frozen(shape, layout, packed if shape == a else 0)
     base = 0.0 if layout.cuda else BASE_CPU
     return Memory(weights, gradients, moments, stored, head, temporary, others, base)
+
+
+def _gathered(a: Architecture, layout: Layout, learnt: float, block: float) -> float:
+    """Bytes that FSDP needs beside a rank's rows: what is gathered, and the gradients that are exchanged.
+
+    All that is around the blocks is gathered through a step, with its gradient; of the blocks one and the next, in the buffer
+    that they arrive in and in tensors of their own; and the gradient of one, as it is computed and as it adds up.
+    """
+    working, around = (2 if layout.low_precision_weights else 4), a.vocab_size * a.hidden_size
+    arriving = block * working * (1 if not layout.reshard else 3) + (around * working if layout.reshard else 0)
+    part = learnt / parameters_of(a)
+    sums = 0.0 if not layout.reshard else part * (working + 4) * block
+    # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
+    casts = layout.compute == 2 and not layout.low_precision_weights
+    return arriving + sums + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)
 
 
 def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float, utilisation: float) -> float:
@@ -299,41 +324,3 @@ def print_estimate(summary: str, a: Architecture, layout: Layout) -> dict[str, f
     more = "'onecurve estimate' does the same for other devices and ranks, with time and advice"
     print("\n".join([f"{summary}; memory of a rank:", *need.lines(), more]))
     return {"memory_gb": need.total / 1e9}
-
-
-def advice(a: Architecture, layout: Layout, limit: float, sharded: Sequence[Layout] = ()) -> str:
-    """The nearest configuration that fits ``limit`` bytes a rank: fewer rows a forward, recomputation, then more sharding.
-
-    Args:
-        a: the model's shape.
-        layout: as it is configured.
-        limit: bytes of a device.
-        sharded: the same run under strategies that shard more, the least first: each holds weights in a way of its own.
-    """
-    if memory(a, layout).total <= limit:
-        return "it fits"
-    for recompute in (layout.recompute, Recompute.selective, Recompute.full):
-        micro = layout.micro
-        while micro >= 1:
-            fitting = dataclasses.replace(layout, micro=micro, recompute=recompute)
-            if memory(a, fitting).total <= limit:
-                return _say(fitting)
-            micro //= 2
-    smallest = [dataclasses.replace(more, micro=1, recompute=Recompute.full) for more in sharded]
-    most = max([layout, *smallest], key=lambda candidate: candidate.stage)
-    more_ranks = [dataclasses.replace(most, ranks=2**n, micro=1, recompute=Recompute.full) for n in range(1, 17)]
-    candidates = [s for s in smallest if layout.ranks > 1] + [
-        m for m in more_ranks if m.stage and m.ranks > layout.ranks
-    ]
-    for fitting in candidates:
-        if memory(a, fitting).total <= limit:
-            return _say(fitting)
-    return "no number of ranks fits it; use a device with more memory, or strategy=zero3 strategy.offload=parameters"
-
-
-def _say(layout: Layout) -> str:
-    strategy = "ddp" if layout.stage == 0 else f"zero{layout.stage}"
-    return (
-        f"use strategy={strategy} batch.micro={layout.micro} model.activation_checkpointing={layout.recompute.value} "
-        f"on {layout.ranks} rank{'s' if layout.ranks > 1 else ''}"
-    )

@@ -21,8 +21,8 @@ from trainer.generation.sampling import Sampling
 from trainer.gpu_check.bench import SMALL, TINYWORLD, Bench, Training, random_rows
 from trainer.gpu_check.kernels import copy_bandwidth
 from trainer.models.load import Model, ModelLoader
+from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import Recompute
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.tracking.throughput import measured_flops, peak_memory_gb, training_flops

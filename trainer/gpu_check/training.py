@@ -100,13 +100,15 @@ def strategies(bench: Bench) -> None:
     with distributed.session():
         for compute, dtype in formats.items():
             reference: list[float] = []
-            variants = [["strategy=ddp"], *([f"strategy=zero{stage}"] for stage in (1, 2, 3))]
+            variants = [["strategy=ddp"], *([f"strategy=zero{stage}"] for stage in (1, 2, 3)), ["strategy=fsdp"]]
             variants += [
                 ["strategy=zero2", "strategy.offload=optimizer"],
                 ["strategy=zero3", "strategy.offload=parameters"],
             ]
             if compute == "bf16":
-                variants += [["strategy=zero2", "strategy.autocast=true"], ["strategy=zero3", "strategy.autocast=true"]]
+                variants += [[f"strategy={name}", "strategy.autocast=true"] for name in ("zero2", "zero3", "fsdp")]
+            if bench.device.type == "cuda":
+                variants += [["strategy=fsdp", "strategy.offload=parameters"]]
             for variant in variants:
                 name = "_".join([*(v.partition("=")[2] for v in variant), compute])
                 bench.attempt(name, partial(_strategy, bench, name, variant, compute, dtype, reference))

@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from trainer.batch import Branches, Documents
 from trainer.functional import At, Head
 from trainer.models.architecture import Architecture
-from trainer.models.transformer import Context, Read, Recompute, Transformer
+from trainer.models.recompute import Recompute
+from trainer.models.transformer import Context, Read, Transformer
 
 CRITIC = "critic."
 """Begins the names of all that is not the policy's."""

@@ -31,9 +31,10 @@ from trainer.models.packed import fill_packed, packed_weights
 from trainer.models.peft_format import AdapterFolder
 from trainer.models.qat import QAT, install
 from trainer.models.quantized_base import remarks, validate_base
+from trainer.models.recompute import Recompute
 from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
-from trainer.models.transformer import Recompute, Transformer
+from trainer.models.transformer import Transformer
 from trainer.parallel import distributed
 from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
@@ -188,10 +189,11 @@ class ModelLoader:
         """This loader, if the models that it builds can be trained.
 
         Raises:
-            ConfigError: if blocks that shall be compiled cannot be.
+            ConfigError: if blocks that shall be compiled cannot be, or the strategy needs another device.
         """
-        if self.config.compile and (obstacles := list(self.obstacles())):
-            raise ConfigError(obstacles)
+        problems = list(self.strategy.validate_device(cuda=torch.cuda.is_available()))
+        if problems := [*problems, *(self.obstacles() if self.config.compile else ())]:
+            raise ConfigError(problems)
         return self
 
     def rounded(self, qat: QAT) -> ModelLoader:
@@ -232,6 +234,8 @@ class ModelLoader:
         if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
+        with long_lived_allocations():
+            self.strategy.place(model, model.model.layers, self.precision)
         if self.files is not None:
             self._validate_weights(self.files, self._shapes_of(model))
             for name, buffer in persistent_buffers(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.config import Node, setting
-from trainer.models.transformer import Recompute
+from trainer.models.recompute import Recompute
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum, auto
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.batch import Branches, Documents
 from trainer.functional import At, Head, working_dtype
@@ -24,6 +21,7 @@ from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
 from trainer.models.experts import mlp_of
 from trainer.models.linear import BlockLinear
 from trainer.models.norm import norm_of
+from trainer.models.recompute import RECOMPUTING, Recompute, around, keep_all
 from trainer.models.rope import angles, frequencies, growth, rotate
 
 NARROW_STREAM = {"cuda"}
@@ -60,14 +58,6 @@ class PackedContext:
 
     def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
         return recur_packed(self.documents, passed, inputs)
-
-
-class Recompute(StrEnum):
-    """What the backward computes again instead of keeping it."""
-
-    none = auto()
-    selective = auto()
-    full = auto()
 
 
 class Attention(nn.Module):
@@ -153,11 +143,20 @@ class Block(nn.Module):
         context: Context,
         places: Tensor | None = None,
         real: Tensor | None = None,
+        run: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted.
 
-        ``real`` ``(B, T)``: the tokens that experts are counted for, None = all.
+        ``real`` ``(B, T)``: the tokens that experts are counted for, None = all. ``run``: calls `compute`, compiled or to be
+        recomputed; so what a strategy does around a block (gather its weights) is around that, too.
         """
+        inputs = x, turned, context, places, real
+        return self.compute(*inputs) if run is None else run(self, *inputs)
+
+    def compute(
+        self, x: Tensor, turned: Turned, context: Context, places: Tensor | None, real: Tensor | None
+    ) -> Tensor:
+        """What the forward computes."""
         normed = self.input_layernorm(x) if self.before else x
         mixer = self.linear_attn if self.recurrent else self.self_attn
         added = mixer(normed, turned, context, places)
@@ -273,15 +272,15 @@ class Transformer(nn.Module):
         context = PackedContext(documents) if isinstance(documents, Documents | Branches) else documents
         x = self.model.embed_tokens(tokens)
         *turned, last_turned = self.model.turned(documents.positions, working_dtype(x))
-        run = self._in_training(x) if self.training and torch.is_grad_enabled() else nn.Module.__call__
+        run = self._in_training(x) if self.training and torch.is_grad_enabled() else None
         real = getattr(documents, "real", None) if self.architecture.experts else None
         *blocks, last = self.model.layers
         for block, own in zip(blocks, turned, strict=True):
-            x = run(block, x, own, context, None, real)
+            x = block(x, own, context, None, real, run)
         places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
         if self.training and torch.is_grad_enabled():
             dropout.narrow_to(places)
-        x = run(last, x, last_turned, context, places, real)
+        x = last(x, last_turned, context, places, real, run)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
 
@@ -307,44 +306,6 @@ class Transformer(nn.Module):
             self._compiled = torch.compile(run, fullgraph=True, backend=self._backend)
         elif self._compiled is None:
             # Documents go by length here, as the host decides: a block's halves are graphs, and recomputation is around them.
-            halves = torch.compile(_keep_all, backend=self._backend)
-            self._compiled = partial(_around, run, halves)
+            halves = torch.compile(keep_all, backend=self._backend)
+            self._compiled = partial(around, run, halves)
         return self._compiled
-
-
-def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Save expensive ops (matrix products, attention); norms, activations and rotations are computed again."""
-    expensive = (
-        "mm", "addmm", "bmm", "_grouped_mm", "grouped_", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn",
-    )  # fmt: skip
-    # Of torch_attn::_varlen_attn, too, which is not aten's.
-    name = operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else str(operation)
-    return CheckpointPolicy.MUST_SAVE if name.startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_all(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)  # type: ignore[no-any-return]
-
-
-def _recompute_all(block: nn.Module, x: Tensor, turned: Turned, *rest: Any, **how: Any) -> Tensor:
-    # What is not a tensor comes by closure: torch 2.11 would compile anew for every number of documents.
-    def compute(x: Tensor, *turned: Tensor) -> Tensor:
-        return block(x, turned, *rest)  # type: ignore[no-any-return]
-
-    return checkpoint(compute, x, *turned, use_reentrant=False, **how)  # type: ignore[no-any-return]
-
-
-def _recompute_cheap(block: nn.Module, *inputs: Any) -> Tensor:
-    return _recompute_all(block, *inputs, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
-
-
-def _around(run: Callable[..., Tensor], compiled: Callable[..., Tensor], block: nn.Module, *inputs: Any) -> Tensor:
-    return run(partial(compiled, block), *inputs)
-
-
-RECOMPUTING: dict[Recompute, Callable[..., Tensor]] = {
-    Recompute.none: _keep_all,
-    Recompute.selective: _recompute_cheap,
-    Recompute.full: _recompute_all,
-}
-"""What runs a block in training."""

@@ -30,6 +30,18 @@ class Replicas:
     size: int = 1
     stack: Callable[[Tensor], Tensor] = lambda mine: mine[None]
 
+    def shape_of(self, parameter: Tensor) -> torch.Size:
+        """The shape of the matrix that a parameter, or what is here of it, belongs to."""
+        return parameter.shape
+
+    def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
+        """Updates ``(n, *shape)`` of matrices, of which those of the rows that are here are given; collective."""
+        return updates
+
+    def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
+        """What of updates ``(n, *shape)`` is for the rows that are here."""
+        return updates
+
 
 class BatchedMuon(torch.optim.Muon):
     """PyTorch's Muon for many matrices of one shape at a time, each orthogonalised by one of the ``replicas``.
@@ -59,14 +71,14 @@ class BatchedMuon(torch.optim.Muon):
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike.setdefault(parameter.shape, []).append(parameter)
-            for parameters in alike.values():
-                most = self.replicas.size * max(1, STACK_BYTES // parameters[0].nbytes)
+                    alike.setdefault(self.replicas.shape_of(parameter), []).append(parameter)
+            for shape, parameters in alike.items():
+                most = self.replicas.size * max(1, STACK_BYTES // (shape.numel() * parameters[0].element_size()))
                 for first in range(0, len(parameters), most):
-                    self._update(group, parameters[first : first + most])
+                    self._update(group, shape, parameters[first : first + most])
         return loss
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
@@ -81,11 +93,12 @@ class BatchedMuon(torch.optim.Muon):
             # Momentum that meets itself stays what it is, whatever the gradient was.
             gradients = torch.where(skipped, torch.stack(buffers), gradients)
         torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)
-        updates = self._orthogonal(gradients.lerp_(torch.stack(buffers), momentum), group)
+        directions = self.replicas.joined(gradients.lerp_(torch.stack(buffers), momentum), shape)
+        updates = self.replicas.own(self._orthogonal(directions, group), shape)
         if skipped is not None:
             updates = updates.masked_fill(skipped, 0)
             decay = torch.where(skipped, 1.0, torch.full_like(skipped, decay, dtype=torch.float32))
-        rows, columns = parameters[0].shape[-2:]
+        rows, columns = shape[-2:]
         # Of the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982, eq. 4).
         rate = lr * 0.2 * math.sqrt(max(rows, columns))
         torch._foreach_mul_(parameters, decay)

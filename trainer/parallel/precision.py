@@ -34,11 +34,11 @@ class Precision(Node):
     def dtype(self) -> torch.dtype:
         return {Compute.fp32: torch.float32, Compute.bf16: torch.bfloat16, Compute.fp16: torch.float16}[self.compute]
 
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context in which losses are computed."""
+    def autocast(self, device: torch.device, *, cache: bool = True) -> AbstractContextManager[Any]:
+        """The context in which losses are computed; ``cache``: a weight is cast once in it, and the cast is kept."""
         if self.compute is Compute.fp32:
             return nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
+        return torch.autocast(device.type, dtype=self.dtype, cache_enabled=cache)
 
     def loss_scale(self, device: torch.device) -> LossScale:
         """A dynamic scale for fp16; a constant 1 otherwise."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum, auto
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,14 @@ from trainer.optim import Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
 from trainer.parallel.precision import Precision
+
+
+class Offload(StrEnum):
+    """What lives in CPU memory."""
+
+    none = auto()
+    optimizer = auto()
+    parameters = auto()
 
 
 @dataclass
@@ -29,6 +39,9 @@ class Strategy(Node):
     def stage(self) -> int:
         """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
         return 0
+
+    float_rows: ClassVar[bool] = False
+    """Whether a rank's shards are float32 rows, with no working copy beside them."""
 
     @property
     def replica(self) -> int:
@@ -47,9 +60,16 @@ class Strategy(Node):
         """One sentence for why compiled blocks do not work under this strategy."""
         yield from ()
 
+    def validate_device(self, *, cuda: bool) -> Iterator[str]:
+        """One sentence for everything that needs another device."""
+        yield from ()
+
     def construction(self) -> AbstractContextManager[object]:
         """The context in which a model is built: parameters are initialised sharded where the strategy shards them."""
         return nullcontext()
+
+    def place(self, module: nn.Module, blocks: Iterable[nn.Module], precision: Precision) -> None:
+        """Divide a newly built model before it is filled, where the strategy does; ``blocks``: its layers. Collective."""
 
     def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """The logical shape of a parameter, also where this strategy shards its data away."""
@@ -77,6 +97,11 @@ class Strategy(Node):
 
         What autocast would cast in every forward is cast once here: it takes half the memory.
         """
+        self.narrow(module, precision)
+        return module.to(distributed.world().device)
+
+    def narrow(self, module: nn.Module, precision: Precision) -> None:
+        """Make a module one for forwards alone, in the formats that a trained one computes in."""
         module.requires_grad_(False).eval()
         device = distributed.world().device
         if precision.dtype is not torch.float32:
@@ -86,7 +111,6 @@ class Strategy(Node):
                 narrow = low_precision or isinstance(layer, nn.Linear) or getattr(layer, "casts_weights", False)
                 for parameter in layer.parameters(recurse=False) if narrow else ():
                     self.cast_frozen(parameter, precision.dtype)
-        return module.to(device)
 
     def computing(self, precision: Precision) -> AbstractContextManager[object]:
         """The context in which models of this strategy compute."""

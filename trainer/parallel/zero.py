@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum, auto
 from functools import partial, wraps
 from typing import Any
 
@@ -25,7 +24,7 @@ from trainer.parallel import distributed, zero_state, zero_waits
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Decision, Engine, Fragment, Outcome, digest_of
 from trainer.parallel.precision import Compute, Precision
-from trainer.parallel.strategy import Strategy
+from trainer.parallel.strategy import Offload, Strategy
 
 OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
@@ -43,14 +42,6 @@ BUCKET = 50_000_000
 def live_parameters(cuda: bool) -> int:
     """Elements that ZeRO-3 keeps gathered. On CUDA room to gather the next ones beside a large vocabulary's table."""
     return 10 * BUCKET if cuda else 2 * BUCKET
-
-
-class Offload(StrEnum):
-    """What lives in CPU memory."""
-
-    none = auto()
-    optimizer = auto()
-    parameters = auto()
 
 
 @dataclass
@@ -86,7 +77,7 @@ class Zero(Strategy):
         if self.stage == 3:
             yield (
                 "model.compile=true compiles next to nothing under strategy=zero3, which gathers the weights of every layer "
-                "between graphs; use model.compile=false or strategy=zero2"
+                "between graphs; use strategy=fsdp, or model.compile=false"
             )
 
     def construction(self) -> AbstractContextManager[object]:

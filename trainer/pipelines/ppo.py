@@ -147,6 +147,7 @@ class PPO(PolicyGradientSettings, Pipeline):
         if self._critic_is_head:
             with load.strategy.construction():
                 policy.critic = ValueHead(policy.architecture.hidden_size)
+            load.strategy.place(policy.critic, (), load.precision)
             load.strategy.fill(policy.critic.weight, torch.zeros(1, policy.architecture.hidden_size))
             return
         folder = self.critic_folder or load.config.path

@@ -72,8 +72,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ),
     (
         "a strategy of another framework",
-        [*TEXT, "strategy=fsdp"],
-        "strategy=fsdp is not a choice; it has ddp, zero1, zero2, zero3",
+        [*TEXT, "strategy=deepspeed"],
+        "strategy=deepspeed is not a choice; it has ddp, fsdp, zero1, zero2, zero3",
     ),
     (
         "an optimizer of another framework",

@@ -11,9 +11,11 @@ from tests.shapes import architecture
 from trainer.batch import Documents
 from trainer.cli.estimate import DEVICE_GB
 from trainer.compose import compose
-from trainer.diagnostics.memory import Layout, activations, advice, fit, host_memory, memory, seconds_per_step, states
+from trainer.diagnostics.advice import advice
+from trainer.diagnostics.memory import Layout, activations, fit, host_memory, memory, seconds_per_step, states
+from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import PackedContext, Recompute, Transformer
+from trainer.models.transformer import PackedContext, Transformer
 from trainer.tracking.throughput import PEAKS
 
 SEVEN = architecture(
@@ -76,6 +78,15 @@ def test_the_example_of_the_zero_paper_comes_out(stage, expected):
 @pytest.mark.parametrize(("stage", "bytes_each"), [(0, 16), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
 def test_float32_working_copies_take_what_the_algorithms_say(stage, bytes_each):
     assert sum(states(1.0, layout(stage=stage, low_precision_weights=False, ranks=4))) == pytest.approx(bytes_each)
+
+
+def test_fsdp_divides_sixteen_bytes_a_weight_whatever_it_gathers_them_in():
+    rows = {"stage": 3, "ranks": 4, "float_rows": True}
+    assert sum(states(1.0, layout(**rows))) == 16 / 4
+    assert sum(states(1.0, layout(**rows, low_precision_weights=False))) == 16 / 4
+    # Without resharding a bf16 copy is there through a step, and its gradients, which add up in float32.
+    assert states(1.0, layout(**rows, reshard=False)) == (4 / 4 + 2, 4 / 4 + 4, 8 / 4)
+    assert states(1.0, layout(**rows, offload="parameters")) == (0, 0, 0)
 
 
 def test_an_adapted_model_takes_its_frozen_weights_once_and_sixteen_bytes_for_each_trained_one():

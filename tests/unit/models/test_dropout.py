@@ -12,7 +12,7 @@ from trainer.loop import loss_of
 from trainer.models.dropout import draw_for, dropout, narrow_to
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA
-from trainer.models.transformer import Recompute
+from trainer.models.recompute import Recompute
 from trainer.optim import AdamW
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision

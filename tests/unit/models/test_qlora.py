@@ -22,7 +22,7 @@ from trainer.models.lora import LoRA, adapters_off
 from trainer.models.nf4 import pack, unpack
 from trainer.models.packed import PackedBase, packed_weights, widened
 from trainer.models.qlora import QLoRA
-from trainer.models.transformer import Recompute
+from trainer.models.recompute import Recompute
 from trainer.optim import AdamW, Muon
 from trainer.parallel.ddp import DDP
 from trainer.parallel.precision import Compute, Precision

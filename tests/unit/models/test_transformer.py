@@ -11,7 +11,7 @@ from trainer.batch import Documents
 from trainer.functional import At, cross_entropy, logprobs
 from trainer.models.initial import initial
 from trainer.models.load import Model, ModelLoader
-from trainer.models.transformer import Recompute
+from trainer.models.recompute import Recompute
 from trainer.parallel.ddp import DDP
 
 SMALL = {

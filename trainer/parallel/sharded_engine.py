@@ -1,0 +1,156 @@
+"""One trained module in shards, under the contract of every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from trainer.optim import Optimizer, gradient_norm
+from trainer.optim.muon import Replicas
+from trainer.optim.state import create_state, elements
+from trainer.parallel import distributed, sharding
+from trainer.parallel.engine import Fragment, Outcome, digest_of, owned_spans, saved_buffers
+from trainer.parallel.native import NativeEngine
+from trainer.parallel.precision import Precision
+
+
+@dataclass(frozen=True)
+class RowShards(Replicas):
+    """Ranks that have rows of the same matrices, which one of them orthogonalises.
+
+    Args:
+        shapes: Of the matrices, by what this rank has of them.
+    """
+
+    shapes: Mapping[Tensor, torch.Size] = field(default_factory=dict)
+
+    def shape_of(self, parameter: Tensor) -> torch.Size:
+        return self.shapes[parameter]
+
+    def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
+        stacked = (shape[0], len(updates), *shape[1:])
+        return sharding.joined(updates.movedim(1, 0).contiguous(), stacked).movedim(1, 0).contiguous()
+
+    def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
+        first, last = sharding.rows(shape)
+        return updates[:, first:last]
+
+
+class ShardedEngine(NativeEngine):
+    """A module divided by `sharding.shard`, whose optimizers hold this rank's rows as plain tensors.
+
+    Weights are to be read and written when they are in shards only: a forward without a backward leaves some of them
+    gathered, in memory of their own, and what is written there is lost.
+
+    Args:
+        low_precision: Weights are gathered in the compute format; else they are float32, and autocast casts them.
+        reshard: Gradients are exchanged with every micro-batch, instead of being added up whole until the last one.
+
+    Attributes:
+        parts: Of each trained parameter this rank's rows, which the optimizers hold.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, precision: Precision, *, low_precision: bool, reshard: bool
+    ) -> None:
+        super().__init__(module, optimizer, precision)
+        if plain := [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]:
+            raise ValueError(
+                f"{', '.join(plain[:5])}: not divided among the ranks; call strategy.place() behind construction()"
+            )
+        self.averaged, self.low_precision, self.reshards = 1, low_precision, reshard
+        self.units = sharding.units(module)
+        self.parameters = dict(module.named_parameters())
+        self.parts = {p: nn.Parameter(sharding.local(p)) for p in self.parameters.values() if p.requires_grad}
+        self.buffers = saved_buffers(module)
+        self.optimizers = optimizer.build(module)
+        for group in (group for o in self.optimizers for group in o.param_groups):
+            group["params"] = [self.parts[p] for p in group["params"]]
+        data = distributed.world().data
+        shapes: dict[Tensor, torch.Size] = {part: p.shape for p, part in self.parts.items()}
+        optimizer.share_work(self.optimizers, RowShards(data.rank, data.size, distributed.stack_over_data, shapes))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # Without its cache, which would keep a cast of every weight to the end of the step.
+        return nullcontext() if self.low_precision else self.precision.autocast(self.device, cache=False)
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        for unit in self.units:
+            unit.set_requires_gradient_sync(last or self.reshards, recurse=False)
+            unit.set_reshard_after_backward(last or self.reshards, recurse=False)
+        return nullcontext()
+
+    def step(self, limit: Tensor | None = None) -> Outcome:
+        self.reshard()
+        for parameter, part in self.parts.items():
+            gradient: Any = parameter.grad
+            part.grad, parameter.grad = None if gradient is None else gradient.to_local(), None
+        return super().step(limit)
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        return distributed.sum_over_data(gradient_norm(parameters).double().square()).sqrt().float()
+
+    def _step_fused(self, divisor: Tensor, applied: Tensor) -> None:
+        memory = next(iter(self.parts.values())).device  # not this rank's device where shards are offloaded
+        super()._step_fused(divisor.to(memory), applied.to(memory))
+
+    def reshard(self) -> None:
+        """Free what is gathered."""
+        for unit in self.units:
+            unit.reshard()
+
+    @contextmanager
+    def gathered(self, *, only: Callable[[str], bool] = bool) -> Iterator[nn.Module]:
+        self.reshard()
+        training = self.module.training
+        with sharding.without_hooks(self.units):
+            for unit in self._units_with(only):
+                unit.unshard()
+            self.module.eval()
+            try:
+                yield self.module
+            finally:
+                self.module.train(training)
+                self.reshard()
+
+    def _units_with(self, only: Callable[[str], bool]) -> list[FSDPModule]:
+        """The parts that are gathered for any of the parameters that ``only`` names."""
+        parts = {name: part for name, part in self.module.named_modules() if isinstance(part, FSDPModule)}
+        paths = (name.split(".") for name in self.parameters if only(name))
+        above = ([".".join(path[:n]) for n in range(len(path) - 1, -1, -1)] for path in paths)
+        owners = {next(prefix for prefix in prefixes if prefix in parts) for prefixes in above}
+        return [part for name, part in parts.items() if name in owners]
+
+    def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
+        self.reshard()
+        for name, parameter in self.parameters.items():
+            if frozen or parameter.requires_grad:
+                yield name, sharding.joined(sharding.local(parameter), parameter.shape).to(self.device)
+        yield from self.buffers
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, self.parts[p]) for name, p in self.parameters.items() if p.requires_grad)
+
+    def fragments(self, *, owned: bool) -> Iterator[Fragment]:
+        self.reshard()
+        for optimizer in self.optimizers:
+            create_state(optimizer)
+        for name, part in self.trained():
+            shape = self.parameters[name].shape
+            start = sharding.rows(shape)[0] * shape[1:].numel()
+            for state, values in self.states(part).items() if part.numel() else ():
+                own = elements(values, 0, part.numel(), restoring=not owned)
+                yield Fragment.of_tensor(name, state, shape, start, own)
+        for number, first, last in owned_spans([b.numel() for _, b in self.buffers], owned=owned):
+            name, buffer = self.buffers[number]
+            yield Fragment.of_tensor(name, "param", buffer.shape, first, buffer.detach().view(-1)[first:last])
+
+    def digest(self) -> list[int]:
+        return digest_of(buffer for _, buffer in self.buffers)
