@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from trainer import stopping
+from trainer.cli import main
 
 if __name__ == "__main__":
-    # A scheduler's signal may come while torch is imported, and must not end the process then.
-    stopping.listen()
-
-    from trainer.cli import main
-
     sys.exit(main(default="train"))

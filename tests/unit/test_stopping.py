@@ -60,11 +60,21 @@ def test_a_process_that_was_forked_dies_of_signals_as_usual():
 
 
 def test_nothing_of_torch_is_imported_before_the_handlers_exist():
-    code = (
-        "import sys; from trainer import stopping; stopping.listen(); print([m for m in sys.modules if 'torch' in m])"
-    )
+    code = "import sys; from trainer import cli, stopping; stopping.listen(); print([m for m in sys.modules if 'torch' in m])"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("verb", "listens"), [("train", True), ("verify", False)])
+def test_only_a_run_takes_signals_as_requests(verb, listens):
+    code = (
+        f"import runpy, signal, sys; sys.argv = ['trainer', {verb!r}, '--help']\n"
+        "try: runpy.run_module('trainer', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(listens)
 
 
 @pytest.mark.parametrize("name", stopping.DEADLINES)
