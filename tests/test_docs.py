@@ -275,7 +275,7 @@ def test_settings_within_sentences_exist(page):
 
 def test_a_setting_that_does_not_exist_is_noticed():
     known, groups = settings(), choices()
-    wrong = ["data.workers", "pipeline.betta=0.1", "strategy=fsdp", "pipeline.reward.main.paths=DIR"]
+    wrong = ["data.workers", "pipeline.betta=0.1", "strategy=zero4", "pipeline.reward.main.paths=DIR"]
     right = [
         "data.columns={text: body}",
         "pipeline.beta",
