@@ -34,9 +34,9 @@ SHAPE = {
 STARTS = {
     "full": [],
     "lora": ["adapter=lora"],
-    "qlora": ["adapter=qlora"],
     "lora with new tokens": ["adapter=lora", "tokenizer.add=['<|turn|>','<|over|>']"],
     "lora from an adapter": ["adapter=lora", "adapter.path=adapter"],
+    "qlora": ["adapter=qlora"],
 }
 ROLLOUTS = [
     "pipeline=ppo", "data=prompts", "pipeline.rollout.size=8", "pipeline.rollout.tokens=4", "batch.size=8",
