@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,22 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder of this name elsewhere, to be made and filled: ``folder`` appears when all of it is on the disk, or never."""
+    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    inside = partial / folder.name
+    try:
+        yield inside
+        for path in [*inside.iterdir(), inside]:
+            sync(path)
+        inside.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from trainer.export.gptq import calibrated
-from trainer.export.matrices import Matrix, linear_widths, matrices_of
+from trainer.export.matrices import Matrix, matrices_of
 from trainer.export.rounded_folder import plain_names, write_rounded
 from trainer.models.architecture import Architecture
 from trainer.models.compressed_format import pack, settings_of
 from trainer.models.header import read_shape
 from trainer.models.int_grid import GROUPS, group_size, quantise
+from trainer.models.sizes import linear_widths
 from trainer.models.stored import StoredWeights
 
 Rows = Sequence[Sequence[int]]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.disk import read_json, sync, write_text
+from trainer.disk import new_folder, read_json, write_text
 from trainer.export.cost import Heldout, measured, room_problem, size_of
 from trainer.export.cost_table import table_lines
 from trainer.export.formats import FORMATS, Calibration
@@ -56,19 +54,10 @@ def write_format(name: str, source: Path, out: Path, calibration: Calibration) -
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; move it away first")
-    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    inside = partial / out.name  # files may be called after their folder
-    try:
-        remarks = FORMATS[name].write(source, inside, calibration)
+    with new_folder(out) as folder:  # files may be called after it
+        remarks = FORMATS[name].write(source, folder, calibration)
         facts = {**facts_of(source, name, calibration), "remarks": remarks}
-        write_text(inside / RECORD, json.dumps(facts, indent=2) + "\n")
-        for file in [*inside.iterdir(), inside]:
-            sync(file)
-        inside.rename(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_text(folder / RECORD, json.dumps(facts, indent=2) + "\n")
     return remarks
 
 

@@ -22,14 +22,13 @@ from trainer.export.gguf import gguf_problems, open_gguf, write_gguf
 from trainer.export.nf4_folder import nf4_problems, write_nf4
 from trainer.models.architecture import Architecture
 from trainer.models.header import read_shape
-from trainer.models.hf_format import read_config, read_generation, write_model
+from trainer.models.hf_format import SHARD_BYTES, read_config, read_generation, write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.models.transformer import Transformer
 from trainer.parallel.ddp import DDP
 
 Calibration = Sequence[list[int]]
 """Rows of token ids, of any length."""
-SHARD_BYTES = 5 * 10**9
 
 
 def loader_of(folder: Path) -> ModelLoader:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from trainer.models.architecture import Architecture
+from trainer.models.sizes import linear_widths
 from trainer.models.stored import StoredWeights
-from trainer.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -21,14 +17,6 @@ class Matrix:
 
     name: str
     ours: tuple[str, ...]
-
-
-def linear_widths(a: Architecture) -> dict[str, int]:
-    """Inputs of every linear layer of the blocks, by its weight; embedding, head, norms, routers and experts are none."""
-    with torch.device("meta"):
-        blocks = Transformer(a).model.layers
-    modules = blocks.named_modules(prefix="model.layers")
-    return {f"{name}.weight": module.in_features for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def matrices_of(stored: StoredWeights) -> list[Matrix]:

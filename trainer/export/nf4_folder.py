@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.export.matrices import linear_widths, matrices_of
+from trainer.export.matrices import matrices_of
 from trainer.export.rounded_folder import plain_names, write_rounded
 from trainer.models import bnb_format, nf4
 from trainer.models.architecture import Architecture
 from trainer.models.header import read_shape
+from trainer.models.sizes import linear_widths
 from trainer.models.stored import StoredWeights
 
 SETTINGS = {

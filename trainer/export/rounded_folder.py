@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from trainer.disk import write_text
-from trainer.models.hf_format import LANGUAGE, SCORE, read_config, write_weights
+from trainer.models.hf_format import LANGUAGE, SCORE, SHARD_BYTES, read_config, write_weights
 from trainer.models.stored import IGNORED, StoredWeights
 
-SHARD_BYTES = 5 * 10**9
 COMPANIONS = (".json", ".jinja", ".model", ".txt", ".md")
 """Endings of the files beside the weights that are as true of the new folder: tokenizer, templates, card."""
 REWRITTEN = ("config.json", "onecurve.json", "model.safetensors.index.json")

@@ -20,9 +20,9 @@ from trainer.models.gguf_architectures import GGUF_ARCHITECTURES
 from trainer.models.gguf_metadata import CONFIG, read_metadata
 from trainer.models.gguf_rope import TABLES
 from trainer.models.gguf_tensors import GgufTensor, holders, parameter_of, stored_shapes, tensors_of
-from trainer.models.hf_format import write_model
-from trainer.models.load import persistent_buffers
+from trainer.models.hf_format import SHARD_BYTES, write_model
 from trainer.models.transformer import Transformer
+from trainer.parallel.engine import saved_buffers
 
 DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError)
 """What metadata of any content leads to."""
@@ -139,13 +139,13 @@ def shapes_of(a: Architecture) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's own tensors, tied ones once, in their order."""
     with torch.device("meta"):
         model = Transformer(a)
-    return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
+    return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *saved_buffers(model)]}
 
 
 def opened(file: Gguf) -> Transformer:
     """The model that a file holds, dequantised, in float32."""
     model = Transformer(file.architecture)
-    own = dict([*model.named_parameters(), *persistent_buffers(model)])
+    own = dict([*model.named_parameters(), *saved_buffers(model)])
     with torch.no_grad():
         for name, values in file.weights():
             own[name].copy_(values)
@@ -163,6 +163,7 @@ def convert(source: Path, folder: Path, dtype: torch.dtype) -> Architecture:
     file = Gguf(source)
     facts = {"converted_from": source.name, "license": file.get("general.license")}
     write_model(
-        folder, file.architecture, file.weights(), dtype=dtype, shard_bytes=5 * 10**9, tokenizer=file.tokenizer, facts=facts,
+        folder, file.architecture, file.weights(), dtype=dtype, shard_bytes=SHARD_BYTES,
+        tokenizer=file.tokenizer, facts=facts,
     )  # fmt: skip
     return file.architecture

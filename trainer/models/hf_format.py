@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config import InputError
-from trainer.disk import digest, is_pointer, save_tensors, sync, write_text
+from trainer.disk import digest, is_pointer, new_folder, save_tensors, write_text
 from trainer.models.architecture import Architecture
 from trainer.models.families import FAMILIES
 from trainer.models.quantized import METHODS, method_of, quantized_weights, unread
@@ -25,6 +23,8 @@ from trainer.models.text_part import ahead, left_out, text_config, text_names
 from trainer.models.unread_folders import absent, quantized, unsupported, without_safetensors
 
 LANGUAGE, SCORE = "ForCausalLM", "ForSequenceClassification"
+SHARD_BYTES = 5 * 10**9
+"""Of the largest file, where no setting says it."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -271,9 +271,8 @@ def write_model(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; move it away first")
-    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
+        partial.mkdir()
         tokenizer.save(partial)
         ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
         stored = FAMILIES[architecture.family].stored(weights, architecture)
@@ -281,13 +280,6 @@ def write_model(
         _write_json(partial / "config.json", config_json(architecture, dtype, ids))
         _write_json(partial / "generation_config.json", _generation_config(generation or {}, ids, tokenizer.stops))
         _write_json(partial / "onecurve.json", dict(facts))
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        partial.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

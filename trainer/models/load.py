@@ -36,6 +36,7 @@ from trainer.models.shape import Shape, architecture_of, needless, stretched
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Transformer
 from trainer.parallel import distributed
+from trainer.parallel.engine import saved_buffers
 from trainer.parallel.malloc import long_lived_allocations
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
@@ -238,7 +239,7 @@ class ModelLoader:
             self.strategy.place(model, model.model.layers, self.precision)
         if self.files is not None:
             self._validate_weights(self.files, self._shapes_of(model))
-            for name, buffer in persistent_buffers(model):
+            for name, buffer in saved_buffers(model):
                 buffer.copy_(self.start(name))
         filled = fill_packed(model, self.bytes_of, self.strategy.fill)
         for name, parameter in model.named_parameters():
@@ -308,13 +309,13 @@ class ModelLoader:
         """The model's own tensors, tied ones once, in their order."""
         with torch.device("meta"):
             model = Transformer(self.architecture)
-        return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
+        return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *saved_buffers(model)]}
 
     @cached_property
     def buffers(self) -> frozenset[str]:
         """Those of them that no gradient changes: the choice biases of routers."""
         with torch.device("meta"):
-            return frozenset(name for name, _ in persistent_buffers(Transformer(self.architecture)))
+            return frozenset(name for name, _ in saved_buffers(Transformer(self.architecture)))
 
     @cached_property
     def _rows_added(self) -> int:
@@ -326,15 +327,9 @@ class ModelLoader:
         packed = packed_weights(model)
         parameters = {n: self.strategy.shape_of(p) for n, p in model.named_parameters() if not is_adapter(n)}
         wide = {n: shape for n, shape in parameters.items() if n.rpartition(".")[0] not in packed}
-        buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model)}
+        buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(model)}
         return {**wide, **{name: weight.shape for name, weight in packed.items()}, **buffers}
 
     def _validate_weights(self, files: StoredWeights, wanted: dict[str, tuple[int, ...]]) -> None:
         tied = {"lm_head.weight"} if self.architecture.tie_word_embeddings or self.scores else set[str]()
         files.validate(wanted, {HEAD, *tied}, TABLES, self._rows_added)
-
-
-def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that are part of a model, by name."""
-    saved = model.state_dict(keep_vars=True)
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]

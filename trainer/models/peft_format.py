@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.disk import digest, save_tensors, sync, write_text
+from trainer.disk import digest, new_folder, save_tensors, write_text
 from trainer.models.hf_format import FormatError, damaged, read_object
 from trainer.models.lora_experts import peft_source
 
@@ -146,9 +144,8 @@ def write_adapter(
         "inference_mode": True, "rank_pattern": dict(settings.ranks), "alpha_pattern": dict(settings.alphas),
         "target_parameters": list(settings.parameters) or None,
     }  # fmt: skip
-    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
+        partial.mkdir()
         tokenizer.save(partial)
         weights = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_tensors(weights, partial / WEIGHTS, metadata={"format": "pt"})
@@ -156,10 +153,3 @@ def write_adapter(
         write_text(partial / "onecurve.json", json.dumps(dict(facts), indent=2) + "\n")
         if card is not None:
             write_text(partial / "README.md", card)
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        partial.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

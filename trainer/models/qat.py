@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from trainer.config import ConfigError, Node, schema, setting
@@ -14,7 +13,7 @@ from trainer.models.architecture import Architecture
 from trainer.models.int_grid import GROUPS, group_size
 from trainer.models.linear import BlockLinear, FakeQuantizer
 from trainer.models.lora import LoRALinear
-from trainer.models.transformer import Transformer
+from trainer.models.sizes import linear_widths
 
 EXPORTS = {4: "int4-rtn", 8: "int8"}
 """The export format whose weights are those that were trained, by bits."""
@@ -66,10 +65,7 @@ class QAT(Node):
             return None
         if architecture.experts:
             raise ConfigError([f"qat.bits={self.bits}: {EXPORTS[self.bits]} cannot hold experts; leave qat out"])
-        with torch.device("meta"):
-            model = Transformer(architecture)
-        layers = ((name, m) for name, m in model.named_modules() if isinstance(m, BlockLinear))
-        widths = {f"{name}.weight": layer.in_features for name, layer in layers}
+        widths = linear_widths(architecture)
         group = group_size(widths.values(), self.bits)
         if group is None:
             name, width = next((n, w) for n, w in widths.items() if w % GROUPS[-1])

@@ -1,4 +1,4 @@
-"""How many weights an architecture has, and how many of them multiply a token: counted on a model without memory."""
+"""How many weights an architecture has, and which of them multiply a token: read off a model without memory."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def multiplied_by(a: Architecture) -> int:
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, plain))
     stacked = sum(m.experts * m.inputs * m.outputs for m in model.modules() if isinstance(m, GroupedLinear))
     return linears + stacked * a.experts_per_token // max(a.experts, 1) + a.vocab_size * a.hidden_size
+
+
+def linear_widths(a: Architecture) -> dict[str, int]:
+    """Inputs of every linear layer of the blocks, by its weight; embedding, head, norms, routers and experts are none."""
+    with torch.device("meta"):
+        blocks = Transformer(a).model.layers
+    modules = blocks.named_modules(prefix="model.layers")
+    return {f"{name}.weight": module.in_features for name, module in modules if isinstance(module, nn.Linear)}

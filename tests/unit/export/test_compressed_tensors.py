@@ -16,11 +16,12 @@ from trainer.config import InputError
 from trainer.export.compressed_tensors import int_problems, write_int
 from trainer.export.formats import FORMATS
 from trainer.export.gptq import _batches, calibrated, clipped_scales, gptq
-from trainer.export.matrices import linear_widths, matrices_of
+from trainer.export.matrices import matrices_of
 from trainer.functional import logits
 from trainer.models.header import read_shape
 from trainer.models.int_grid import dequantise, quantise
 from trainer.models.load import Model, ModelLoader
+from trainer.models.sizes import linear_widths
 from trainer.models.stored import StoredWeights
 from trainer.parallel.ddp import DDP
 

@@ -20,11 +20,12 @@ from trainer.generation import cache, decoding
 from trainer.generation.sampling import Sampling
 from trainer.models.families import FAMILIES
 from trainer.models.hf_format import read_architecture, write_model
-from trainer.models.load import Model, ModelLoader, persistent_buffers
+from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA, is_adapter
 from trainer.models.peft_format import write_adapter
 from trainer.models.peft_layout import in_peft_layout
 from trainer.parallel.ddp import DDP
+from trainer.parallel.engine import saved_buffers
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -187,7 +188,7 @@ def test_packed_documents_are_as_each_alone(case):
 def test_an_export_opens_in_transformers_and_computes_the_same(case, tmp_path):
     a = case.ours.architecture
     write_model(
-        tmp_path / "export", a, iter([*case.ours.named_parameters(), *persistent_buffers(case.ours)]), dtype=torch.float32,
+        tmp_path / "export", a, iter([*case.ours.named_parameters(), *saved_buffers(case.ours)]), dtype=torch.float32,
         shard_bytes=10**9, tokenizer=NoTokenizer(), facts={},
     )  # fmt: skip
     assert (
