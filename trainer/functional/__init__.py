@@ -20,6 +20,7 @@ from trainer.functional.chunks import blocks
 from trainer.functional.head import Head as Head
 from trainer.functional.logprobs_gradient import LogProbs
 from trainer.functional.objective import CrossEntropy
+from trainer.functional.vocabulary_part import VocabularyPart as VocabularyPart
 
 KEPT_BYTES = 256 * 2**20
 """Bytes of probabilities that a forward of log-probabilities keeps for its backward, instead of computing logits twice."""
@@ -64,7 +65,7 @@ def cross_entropy(
     if counted is not None and len(counted) < len(weights):
         states, ids, w = flat[counted], ids[counted], weights[counted]
     loss, nll, z = CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, ids, w, z_loss, label_smoothing, working_dtype(hidden), head.cap
+        states, head.weight, ids, w, z_loss, label_smoothing, working_dtype(hidden), head.cap, head.part
     )
     if counted is not None and len(counted) < len(weights):
         nll = torch.zeros_like(weights).index_copy_(0, counted, nll)
@@ -76,8 +77,10 @@ def correct(hidden: Tensor, head: Head, *, targets: Tensor, mask: Tensor) -> Ten
     flat, ids, counts = hidden.detach().reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1) != 0
     hits = torch.zeros((), dtype=torch.float64, device=hidden.device)
     weight = head.weight.detach()  # a bound of the logits does not change which one is largest
-    for part in blocks(len(ids), weight):
-        hits += ((flat[part] @ weight.to(flat.dtype).T).argmax(1) == ids[part])[counts[part]].sum()
+    for part in blocks(len(ids), weight, None if head.part is None else head.part.largest):
+        scores = flat[part] @ weight.to(flat.dtype).T
+        likeliest = scores.argmax(1) if head.part is None else head.part.likeliest(scores)
+        hits += (likeliest == ids[part])[counts[part]].sum()
     return hits
 
 
@@ -92,7 +95,7 @@ def logprobs(hidden: Tensor, head: Head, *, targets: Tensor, temperature: float 
     # In float16 probabilities that a loss scale has not yet raised would lose their small entries.
     keep = learnt and dtype is not torch.float16 and targets.numel() * weight.shape[0] * dtype.itemsize <= KEPT_BYTES
     values, entropy = LogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keep, head.cap
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), temperature, dtype, keep, head.cap, head.part
     )
     return values.view(targets.shape), entropy.view(targets.shape)
 

@@ -18,25 +18,26 @@ def split(tokens: int, size: int) -> list[slice]:
     return [slice(tokens * n // count, tokens * (n + 1) // count) for n in range(count)]
 
 
-def groups(tokens: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Groups of ``tokens``, for a vocabulary projection ``(V, d)`` and logits' gradients in ``dtype``."""
-    return split(
-        tokens,
-        max(GROUP_BYTES[weight.device.type], BLOCK_BYTES[weight.device.type]) // (dtype.itemsize * weight.shape[0]),
-    )
+def groups(tokens: int, weight: Tensor, dtype: torch.dtype, rows: int | None = None) -> list[slice]:
+    """Groups of ``tokens``, for a vocabulary projection ``(V, d)`` and logits' gradients in ``dtype``.
+
+    ``rows``: of the largest part of a vocabulary that is divided, where cuts must be the same for all parts; None = V.
+    """
+    most = max(GROUP_BYTES[weight.device.type], BLOCK_BYTES[weight.device.type])
+    return split(tokens, most // (dtype.itemsize * (rows or weight.shape[0])))
 
 
-def blocks(tokens: int, weight: Tensor) -> list[slice]:
-    """Blocks of ``tokens``, for a vocabulary projection ``(V, d)`` and logits in float32."""
-    return split(tokens, BLOCK_BYTES[weight.device.type] // (4 * weight.shape[0]))
+def blocks(tokens: int, weight: Tensor, rows: int | None = None) -> list[slice]:
+    """Blocks of ``tokens``, for a vocabulary projection ``(V, d)`` and logits in float32; ``rows`` as of `groups`."""
+    return split(tokens, BLOCK_BYTES[weight.device.type] // (4 * (rows or weight.shape[0])))
 
 
-def partition(tokens: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """The blocks of all groups."""
+def partition(tokens: int, weight: Tensor, dtype: torch.dtype, rows: int | None = None) -> list[slice]:
+    """The blocks of all groups; ``rows`` as of `groups`."""
     return [
         slice(group.start + part.start, group.start + part.stop)
-        for group in groups(tokens, weight, dtype)
-        for part in blocks(group.stop - group.start, weight)
+        for group in groups(tokens, weight, dtype, rows)
+        for part in blocks(group.stop - group.start, weight, rows)
     ]
 
 

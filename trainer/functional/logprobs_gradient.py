@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 import trainer.functional.objective as objective
 from trainer.functional.chunks import LogitsBuffer, blocks, groups
-from trainer.functional.head import bound
-from trainer.functional.objective import tempered
+from trainer.functional.head import bound, tempered
+from trainer.functional.vocabulary_part import VocabularyPart
 
 
 class LogProbs(torch.autograd.Function):
@@ -27,15 +28,17 @@ class LogProbs(torch.autograd.Function):
         dtype: torch.dtype,
         keep: bool,
         cap: float | None,
+        own: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor]:
         compute = weight.detach().to(dtype)
         probabilities = hidden.new_empty((len(ids), len(weight)), dtype=dtype) if keep else None
         read = _read_in_place if hidden.device.type in objective.IN_PLACE else _read_blocks
+        read = read if own is None else partial(_read_part, own)
         with torch.autocast(hidden.device.type, enabled=False):
             values, entropies, lses = read(hidden.detach(), compute, ids, temperature, cap, probabilities)
         ctx.save_for_backward(hidden, weight, ids, lses, entropies, probabilities)
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.dtype, ctx.cap = temperature, dtype, cap
+        ctx.temperature, ctx.dtype, ctx.cap, ctx.own = temperature, dtype, cap, own
         return values, entropies
 
     @staticmethod
@@ -49,9 +52,14 @@ class LogProbs(torch.autograd.Function):
                 factor = (up_values / -ctx.temperature)[:, None]
                 grad_hidden = ((probabilities @ compute) * factor).to(hidden.dtype)
                 grad_weight = probabilities.T @ (hidden * factor).to(dtype)
-            return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
-        in_place = up_entropies is None and hidden.device.type in objective.IN_PLACE
+            return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
+        # Of a part of the vocabulary from what the forward found of all: nothing is exchanged here.
+        in_place = up_entropies is None and ctx.own is None and hidden.device.type in objective.IN_PLACE
         up_entropies = torch.zeros_like(lses) if up_entropies is None else up_entropies
+        places, hits = ids, up_values
+        if ctx.own is not None:
+            places, here = ctx.own.places(ids)
+            hits = up_values * here
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             buffer = None if in_place else LogitsBuffer(len(ids), weight, dtype)
@@ -63,11 +71,11 @@ class LogProbs(torch.autograd.Function):
                     objective.differentiate_block(gradient, ids[group, None], scale, 0.0, 0.0, ctx.temperature)
                     gradient = gradient if slope is None else gradient.mul_(slope)
                 else:
-                    columns = [t[group, None] for t in (ids, lses, entropies, up_values, up_entropies)]
+                    columns = [t[group, None] for t in (places, lses, entropies, up_values, up_entropies, hits)]
                     gradient = _gradient_of_both(states, compute, buffer, columns, ctx.temperature, ctx.cap)
                 grad_hidden[group] = gradient @ compute
                 grad_weight += gradient.T @ states
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), *[None] * 6
 
 
 def _read_blocks(
@@ -97,6 +105,41 @@ def _read_blocks(
         if probabilities is not None:
             # p - onehot, while it is float32: near 1 the difference is lost to a shorter format.
             p.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+            probabilities[part] = p if slope is None else p.mul_(slope)
+    return values, entropies, lses
+
+
+def _read_part(
+    own: VocabularyPart,
+    hidden: Tensor,
+    compute: Tensor,
+    ids: Tensor,
+    temperature: float,
+    cap: float | None,
+    probabilities: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_read_blocks`, where ``compute`` and ``probabilities`` are of this rank's part of the vocabulary."""
+    values, entropies, lses = (hidden.new_empty(len(ids), dtype=torch.float32) for _ in range(3))
+    places, here = own.places(ids)
+    logits_of = LogitsBuffer(len(ids), compute, compute.dtype)
+    for part in blocks(len(ids), compute, own.largest):
+        target = places[part, None]
+        scores = logits_of(hidden[part].to(compute.dtype), compute)
+        slope = bound(scores, cap)
+        if temperature != 1.0:
+            scores.div_(temperature)
+        top, at_target = scores.amax(1), scores.gather(1, target).squeeze(1)
+        p = scores.sub_(top[:, None]).exp()
+        total, chosen = p.sum(1), torch.where(here[part], at_target, 0.0)
+        # The sum of p * score, for scores less the largest of all parts, is made of those less the largest of each.
+        every = own.softmax(top, total, chosen, scores.mul_(p).sum(1))
+        tops, totals, _, means = every.parts
+        expected = ((means + (tops - every.top) * totals) * every.share).sum(0) / every.total
+        norm = every.total.log()
+        values[part], entropies[part], lses[part] = every.chosen - every.top - norm, norm - expected, norm + every.top
+        if probabilities is not None:
+            p.mul_((every.share[own.rank] / every.total)[:, None])
+            p.scatter_add_(1, target, -here[part, None].float())
             probabilities[part] = p if slope is None else p.mul_(slope)
     return values, entropies, lses
 
@@ -138,17 +181,17 @@ def _gradient_of_both(
 ) -> Tensor:
     """The gradient of logits ``(n, V)`` for upstream gradients of log-probabilities and of entropies.
 
-    ``columns``, ``(n, 1)`` each: ids, lse, entropies, and both upstream gradients.
+    ``columns``, ``(n, 1)`` each: ids, lse, entropies, both upstream gradients, and that of the chosen logits.
     """
     gradient = states.new_empty(len(states), len(compute))
     for part in blocks(len(states), compute):
-        target, lse, entropy, up_value, up_entropy = (column[part] for column in columns)
+        target, lse, entropy, up_value, up_entropy, hit = (column[part] for column in columns)
         bounded = logits_of(states[part], compute)
         slope = bound(bounded, cap)
         log_p = bounded.div_(temperature).sub_(lse)
         p = log_p.exp()
         # d entropy / d logit = -p (log p + H); d logprob / d logit = onehot - p.
         scores = p.mul_(log_p.add_(entropy).mul_(up_entropy).add_(up_value).neg_())
-        scores.scatter_add_(1, target, up_value)
+        scores.scatter_add_(1, target, hit)
         gradient[part] = scores.div_(temperature) if slope is None else scores.div_(temperature).mul_(slope)
     return gradient

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.functional.chunks import LogitsBuffer, blocks, groups, partition
-from trainer.functional.head import bound
+from trainer.functional.head import bound, tempered
+from trainer.functional.vocabulary_part import VocabularyPart, part_of_gradient
 
 IN_PLACE = {"cuda"}
 """Devices where logits stay in the compute format and the gradient takes their place: few kernels, each over all of them."""
@@ -30,19 +31,20 @@ class CrossEntropy(torch.autograd.Function):
         smoothing: float,
         dtype: torch.dtype,
         cap: float | None,
+        own: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # In float16 a gradient that is not yet scaled would lose its small entries: float32 there, at the price of speed.
         if dtype is torch.float16:
             dtype = torch.float32
-        compute, vocabulary = weight.detach().to(dtype), weight.shape[0]
+        compute, rows = weight.detach().to(dtype), None if own is None else own.largest
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
-        objective = Objective(ids, w, z_loss, smoothing, vocabulary)
+        objective = Objective(ids, w, z_loss, smoothing, weight.shape[0], own)
         in_place, wanted = hidden.device.type in IN_PLACE, wants_hidden or wants_weight
         with torch.autocast(hidden.device.type, enabled=False):
             buffer = None if in_place else LogitsBuffer(len(ids), weight, dtype)
-            for group in groups(len(ids), weight, dtype):
+            for group in groups(len(ids), weight, dtype, rows):
                 states = hidden[group].detach().to(dtype)
                 if buffer is None:
                     gradient = states @ compute.T
@@ -50,8 +52,8 @@ class CrossEntropy(torch.autograd.Function):
                     objective.differentiate_in_place(group, gradient)
                     gradient = gradient if slope is None else gradient.mul_(slope)
                 else:
-                    gradient = states.new_empty(len(states) if wanted else 0, vocabulary)
-                    for part in blocks(len(states), weight):
+                    gradient = states.new_empty(len(states) if wanted else 0, weight.shape[0])
+                    for part in blocks(len(states), weight, rows):
                         at = slice(group.start + part.start, group.start + part.stop)
                         scores = buffer(states[part], compute)
                         slope = bound(scores, cap)
@@ -63,7 +65,8 @@ class CrossEntropy(torch.autograd.Function):
                     grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
             if wants_weight and grad_weight is None:
                 grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-            loss, nll, lse_squares = objective.sums([slice(None)] if in_place else partition(len(ids), weight, dtype))
+            parts = [slice(None)] if in_place else partition(len(ids), weight, dtype, rows)
+            loss, nll, lse_squares = objective.sums(parts)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll, lse_squares)
@@ -77,17 +80,25 @@ class CrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 class Objective:
     """Of n tokens: ``(1 - s) * nll + s * mean of -log p + z * lse ** 2``, times a weight each; block by block.
 
     Float32 ``(n,)``, filled as blocks are differentiated: ``lse``, the ``chosen`` logits, and their ``mean``.
+    With a part of the vocabulary as this rank's ``own``, logits and gradients are of that part, and values of all.
     """
 
-    def __init__(self, ids: Tensor, weights: Tensor, z_loss: float, smoothing: float, vocabulary: int) -> None:
-        self.ids, self.weights, self.vocabulary = ids, weights, vocabulary
+    def __init__(
+        self, ids: Tensor, weights: Tensor, z_loss: float, smoothing: float, vocabulary: int, own: VocabularyPart | None
+    ) -> None:
+        self.ids, self.weights, self.own = ids, weights, own
+        self.vocabulary = vocabulary if own is None else own.size
+        self.places, self.hits = ids, weights
+        if own is not None:
+            self.places, here = own.places(ids)
+            self.hits = weights * here
         self.z_loss, self.smoothing = z_loss, smoothing
         self.lse, self.chosen = torch.empty_like(weights), torch.empty_like(weights)
         self.mean = torch.empty_like(weights) if smoothing else self.chosen
@@ -97,27 +108,44 @@ class Objective:
 
         ``slope`` ``(n, V)``: of logits that were bounded.
         """
-        target, scale, z, s = self.ids[part, None], self.weights[part], self.z_loss, self.smoothing
+        target, scale, z, s = self.places[part, None], self.weights[part], self.z_loss, self.smoothing
         self.chosen[part] = scores.gather(1, target).squeeze(1)
         if s:
             self.mean[part] = scores.mean(1)
         top = scores.amax(1, keepdim=True)
         probabilities = scores.sub_(top).exp_()
         total = probabilities.sum(1, keepdim=True)
-        lse = self.lse[part] = (total.log() + top).squeeze(1)
+        if self.own is None:
+            self.lse[part] = (total.log() + top).squeeze(1)
+        else:
+            total = self._of_all(self.own, part, top.squeeze(1), total.squeeze(1), scores.shape[1])
+        lse = self.lse[part]
         if gradient is None:
             return
         # d/dlogit = (1 + 2 z lse) p - (1 - s) onehot - s / V, times the token's weight.
         probabilities.mul_(((1 + 2 * z * lse) * scale)[:, None] / total)
         if s:
             probabilities.sub_((scale * s / self.vocabulary)[:, None])
-        probabilities.scatter_add_(1, target, -(1 - s) * scale[:, None])
+        probabilities.scatter_add_(1, target, -(1 - s) * self.hits[part, None])
         gradient.copy_(probabilities if slope is None else probabilities.mul_(slope))
+
+    def _of_all(self, own: VocabularyPart, part: slice, top: Tensor, total: Tensor, rows: int) -> Tensor:
+        """Take note of all ranks' parts; gives what exp(logit - ``top``) of this one is to be divided by, ``(n, 1)``."""
+        _, here = own.places(self.ids[part])
+        sums = (self.mean[part] * rows,) if self.smoothing else ()
+        every = own.softmax(top, total, torch.where(here, self.chosen[part], 0.0), *sums)
+        self.chosen[part], self.lse[part] = every.chosen, every.total.log() + every.top
+        if self.smoothing:
+            self.mean[part] = every.parts[-1].sum(0) / own.size
+        return (every.total / every.share[own.rank])[:, None]
 
     def differentiate_in_place(self, group: slice, scores: Tensor) -> None:
         """As `differentiate`, of logits in the compute format, whose place the gradient takes."""
-        target, scale = self.ids[group, None], self.weights[group]
-        lse, chosen, mean = differentiate_block(scores, target, scale, self.z_loss, self.smoothing)
+        ids, how = self.ids[group], (self.weights[group], self.z_loss, self.smoothing)
+        if self.own is None:
+            lse, chosen, mean = differentiate_block(scores, ids[:, None], *how)
+        else:
+            lse, chosen, mean = part_of_gradient(scores, ids, *how, self.own)
         self.lse[group], self.chosen[group] = lse, chosen
         if self.smoothing:
             self.mean[group] = mean
@@ -160,11 +188,6 @@ def eager_gradient(
     at_target = ((chosen - lse).exp() * (1 + 2 * z * lse) - (1 - s)) * scale + even
     scores.scatter_(1, target, at_target[:, None].to(scores.dtype))
     return lse, chosen, mean
-
-
-def tempered(scores: Tensor, temperature: float) -> Tensor:
-    """Logits divided by the temperature, in float32: a shorter format would round them again."""
-    return scores if temperature == 1.0 else scores.float().div_(temperature)
 
 
 def fused_gradient(
