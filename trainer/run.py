@@ -20,7 +20,8 @@ from trainer.data.tokenizer import Tokenizer, TokenizerChoice, open_tokenizer
 from trainer.diagnostics import preflight
 from trainer.diagnostics.first_step import FirstStep, validate_first_step
 from trainer.diagnostics.guard import FirstStepPolicy, Guard, GuardSettings
-from trainer.diagnostics.memory import Layout, fit, print_estimate
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import fit, print_estimate
 from trainer.diagnostics.stragglers import Stragglers
 from trainer.evaluate import Evaluation
 from trainer.export.hugging_face import Export
@@ -32,7 +33,6 @@ from trainer.models.architecture import Architecture
 from trainer.models.load import Model, ModelLoader
 from trainer.models.qat import QAT
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import narrow_stream
 from trainer.models.vocabulary import refuse_foreign_tokenizer
 from trainer.optim import Optimizer, Schedule
 from trainer.parallel import distributed
@@ -173,15 +173,10 @@ class Run(Node):
     ) -> Layout:
         """What the estimate of memory and time needs to know, on ``ranks`` ranks of ``limit`` bytes; None = as here."""
         cuda = torch.cuda.is_available() if cuda is None else cuda
-        layout = Layout(
-            stage=self.strategy.stage, ranks=ranks or distributed.ranks(), cuda=cuda,
-            low_precision_weights=self.strategy.low_precision_weights(self.precision, cuda=cuda),
-            stream=2 if narrow_stream("cuda" if cuda else "cpu", self.precision.dtype) else 4,
-            compute=self.precision.dtype.itemsize, micro=self.batch.micro, length=self.batch.length,
-            offload=getattr(self.strategy, "offload", "none"), float_rows=self.strategy.float_rows,
-            reshard=getattr(self.strategy, "reshard", True), adapters=self.adapter.trained(a, bool(self.tokenizer.add)),
-            auxiliary=tuple(self.pipeline.auxiliary_models(a)), packed=self.adapter.packed_elements(a),
-            moment=self.optimizer.moment,
+        layout = Layout.of(
+            self.strategy, self.precision, self.batch, ranks or distributed.ranks(), cuda=cuda, moment=self.optimizer.moment,
+            adapters=self.adapter.trained(a, bool(self.tokenizer.add)), packed=self.adapter.packed_elements(a),
+            auxiliary=tuple(self.pipeline.auxiliary_models(a)),
         )  # fmt: skip
         recompute = self.model.activation_checkpointing
         return replace(layout, recompute=recompute) if recompute else fit(a, layout, limit)

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.diagnostics.memory import STATE, Layout, memory, seconds_per_step
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import STATE, memory, seconds_per_step
 from trainer.models.architecture import Architecture
 from trainer.models.sizes import parameters_of
 from trainer.parallel.zero import BUCKET

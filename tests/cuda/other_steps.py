@@ -19,7 +19,8 @@ from tests.cuda.fake_cuda import CUDA, Asked, fake, pretend
 from tests.cuda.steps import BF16, rows, shape, step
 from tests.shapes import architecture
 from trainer.batch import Batch, Documents, PackedRows
-from trainer.diagnostics.memory import Layout, memory
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import memory
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from trainer.diagnostics.memory import Layout, memory
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import memory
 from trainer.models.architecture import Architecture
 from trainer.models.recompute import Recompute
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from trainer.diagnostics.activations import activations, backward, loss
+from trainer.diagnostics.layout import Layout, Portion, portions
 from trainer.models.architecture import Architecture
-from trainer.models.delta import CHUNK
 from trainer.models.nf4 import BITS
 from trainer.models.recompute import Recompute
-from trainer.models.sizes import parameters_of
 from trainer.parallel.zero import BUCKET, live_parameters
 from trainer.tracking.throughput import device_bytes, training_flops
 
@@ -28,47 +28,6 @@ more were seen elsewhere.
 
 LIBRARY_CPU = 0.04e9
 """What the import of bitsandbytes adds (0.50, without its files' pages)."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model is spread and computed.
-
-    Args:
-        stage: What is sharded: 0 (DDP: nothing) to 3 (parameters too).
-        ranks: Data-parallel ranks.
-        low_precision_weights: The working copy of the weights is bfloat16 instead of float32 under autocast.
-        compute: Bytes of an activation, 2 or 4.
-        stream: Bytes of an element of the residual stream, 2 or 4.
-        micro: Rows of a forward.
-        length: Tokens of a row.
-        recompute: Activations that the backward computes again.
-        offload: What lives in CPU memory: none, optimizer or parameters.
-        cuda: Whether the ranks compute on GPUs.
-        adapters: Elements that are trained beside a frozen model; 0 = the model itself is trained.
-        packed: Elements of that model that are held in NF4, and of the largest matrix of them.
-        float_rows: The sharded weights are float32 rows, which the optimizer steps and gathered weights are cast from.
-        reshard: Gathered weights and gradients are given back block by block, with every micro-batch.
-        auxiliary: Shapes of further models (a reference, a critic, a reward model), and whether each is trained.
-        moment: Bytes of a moment of an element of hidden matrices and adapters; 4 of every other one.
-    """
-
-    stage: int
-    ranks: int
-    low_precision_weights: bool
-    compute: int
-    micro: int
-    length: int
-    recompute: Recompute = Recompute.none
-    offload: str = "none"
-    cuda: bool = True
-    stream: int = 4
-    adapters: int = 0
-    packed: tuple[int, int] = (0, 0)
-    float_rows: bool = False
-    reshard: bool = True
-    auxiliary: tuple[tuple[Architecture, bool], ...] = ()
-    moment: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -108,11 +67,11 @@ def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float,
     working = 2 if layout.low_precision_weights else 4
     pair = 2 * (layout.moment * (parameters - wide) + 4 * wide)
     if layout.float_rows:
-        share = 0.0 if layout.offload != "none" and layout.cuda else 1 / layout.ranks
+        share = 0.0 if layout.offload != "none" and layout.cuda else 1 / layout.shards
         copy = 0.0 if layout.reshard else parameters
         return 4 * parameters * share + working * copy, 4 * parameters * share + 4 * copy, pair * share
     optimizer = (4 if layout.stage or layout.low_precision_weights else 0) * parameters + pair
-    over = [layout.ranks if layout.stage >= stage else 1 for stage in (3, 2, 1)]
+    over = [layout.shards if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
         size / n for size, n in zip((working * parameters, working * parameters, optimizer), over, strict=True)
     )
@@ -127,10 +86,10 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     """Bytes of CPU memory that ``strategy.offload`` moves a rank's states to; what a library copies besides is not in it."""
     if not layout.cuda or layout.offload == "none":
         return 0.0
-    trained = [
-        (layout.adapters, 0) if layout.adapters else (parameters_of(a), vocabulary_tables(a)),
-        *((parameters_of(shape), vocabulary_tables(shape)) for shape, learns in layout.auxiliary if learns),
-    ]
+    further = (portion for shape, learns in layout.auxiliary if learns for portion in portions(shape, layout))
+    trained = [(portion.elements, portion.tables) for portion in further]
+    largest = max(portions(a, layout), key=lambda portion: portion.elements)
+    trained += [(learnt_elements(a, layout, largest), 0 if layout.adapters else largest.tables)]
     here, there = (
         sum(sum(states(count, dataclasses.replace(layout, offload=offload), wide)) for count, wide in trained)
         for offload in (layout.offload, "none")
@@ -138,161 +97,92 @@ def host_memory(a: Architecture, layout: Layout) -> float:
     return there - here
 
 
-def frozen(a: Architecture, layout: Layout, packed: int = 0) -> float:
+def frozen(portion: Portion, layout: Layout, packed: float = 0) -> float:
     """Bytes of a rank's share of a model that is not trained: linear layers in the compute format, where they can be.
 
     ``packed``: elements of them that are held in NF4; beside those the tables are in the compute format, too.
     """
-    count, tables = parameters_of(a) - packed, vocabulary_tables(a)
+    count, tables = portion.elements - packed, portion.tables
     if layout.low_precision_weights or (layout.stage == 3 and not layout.float_rows):
         others = (2 if layout.low_precision_weights else 4) * count
     else:
         others = (layout.compute if packed else 4) * tables + layout.compute * (count - tables)
-    return (packed * BITS / 8 + others) / (layout.ranks if layout.stage == 3 else 1)
+    return (packed * BITS / 8 + others) / (layout.shards if layout.stage == 3 else 1)
 
 
-def vocabulary_tables(a: Architecture) -> int:
-    """Elements of the embeddings of tokens, tied ones once."""
-    return a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
-
-
-def activations(a: Architecture, layout: Layout) -> float:
-    """Bytes that the forward of a micro-batch keeps for the backward."""
-    each = sum(_stored(a, layout, layer.delta) for layer in a.layers) + _norm(layout) * a.hidden_size
-    return float(layout.micro * layout.length * each)
-
-
-def backward(a: Architecture, layout: Layout) -> float:
-    """Bytes that the backward of one block needs: what is computed again, and the gradients of its widest tensors."""
-    again = max(_block(a, layout, layer.delta) - _stored(a, layout, layer.delta) for layer in a.layers)
-    gradients = 2 * layout.stream * a.hidden_size + layout.compute * (2 * mlp_width(a) + routed_width(a))
-    return float(layout.micro * layout.length * (again + gradients))
-
-
-def mlp_width(a: Architecture) -> float:
-    """Width of what a token passes through behind attention: of an MLP, or of its experts together; the mean over layers."""
-    sparse = sum(layer.sparse for layer in a.layers) / len(a.layers)
-    return (1 - sparse) * a.intermediate_size + sparse * (a.experts_per_token * a.expert_size + a.shared_size)
-
-
-def routed_width(a: Architecture) -> float:
-    """Width of the copies of a token that go to its experts together; the mean over layers."""
-    return sum(layer.sparse for layer in a.layers) / len(a.layers) * a.experts_per_token * a.hidden_size
-
-
-def _stored(a: Architecture, layout: Layout, delta: bool) -> float:
-    """Bytes that a block keeps of a token from its forward to its backward; ``delta``: a block of a gated delta rule."""
-    inputs = layout.stream * a.hidden_size
-    products = layout.compute * (2 * a.hidden_size + 2 * mlp_width(a) + routed_width(a)) + _mixer(a, layout, delta)[1]
-    stored = {Recompute.none: _block(a, layout, delta), Recompute.selective: inputs + products, Recompute.full: inputs}
-    return stored[layout.recompute]
-
-
-def _block(a: Architecture, layout: Layout, delta: bool) -> float:
-    """Bytes of a token that a block's backward reads.
-
-    What its norms keep; in the compute format their outputs, and four tensors of the MLP's width (two without a gate); what
-    goes to experts and comes back; and what its mixer keeps.
-    """
-    norms = 4 if a.norm_before and a.norm_after else 2
-    inner = (4 if a.gated else 2) * mlp_width(a) + 2 * routed_width(a)
-    own = norms * _norm(layout) * a.hidden_size + layout.compute * (norms * a.hidden_size + inner)
-    return own + _mixer(a, layout, delta)[0]
-
-
-def _mixer(a: Architecture, layout: Layout, delta: bool) -> tuple[float, float]:
-    """Bytes of a token that a mixer's backward reads, and those of its products.
-
-    Of attention: queries, keys, values and its output; queries and keys before their own norms. Of a gated delta rule: in the
-    compute format what goes into its convolution and comes out of its norm; in float32 the convolution before and behind its
-    activation, seven matrices of a chunk, the solution of its system, nine tensors of the keys' width, seven of the values',
-    and a memory a chunk (counted in what autograd saves).
-    """
-    heads, groups, normed = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim, bool(a.qk_norm)
-    if not delta:
-        return layout.compute * (2 + normed) * (heads + groups), layout.compute * 2 * (heads + groups)
-    keys, values = (a.delta_value_heads * size for size in (a.delta_key_size, a.delta_value_size))
-    channels, chunk = 2 * a.delta_key_heads * a.delta_key_size + values, a.delta_value_heads * CHUNK
-    memory = keys * a.delta_value_size / CHUNK
-    narrow, wide = channels + values, 2 * channels + 7 * chunk + 10 * keys + 8 * values + memory
-    return layout.compute * narrow + 4 * wide, layout.compute * narrow + 4 * (2 * chunk + 3 * values + memory)
-
-
-def _norm(layout: Layout) -> int:
-    """Bytes that a norm keeps of an element of the residual stream: that element, and on CPU the float32 normalised one."""
-    return layout.stream + (0 if layout.cuda else 4)
-
-
-def loss(a: Architecture, layout: Layout) -> float:
-    """Bytes of the vocabulary projection and its cross-entropy: blocks of logits, one group's gradient, both gradients."""
-    from trainer.functional.chunks import BLOCK_BYTES, GROUP_BYTES
-
-    tokens = layout.micro * layout.length
-    if a.scores:
-        return 0.0
-    device = "cuda" if layout.cuda else "cpu"
-    block = min(BLOCK_BYTES[device], 4 * tokens * a.vocab_size)
-    group = min(max(GROUP_BYTES[device], block), layout.compute * tokens * a.vocab_size)
-    cast = layout.compute == 2 and not (layout.packed[0] and layout.stage < 3)  # else it is held so
-    table = a.vocab_size * a.hidden_size * (2 * cast + 4 * (layout.adapters == 0))
-    return float(1.5 * block + group + table + 4 * tokens * a.hidden_size)
+def learnt_elements(a: Architecture, layout: Layout, portion: Portion) -> float:
+    """Trained elements of a portion. Of an adapter a rank has one of its two matrices, of the other its block."""
+    if not layout.adapters:
+        return portion.elements
+    return layout.adapters * (1 + 1 / layout.tensor) / 2 * portion.layers / a.num_hidden_layers
 
 
 def memory(a: Architecture, layout: Layout) -> Memory:
-    """The peak of a rank, in the middle of a step.
+    """The peak of a rank, in the middle of a step; of a pipeline's ranks the one that needs most.
 
     On CPU within a tenth of what was measured in use for DDP, ZeRO-1 and ZeRO-2 (tests/distributed/test_memory.py). What a C
     library's allocator keeps for later comes on top of it (glibc: up to a quarter), and ZeRO-3 takes up to a third more.
     """
-    count = parameters_of(a)
-    learnt = layout.adapters or count
-    packed, largest = layout.packed
-    weights, gradients, moments = states(learnt, layout, 0 if layout.adapters else vocabulary_tables(a))
-    weights += frozen(a, layout, packed) if layout.adapters else 0.0
-    block = (count - a.vocab_size * a.hidden_size) / a.num_hidden_layers
-    stored, head = activations(a, layout), loss(a, layout)
+    return max((_memory(a, layout, portion) for portion in portions(a, layout)), key=lambda need: need.total)
+
+
+def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
+    count, learnt = portion.elements, learnt_elements(a, layout, portion)
+    part = portion.layers / a.num_hidden_layers
+    packed, largest = layout.packed[0] * part / layout.tensor, layout.packed[1] / layout.tensor
+    weights, gradients, moments = states(learnt, layout, 0 if layout.adapters else portion.tables)
+    weights += frozen(portion, layout, packed) if layout.adapters else 0.0
+    stored = activations(a, layout) * part * (layout.in_flight if portion.first else 1)
+    head = loss(a, layout) if portion.last else 0.0
     # The loss is gone when the blocks' backward begins.
     temporary = max(0.0, backward(a, layout) - head)
-    if layout.float_rows:
-        temporary += _gathered(a, layout, learnt, block)
-    elif layout.compute == 2 and not layout.low_precision_weights:
-        # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
-        # Casts of frozen float32 weights live in the graph.
-        temporary += 2.0 * (learnt if layout.stage < 3 else count - packed if layout.adapters else block)
+    temporary += (
+        _gathered(layout, portion, learnt) if layout.float_rows else _exchanged(layout, portion, learnt, packed)
+    )
     if layout.stage and not layout.float_rows:
-        # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile. The copy of its share that the
-        # optimizer steps with comes later, when the activations are gone.
-        temporary += (1 + layout.cuda) * 4 * min(learnt, BUCKET) + max(0.0, 4 * learnt / layout.ranks - stored - head)
-    if layout.stage == 3 and not layout.float_rows:
-        live = max(live_parameters(layout.cuda), 2 * block + a.vocab_size * a.hidden_size)
-        temporary += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
+        # The copy of its share that the optimizer steps with comes later, when the activations are gone.
+        temporary += max(0.0, 4 * learnt / layout.shards - stored - head)
     # A packed matrix and the product's own copy of it, in a forward or backward.
     temporary += layout.compute * largest
     others = LIBRARY_CPU if packed and not layout.cuda else 0.0
     for shape, trained in layout.auxiliary:
+        [further] = portions(shape, dataclasses.replace(layout, pipeline=1))
         if trained:
             # A critic passes the same tokens, so it keeps as much of each weight's work as the policy does.
-            others += (
-                sum(states(parameters_of(shape), layout, vocabulary_tables(shape)))
-                + stored * parameters_of(shape) / count
-            )
+            others += sum(states(further.elements, layout, further.tables)) + stored * further.elements / count
         else:
             # A frozen model of the policy's shape is its reference, packed alike.
-            others += frozen(shape, layout, packed if shape == a else 0)
+            others += frozen(further, layout, packed if shape == a else 0)
     base = 0.0 if layout.cuda else BASE_CPU
     return Memory(weights, gradients, moments, stored, head, temporary, others, base)
 
 
-def _gathered(a: Architecture, layout: Layout, learnt: float, block: float) -> float:
+def _exchanged(layout: Layout, portion: Portion, learnt: float, packed: float) -> float:
+    """Bytes that DDP and ZeRO need beside a rank's states: casts, buckets, gathered weights."""
+    count, block, table = portion.elements, portion.block(layout), portion.tables
+    needed = 0.0
+    if layout.compute == 2 and not layout.low_precision_weights:
+        # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
+        # Casts of frozen float32 weights live in the graph.
+        needed += 2.0 * (learnt if layout.stage < 3 else count - packed if layout.adapters else block)
+    if layout.stage:
+        # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile.
+        needed += (1 + layout.cuda) * 4 * min(learnt, BUCKET)
+    if layout.stage == 3:
+        live = max(live_parameters(layout.cuda), 2 * block + table)
+        needed += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
+    return needed
+
+
+def _gathered(layout: Layout, portion: Portion, learnt: float) -> float:
     """Bytes that FSDP needs beside a rank's rows: what is gathered, and the gradients that are exchanged.
 
     All that is around the blocks is gathered through a step, with its gradient; of the blocks one and the next, in the buffer
     that they arrive in and in tensors of their own; and the gradient of one, as it is computed and as it adds up.
     """
-    working, around = (2 if layout.low_precision_weights else 4), a.vocab_size * a.hidden_size
-    arriving = block * working * (1 if not layout.reshard else 3) + (around * working if layout.reshard else 0)
-    part = learnt / parameters_of(a)
-    sums = 0.0 if not layout.reshard else part * (working + 4) * block
+    working, block = (2 if layout.low_precision_weights else 4), portion.block(layout)
+    arriving = block * working * (1 if not layout.reshard else 3) + (portion.tables * working if layout.reshard else 0)
+    sums = 0.0 if not layout.reshard else learnt / portion.elements * (working + 4) * block
     # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
     casts = layout.compute == 2 and not layout.low_precision_weights
     return arriving + sums + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)

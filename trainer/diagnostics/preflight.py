@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from trainer.config import RunError
-from trainer.diagnostics.memory import STATE, Layout, memory
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import STATE, memory
 from trainer.export.lineage import PACKAGES, device_name, source_digest, version
 from trainer.models.architecture import Architecture
 from trainer.models.sizes import parameters_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,6 +20,39 @@ def parameters_of(a: Architecture) -> int:
     """Elements of all parameters, tied ones once."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(a).parameters())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Elements of a model by what can divide them.
+
+    Attributes:
+        tables: embeddings of tokens and their projection, tied ones once.
+        matrices: linear layers of the blocks.
+        keys: those of them that make keys and values, which have heads of their own.
+        experts: matrices of experts.
+        rest: norms, routers, biases: every rank that computes a layer has them.
+    """
+
+    tables: int
+    matrices: int
+    keys: int
+    experts: int
+    rest: int
+
+
+@cache
+def weights_of(a: Architecture) -> Weights:
+    """The elements of `parameters_of` by what can divide them."""
+    with torch.device("meta"):
+        modules = dict(Transformer(a).named_modules())
+    linears = {name: m.weight.numel() for name, m in modules.items() if isinstance(m, nn.Linear) and "layers." in name}
+    keys = sum(size for name, size in linears.items() if name.endswith(("k_proj", "v_proj")))
+    stacked = (p for m in modules.values() if isinstance(m, GroupedLinear) for p in m.parameters())
+    experts = sum(p.numel() for p in stacked)
+    tables = a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings or a.scores else 2)
+    matrices = sum(linears.values()) - keys
+    return Weights(tables, matrices, keys, experts, parameters_of(a) - tables - matrices - keys - experts)
 
 
 @cache

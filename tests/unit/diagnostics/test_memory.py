@@ -11,8 +11,10 @@ from tests.shapes import architecture
 from trainer.batch import Documents
 from trainer.cli.estimate import DEVICE_GB
 from trainer.compose import compose
+from trainer.diagnostics.activations import activations
 from trainer.diagnostics.advice import advice
-from trainer.diagnostics.memory import Layout, activations, fit, host_memory, memory, seconds_per_step, states
+from trainer.diagnostics.layout import Layout
+from trainer.diagnostics.memory import fit, host_memory, memory, seconds_per_step, states
 from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import PackedContext, Transformer

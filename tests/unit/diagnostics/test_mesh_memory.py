@@ -1,0 +1,129 @@
+"""Memory of a rank under a mesh, against numbers worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from tests.shapes import architecture
+from tests.unit.diagnostics.test_memory import SEVEN, layout
+from trainer.diagnostics.activations import activations, loss
+from trainer.diagnostics.layout import Layout, portions
+from trainer.diagnostics.memory import memory
+from trainer.models.architecture import Architecture
+from trainer.models.recompute import Recompute
+from trainer.models.sizes import Weights, parameters_of, weights_of
+
+EXPERTS = architecture(
+    vocab_size=151936, family="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, experts=128, experts_per_token=8, expert_size=768,
+    tie_word_embeddings=False,
+)  # fmt: skip
+TABLE, NORMS = 32000 * 4096, 65 * 4096
+KEYS = 32 * 2 * 4096 * 1024
+MATRICES = 32 * (2 * 4096 * 4096 + 3 * 4096 * 14336)
+
+
+def rows(ranks: int, **axes) -> Layout:
+    """FSDP over so many ranks, in the formats of a GPU."""
+    return layout(**{"stage": 3, "ranks": ranks, "float_rows": True, "stream": 2, "cuda": True, **axes})
+
+
+def test_weights_are_sorted_by_what_divides_them():
+    assert weights_of(SEVEN) == Weights(2 * TABLE, MATRICES, KEYS, 0, NORMS)
+    tied = dataclasses.replace(SEVEN, tie_word_embeddings=True)
+    assert weights_of(tied) == Weights(TABLE, MATRICES, KEYS, 0, NORMS)
+    own = weights_of(EXPERTS)
+    # 48 layers of 128 experts of three matrices; what is neither table nor matrix are norms (two a layer, one behind them,
+    # two of 128 for queries and keys) and routers.
+    assert own.experts == 48 * 128 * 3 * 2048 * 768
+    assert own.rest == 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048
+    assert sum(vars(own).values()) == parameters_of(EXPERTS) == 30_532_122_624
+
+
+def test_tensor_ranks_have_a_block_of_every_matrix_and_all_norms():
+    # One replica of 8: float32 rows of an eighth of each table and matrix; 8 key heads are one a rank.
+    need = memory(SEVEN, rows(8, tensor=8))
+    own = (2 * TABLE + MATRICES + KEYS) / 8 + NORMS
+    assert (need.parameters, need.gradients, need.optimizer) == (4 * own, 4 * own, 8 * own)
+    # On 16 ranks two share each key head, so none has less than an eighth of them.
+    assert memory(SEVEN, rows(16, tensor=16)).parameters == 4 * ((2 * TABLE + MATRICES) / 16 + KEYS / 8 + NORMS)
+    # Of 64 ranks eight have rows of each block.
+    assert memory(SEVEN, rows(64, tensor=8)).parameters == pytest.approx(4 * own / 8)
+
+
+def test_sequence_ranks_have_rows_of_the_same_weights():
+    divided, alone = (memory(SEVEN, rows(8, sequence=s)) for s in (8, 1))
+    assert divided.parameters == alone.parameters == 4 * parameters_of(SEVEN) / 8
+
+
+def test_activations_that_tensor_ranks_divide_are_those_of_heads_and_widths():
+    # A token of a layer in bf16: two residuals and two norms' outputs stay; queries, output, keys, values and four tensors
+    # of the MLP are divided by 4. Behind all layers the norm's input.
+    own = 32 * 2 * (4 * 4096 + (2 * 4096 + 2 * 1024 + 4 * 14336) / 4) + 2 * 4096
+    assert activations(SEVEN, rows(4, tensor=4)) == 2048 * own
+    # On 16 ranks a rank has one head of keys and of values, though a sixteenth would be half of one.
+    own = 32 * 2 * (4 * 4096 + (2 * 4096 + 4 * 14336) / 16 + 2 * 128) + 2 * 4096
+    assert activations(SEVEN, rows(16, tensor=16)) == 2048 * own
+
+
+def test_activations_that_sequence_ranks_divide_are_all_but_shared_keys():
+    # A quarter of the tokens; what attention gives is kept as attention's and as the output projection's.
+    own = 32 * 2 * (4 * 4096 + 3 * 4096 + 2 * 1024 + 4 * 14336) + 2 * 4096
+    assert activations(SEVEN, rows(4, sequence=4)) == 2048 / 4 * own
+    # 16 ranks repeat 8 heads of keys to have one each.
+    own += 32 * 2 * 2 * 1024
+    assert activations(SEVEN, rows(16, sequence=16)) == 2048 / 16 * own
+
+
+def test_the_loss_divides_the_vocabulary_over_sequence_and_tensor():
+    # 64 tokens of 2000 of 32,000 words: logits and their gradient below the sizes of blocks; a table cast to bf16 with a
+    # float32 gradient, of which tensor ranks have a quarter; float32 gradients of hidden states that are there whole, and
+    # the bf16 states that were joined.
+    small = {"length": 64}
+    own = 1.5 * 4 * 64 * 2000 + 2 * 64 * 2000 + 32000 * 4096 / 4 * 6 + (4 + 2) * 64 * 4096
+    assert loss(SEVEN, rows(16, sequence=4, tensor=4, **small)) == pytest.approx(own)
+    alone = 1.5 * 4 * 64 * 32000 + 2 * 64 * 32000 + 32000 * 4096 * 6 + 4 * 64 * 4096
+    assert loss(SEVEN, rows(1, **small)) == pytest.approx(alone)
+
+
+def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages():
+    ahead, few = (rows(4, pipeline=4, micro_batches=m) for m in (16, 2))
+    first, last = portions(SEVEN, ahead)
+    assert (first.layers, last.layers, first.tables, last.tables) == (8, 8, TABLE, TABLE)
+    assert first.elements == (MATRICES + KEYS + NORMS) / 4 + TABLE
+    assert (ahead.in_flight, few.in_flight) == (4, 2)
+    # Eight layers of four micro-batches are as much as all layers of one.
+    assert memory(SEVEN, ahead).activations == activations(SEVEN, ahead)
+    assert memory(SEVEN, few).activations == activations(SEVEN, few) / 2
+    # With next to no activations the last stage needs more: it has the loss.
+    short = dataclasses.replace(ahead, length=64)
+    assert memory(SEVEN, short).loss == loss(SEVEN, short) > 0
+
+
+def test_stages_of_unequal_size_are_planned_by_the_largest():
+    # 32 layers on 5 ranks: 7 at most.
+    first, _ = portions(SEVEN, rows(5, pipeline=5, micro_batches=5))
+    assert first.layers == 7
+
+
+def test_expert_ranks_hold_as_much_and_gather_less():
+    alone, divided = (rows(8, expert=e) for e in (1, 8))
+    needs = [memory(EXPERTS, spread) for spread in (alone, divided)]
+    assert needs[0].parameters == needs[1].parameters == pytest.approx(4 * parameters_of(EXPERTS) / 8)
+    # A layer's experts are 604 million elements: three bf16 copies in flight, gradients in bf16 and float32.
+    layer = 128 * 3 * 2048 * 768
+    assert needs[0].temporary - needs[1].temporary == pytest.approx(layer * 7 / 8 * (3 * 2 + 2 + 4))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "sequence", "pipeline"])
+def test_a_larger_replica_never_needs_more_of_a_rank(axis):
+    spread = rows(64, recompute=Recompute.full, micro_batches=64, length=8192)
+    needs = [memory(SEVEN, dataclasses.replace(spread, ranks=8 * size, **{axis: size})).total for size in (1, 2, 4, 8)]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == 4
+
+
+def test_a_twin_is_divided_as_its_model_is():
+    twin: tuple[tuple[Architecture, bool], ...] = ((SEVEN, False),)
+    # A frozen twin that FSDP gathers in bf16 is held in bf16.
+    assert memory(SEVEN, rows(8, tensor=8, auxiliary=twin)).others == 2 * ((2 * TABLE + MATRICES + KEYS) / 8 + NORMS)
