@@ -30,6 +30,7 @@ from trainer.export.peft import export_adapter, merged_weights
 from trainer.loop import Step, train
 from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
+from trainer.models.division import validate_mesh
 from trainer.models.load import Model, ModelLoader
 from trainer.models.qat import QAT
 from trainer.models.sizes import parameters_of
@@ -39,6 +40,7 @@ from trainer.parallel import distributed
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Engine
 from trainer.parallel.malloc import tune_malloc
+from trainer.parallel.mesh import lacks
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
@@ -103,7 +105,13 @@ class Run(Node):
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.model.validate_adapter(self.adapter)
         yield from self.qat.validate_run(self.adapter, self.steps, self.export.dtype, self.export.formats)
-        yield from self.pipeline.validate_batch(self.batch, distributed.ranks())
+        mesh, ranks = self.strategy.mesh, distributed.ranks()
+        yield from self.pipeline.validate_mesh(mesh)
+        if lack := lacks(mesh, ranks):
+            yield lack
+            return
+        yield from self.batch.validate_replicas(ranks // mesh.replica, "rank" if mesh.replica == 1 else "replica")
+        yield from self.pipeline.validate_batch(self.batch, ranks // mesh.replica)
 
     @property
     def base_lr(self) -> float:
@@ -138,6 +146,8 @@ class Run(Node):
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)
+        if problems := list(validate_mesh(self.strategy.mesh, architecture, self.batch.length)):
+            raise ConfigError(problems)
         exports = self.export.validate(architecture, tokenizer, self.adapter)
         problems = [*self.pipeline.validate_tokenizer(tokenizer), *exports]
         if problems := [*problems, *self.pipeline.validate_adapter(self.adapter, tokenizer.new_tokens)]:
@@ -221,7 +231,7 @@ def run(cfg: Run) -> dict[str, float]:
     folder = run_folder.choose(cfg.run_dir, cfg.resume, cfg, made_from)
     with (
         Watchdog(cfg.watchdog) as watchdog,
-        distributed.session(same_bytes=cfg.deterministic, replica=cfg.strategy.replica) as world,
+        distributed.session(same_bytes=cfg.deterministic, replica=cfg.strategy.mesh.replica) as world,
         run_folder.begin(folder, cfg, made_from, world.devices) as attempt,
     ):
         record = {**attempt.facts, "config": plain(cfg), **lineage}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trainer.config import Node, schema, setting
-from trainer.parallel import distributed
 
 
 class Resume(StrEnum):
@@ -27,15 +26,15 @@ class BatchSizes(Node):
     micro: int = setting(8, "units of a forward on one rank", least=1)
     length: int = setting(512, "tokens of a row", least=2)
 
-    def problems(self) -> Iterator[str]:
-        ranks = distributed.ranks()
-        unit = self.micro * ranks
+    def validate_replicas(self, replicas: int, word: str) -> Iterator[str]:
+        """One sentence if so many ``replicas``, ``word`` in words, cannot learn from as many micro-batches each."""
+        unit = self.micro * replicas
         if self.size % unit:
             below = self.size // unit * unit
             nearest = f"{below} or {below + unit}" if below else f"{unit}, or a smaller batch.micro"
-            word = "rank" if ranks == 1 else "ranks"
+            word = word if replicas == 1 else f"{word}s"
             yield (
-                f"batch.size={self.size} is not a multiple of {unit} ({ranks} {word} x batch.micro={self.micro}); "
+                f"batch.size={self.size} is not a multiple of {unit} ({replicas} {word} x batch.micro={self.micro}); "
                 f"use {nearest}"
             )
 

@@ -182,6 +182,14 @@ def world() -> World:
     return _world
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor of this rank's device over all ranks; bitwise the same everywhere."""
+    value = value.clone()
+    if _world.size > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def sum_over_data(value: Tensor) -> Tensor:
     """The sum of ``value`` over the data ranks, on this rank's device; bitwise the same everywhere."""
     [value] = copy_to(_world.device, [value.detach().clone()])

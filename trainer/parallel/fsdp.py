@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 from unittest import mock
 
 import torch
@@ -14,11 +14,21 @@ from torch import Tensor, nn
 from trainer.config import schema, setting
 from trainer.optim import Optimizer
 from trainer.parallel import distributed
+from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Engine
+from trainer.parallel.mesh import Mesh, MeshShape
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Offload, Strategy
 
 # PyTorch's own FSDP is imported where it is first needed: with DTensor it takes half a second of every start.
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A module whose weights and work the ranks of a replica can divide among them."""
+
+    def divide(self, mesh: Mesh) -> None:
+        """Cut the parameters, which have no values yet, for this rank (`cuts.cut`), and compute with others from now on."""
 
 
 @schema("strategy/fsdp")
@@ -40,9 +50,18 @@ class FSDP(Strategy):
         Offload.none, "what lives in CPU memory: nothing, or parameters with all that belongs to them"
     )
 
+    tensor: int = setting(1, "ranks that divide every matrix among them, and with it its layer's work", least=1)
+    sequence: int = setting(1, "ranks that divide the tokens of every row among them (Ulysses)", least=1)
+    expert: int = setting(1, "ranks that divide the experts of a mixture among them", least=1)
+    pipeline: int = setting(1, "ranks that divide the layers among them, and pass micro-batches on", least=1)
+
     @property
     def stage(self) -> int:
         return 3
+
+    @property
+    def mesh(self) -> MeshShape:
+        return MeshShape(self.pipeline, self.sequence, self.tensor, self.expert)
 
     def problems(self) -> Iterator[str]:
         if self.offload is Offload.optimizer:
@@ -58,18 +77,24 @@ class FSDP(Strategy):
     def place(self, module: nn.Module, blocks: Iterable[nn.Module], precision: Precision) -> None:
         from trainer.parallel import sharding
 
+        mesh = Mesh.of(self.mesh)
+        if self.mesh.axes and isinstance(module, Divisible):
+            module.divide(mesh)
         low = self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda")
         sharding.shard(
-            module, blocks, dtype=precision.dtype if low else None, reshard=self.reshard,
+            module, blocks, mesh, dtype=precision.dtype if low else None, reshard=self.reshard,
             offload=self.offload is not Offload.none,
         )  # fmt: skip
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        cut: Cut | None = getattr(parameter, "cut", None)
+        return tuple(parameter.shape) if cut is None else cut.shape
 
     @torch.no_grad()
     def fill(self, parameter: nn.Parameter, values: Tensor) -> None:
         from trainer.parallel import sharding
 
-        first, last = sharding.rows(parameter.shape)
-        sharding.local(parameter).copy_(values[first:last])
+        sharding.local(parameter).copy_(sharding.cut_of(parameter).own(values))
 
     def cast_frozen(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         from trainer.parallel import sharding
@@ -81,7 +106,8 @@ class FSDP(Strategy):
         from trainer.parallel.sharded_engine import ShardedEngine
 
         low = self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda")
-        return ShardedEngine(module, optimizer, precision, low_precision=low, reshard=self.reshard)
+        mesh = Mesh.of(self.mesh)
+        return ShardedEngine(module, optimizer, precision, mesh, low_precision=low, reshard=self.reshard)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         from trainer.parallel import sharding

@@ -16,7 +16,9 @@ from trainer.optim import Optimizer, gradient_norm
 from trainer.optim.muon import Replicas
 from trainer.optim.state import create_state, elements
 from trainer.parallel import distributed, sharding
+from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Fragment, Outcome, digest_of, owned_spans, saved_buffers
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 from trainer.parallel.native import NativeEngine
 from trainer.parallel.precision import Precision
 
@@ -27,19 +29,21 @@ class RowShards(Replicas):
 
     Args:
         shapes: Of the matrices, by what this rank has of them.
+        shards: The ranks.
     """
 
     shapes: Mapping[Tensor, torch.Size] = field(default_factory=dict)
+    shards: Axis = UNDIVIDED
 
     def shape_of(self, parameter: Tensor) -> torch.Size:
         return self.shapes[parameter]
 
     def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        stacked = (shape[0], len(updates), *shape[1:])
-        return sharding.joined(updates.movedim(1, 0).contiguous(), stacked).movedim(1, 0).contiguous()
+        stacked = Cut((shape[0], len(updates), *shape[1:]), shards=self.shards)
+        return stacked.joined(updates.movedim(1, 0).contiguous()).movedim(1, 0).contiguous()
 
     def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        first, last = sharding.rows(shape)
+        first, last = Cut(tuple(shape), shards=self.shards).rows
         return updates[:, first:last]
 
 
@@ -50,6 +54,7 @@ class ShardedEngine(NativeEngine):
     gathered, in memory of their own, and what is written there is lost.
 
     Args:
+        mesh: The axes that the ranks are laid out on.
         low_precision: Weights are gathered in the compute format; else they are float32, and autocast casts them.
         reshard: Gradients are exchanged with every micro-batch, instead of being added up whole until the last one.
 
@@ -58,7 +63,14 @@ class ShardedEngine(NativeEngine):
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: Optimizer, precision: Precision, *, low_precision: bool, reshard: bool
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        precision: Precision,
+        mesh: Mesh,
+        *,
+        low_precision: bool,
+        reshard: bool,
     ) -> None:
         super().__init__(module, optimizer, precision)
         if plain := [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]:
@@ -73,9 +85,9 @@ class ShardedEngine(NativeEngine):
         self.optimizers = optimizer.build(module)
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["params"] = [self.parts[p] for p in group["params"]]
-        data = distributed.world().data
         shapes: dict[Tensor, torch.Size] = {part: p.shape for p, part in self.parts.items()}
-        optimizer.share_work(self.optimizers, RowShards(data.rank, data.size, distributed.stack_over_data, shapes))
+        shards = mesh.shards
+        optimizer.share_work(self.optimizers, RowShards(shards.rank, shards.size, shards.stack, shapes, shards))
 
     def autocast(self) -> AbstractContextManager[Any]:
         # Without its cache, which would keep a cast of every weight to the end of the step.
@@ -95,7 +107,9 @@ class ShardedEngine(NativeEngine):
         return super().step(limit)
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        return distributed.sum_over_data(gradient_norm(parameters).double().square()).sqrt().float()
+        # What several ranks have alike counts once.
+        counted = [part for p, part in self.parts.items() if sharding.cut_of(p).copies.rank == 0]
+        return distributed.sum_over_ranks(gradient_norm(counted).double().square()).sqrt().float()
 
     def _step_fused(self, divisor: Tensor, applied: Tensor) -> None:
         memory = next(iter(self.parts.values())).device  # not this rank's device where shards are offloaded
@@ -132,7 +146,7 @@ class ShardedEngine(NativeEngine):
         self.reshard()
         for name, parameter in self.parameters.items():
             if frozen or parameter.requires_grad:
-                yield name, sharding.joined(sharding.local(parameter), parameter.shape).to(self.device)
+                yield name, sharding.cut_of(parameter).joined(sharding.local(parameter)).to(self.device)
         yield from self.buffers
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
@@ -143,11 +157,12 @@ class ShardedEngine(NativeEngine):
         for optimizer in self.optimizers:
             create_state(optimizer)
         for name, part in self.trained():
-            shape = self.parameters[name].shape
-            start = sharding.rows(shape)[0] * shape[1:].numel()
-            for state, values in self.states(part).items() if part.numel() else ():
+            cut = sharding.cut_of(self.parameters[name])
+            if (owned and cut.copies.rank) or not part.numel():
+                continue
+            for state, values in self.states(part).items():
                 own = elements(values, 0, part.numel(), restoring=not owned)
-                yield Fragment.of_tensor(name, state, shape, start, own)
+                yield Fragment(name, state, cut.shape, cut.box, cut.start, own)
         for number, first, last in owned_spans([b.numel() for _, b in self.buffers], owned=owned):
             name, buffer = self.buffers[number]
             yield Fragment.of_tensor(name, "param", buffer.shape, first, buffer.detach().view(-1)[first:last])

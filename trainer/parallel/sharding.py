@@ -1,4 +1,4 @@
-"""A module whose parameters are divided by rows among the ranks, as PyTorch's `fully_shard` divides them."""
+"""A module whose parameters' blocks are divided by rows among ranks, as PyTorch's `fully_shard` divides them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer.parallel import distributed
+from trainer.parallel.cuts import Cut, cuts, cuts_of
+from trainer.parallel.mesh import Axis, Mesh
 
 
 def shard(
-    module: nn.Module, blocks: Iterable[nn.Module], *, dtype: torch.dtype | None, reshard: bool, offload: bool
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype | None,
+    reshard: bool,
+    offload: bool,
 ) -> None:
     """Divide a newly built module's parameters; those on the meta device get memory, and no values yet. Collective.
 
     Args:
         module: What is called; what belongs to none of the blocks is gathered for all of its forward and backward.
-        blocks: Parts of it that are gathered one at a time.
+        blocks: Parts of it that are gathered one at a time. Parts of them whose weights have rows on other ranks than
+            the mesh's shards are gathered by themselves.
+        mesh: The axes that the ranks are laid out on.
         dtype: The format that weights are gathered in; None = their own. Gradients add up in float32.
         reshard: Free a block's weights behind its forward.
         offload: Keep this rank's rows in CPU memory.
@@ -32,18 +41,18 @@ def shard(
     Raises:
         RuntimeError: if the ranks have registered the parameters in different orders.
     """
-    _refuse_other_orders(module)
-    distributed.ensure_group()
+    _refuse_other_orders(module, mesh)
     device = distributed.world().device
-    assert dist.group.WORLD is not None
-    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     # The model takes care of formats itself: angles, for one, are not to be narrowed on the way into a block.
     policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
     where = CPUOffloadPolicy(pin_memory=True) if offload else OffloadPolicy()
-    for part in (*blocks, module):
+    own = cuts_of(module, mesh)
+    apart = [(part, axis) for part in module.modules() if (axis := _own_shards(part)) is not None]
+    for part, axis in (*apart, *((part, mesh.shards) for part in (*blocks, module))):
+        assert axis.group is not None
         unit = fully_shard(
             part,
-            mesh=mesh,
+            mesh=DeviceMesh.from_group(axis.group, device.type),
             reshard_after_forward=reshard and part is not module,
             mp_policy=policy,
             offload_policy=where,
@@ -53,6 +62,18 @@ def shard(
         unit.set_force_sum_reduction_for_comms(True)
     memory = torch.device("cpu") if offload else device
     module._apply(lambda t: torch.empty_like(t, device=memory) if t.is_meta else t)  # type: ignore[no-untyped-call]
+    for name, parameter in module.named_parameters():
+        parameter.cut = own[name]  # type: ignore[attr-defined]
+
+
+def cut_of(parameter: Tensor) -> Cut:
+    """How a parameter that `shard` has divided is divided."""
+    return parameter.cut  # type: ignore[attr-defined, no-any-return]
+
+
+def _own_shards(part: nn.Module) -> Axis | None:
+    """The ranks that have rows of a part's own weights, where they are not those of other weights."""
+    return next((cut.shards for cut in cuts(part).values() if cut.shards is not None), None)
 
 
 def units(module: nn.Module) -> list[FSDPModule]:
@@ -66,14 +87,6 @@ def always_reshard(module: nn.Module) -> None:
         unit.set_reshard_after_forward(True, recurse=False)
 
 
-def rows(shape: Sequence[int], rank: int | None = None) -> tuple[int, int]:
-    """(first, last) row that a rank, else this one, has of a parameter: equal parts, the last of which may lack some."""
-    data = distributed.world().data
-    each = -(-shape[0] // data.size)
-    first = each * (data.rank if rank is None else rank)
-    return min(first, shape[0]), min(first + each, shape[0])
-
-
 def local(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter, in the memory that it is gathered from."""
     assert isinstance(parameter, DTensor)
@@ -82,19 +95,11 @@ def local(parameter: Tensor) -> Tensor:
     return rows.detach()
 
 
-def joined(own: Tensor, shape: Sequence[int]) -> Tensor:
-    """All rows of a tensor of which every rank has its `rows`; collective."""
-    data = distributed.world().data
-    padded = own.new_zeros(-(-shape[0] // data.size), *shape[1:])
-    padded[: len(own)].copy_(own)
-    # As bytes: what carries tensors between CPUs does not know bfloat16.
-    every = distributed.stack_over_data(padded.view(torch.uint8))
-    return every.view(own.dtype).flatten(0, 1)[: shape[0]]
-
-
 def cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     """Hold a parameter in another format, before its first use."""
     values = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    if (own := getattr(parameter, "cut", None)) is not None:
+        values.cut = own  # type: ignore[attr-defined]
     # The object stays: PyTorch knows the parameter by it.
     torch.utils.swap_tensors(parameter, values)  # type: ignore[no-untyped-call]
 
@@ -119,9 +124,9 @@ def without_hooks(parts: Sequence[FSDPModule]) -> Iterator[None]:
             hooks.move_to_end(number, last=not first)
 
 
-def _refuse_other_orders(module: nn.Module) -> None:
+def _refuse_other_orders(module: nn.Module, mesh: Mesh) -> None:
     """PyTorch lays parameters end to end in the order of their registration and compares nothing between ranks."""
-    own = [[name, list(p.shape)] for name, p in module.named_parameters()]
+    own = [[name, list(cut.shape)] for name, cut in cuts_of(module, mesh).items()]
     digests = distributed.gather(hashlib.sha256(repr(own).encode()).hexdigest())
     if len(set(digests)) == 1:
         return

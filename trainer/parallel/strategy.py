@@ -15,6 +15,7 @@ from trainer.config import Node
 from trainer.optim import Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
+from trainer.parallel.mesh import MeshShape
 from trainer.parallel.precision import Precision
 
 
@@ -44,9 +45,9 @@ class Strategy(Node):
     """Whether a rank's shards are float32 rows, with no working copy beside them."""
 
     @property
-    def replica(self) -> int:
-        """Ranks that divide one copy of the model among them and read the same data; 1 where each rank reads its own."""
-        return 1
+    def mesh(self) -> MeshShape:
+        """How many ranks divide what of a replica."""
+        return MeshShape()
 
     def low_precision_weights(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is in the compute format, instead of float32 under autocast."""

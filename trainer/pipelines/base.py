@@ -25,6 +25,7 @@ from trainer.models.load import ModelLoader
 from trainer.models.packed import PackedBase
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
+from trainer.parallel.mesh import MeshShape
 from trainer.tracking.throughput import Stopwatch
 
 
@@ -108,6 +109,10 @@ class Pipeline(Node):
 
     def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
         """Yield one sentence for everything about ``batch`` (size, micro, length) that does not work on so many ranks."""
+        yield from ()
+
+    def validate_mesh(self, shape: MeshShape) -> Iterator[str]:
+        """Yield one sentence for every axis of a mesh that the ranks of a replica cannot be laid out on here."""
         yield from ()
 
     def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
