@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trainer.config import Node, schema, setting
+from trainer.parallel import distributed
 
 
 class Resume(StrEnum):
@@ -25,6 +26,11 @@ class BatchSizes(Node):
     size: int = setting(32, "units of a step, over all ranks", least=1)
     micro: int = setting(8, "units of a forward on one rank", least=1)
     length: int = setting(512, "tokens of a row", least=2)
+
+    def problems(self) -> Iterator[str]:
+        # What no layout of the ranks can do; the rest is said where the strategy is known.
+        if self.size % self.micro:
+            yield from self.validate_replicas(distributed.ranks(), "rank")
 
     def validate_replicas(self, replicas: int, word: str) -> Iterator[str]:
         """One sentence if so many ``replicas``, ``word`` in words, cannot learn from as many micro-batches each."""
