@@ -40,7 +40,6 @@ from trainer.parallel import distributed
 from trainer.parallel.distributed import World
 from trainer.parallel.engine import Engine
 from trainer.parallel.malloc import tune_malloc
-from trainer.parallel.mesh import lacks
 from trainer.parallel.precision import Precision
 from trainer.parallel.strategy import Strategy
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
@@ -105,13 +104,7 @@ class Run(Node):
         yield from self.pipeline.validate_adapter(self.adapter)
         yield from self.model.validate_adapter(self.adapter)
         yield from self.qat.validate_run(self.adapter, self.steps, self.export.dtype, self.export.formats)
-        mesh, ranks = self.strategy.mesh, distributed.ranks()
-        yield from self.pipeline.validate_mesh(mesh)
-        if lack := lacks(mesh, ranks):
-            yield lack
-            return
-        yield from self.batch.validate_replicas(ranks // mesh.replica, "rank" if mesh.replica == 1 else "replica")
-        yield from self.pipeline.validate_batch(self.batch, ranks // mesh.replica)
+        yield from self.pipeline.validate_layout(self.batch, self.strategy.mesh, distributed.ranks())
 
     @property
     def base_lr(self) -> float:
@@ -146,10 +139,9 @@ class Run(Node):
             rule = f"more than the model's {longest} positions; use at most {longest}"
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)
-        if problems := list(validate_mesh(self.strategy.mesh, architecture, self.batch.length)):
-            raise ConfigError(problems)
         exports = self.export.validate(architecture, tokenizer, self.adapter)
-        problems = [*self.pipeline.validate_tokenizer(tokenizer), *exports]
+        mesh = validate_mesh(self.strategy.mesh, architecture, self.batch.length)
+        problems = [*mesh, *self.pipeline.validate_tokenizer(tokenizer), *exports]
         if problems := [*problems, *self.pipeline.validate_adapter(self.adapter, tokenizer.new_tokens)]:
             raise ConfigError(problems)
         return tokenizer, architecture

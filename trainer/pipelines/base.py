@@ -25,7 +25,8 @@ from trainer.models.load import ModelLoader
 from trainer.models.packed import PackedBase
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.parallel.mesh import MeshShape
+from trainer.parallel.mesh import MeshShape, lacks
+from trainer.settings import BatchSizes
 from trainer.tracking.throughput import Stopwatch
 
 
@@ -107,13 +108,23 @@ class Pipeline(Node):
         """
         yield from ()
 
-    def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
-        """Yield one sentence for everything about ``batch`` (size, micro, length) that does not work on so many ranks."""
+    def validate_batch(self, batch: Any, replicas: int) -> Iterator[str]:
+        """Yield one sentence for everything about ``batch`` (size, micro, length) that does not work on so many replicas."""
         yield from ()
 
     def validate_mesh(self, shape: MeshShape) -> Iterator[str]:
-        """Yield one sentence for every axis of a mesh that the ranks of a replica cannot be laid out on here."""
+        """Yield one sentence for every axis of a mesh that ranks cannot be laid out on here."""
         yield from ()
+
+    def validate_layout(self, batch: BatchSizes, shape: MeshShape, ranks: int) -> Iterator[str]:
+        """Yield one sentence for everything about so many ranks, laid out in a shape, that does not work here."""
+        yield from self.validate_mesh(shape)
+        if lack := lacks(shape, ranks):
+            yield lack
+            return
+        replicas = ranks // shape.replica
+        yield from batch.validate_replicas(replicas, "rank" if shape.replica == 1 else "replica")
+        yield from self.validate_batch(batch, replicas)
 
     def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:
         """Yield one sentence for everything about ``tokenizer`` that does not work here."""

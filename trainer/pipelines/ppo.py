@@ -94,15 +94,16 @@ class PPO(PolicyGradientSettings, Pipeline):
         if dropout := getattr(adapter, "dropout", 0.0):
             yield f"adapter.dropout={dropout} makes old and new probabilities differ by chance; use adapter.dropout=0"
 
-    def validate_batch(self, batch: Any, ranks: int) -> Iterator[str]:
+    def validate_batch(self, batch: Any, replicas: int) -> Iterator[str]:
         if self.advantage not in ESTIMATORS:
             return
         size, prompts = self.rollout.size, self.rollout.size // self.group_size
         if size % batch.size:
             near = max(size // batch.size, 1) * batch.size
             yield f"pipeline.rollout.size={size} is not a multiple of batch.size={batch.size}; use {near}"
-        if prompts % ranks:
-            yield f"pipeline.rollout.size={size} makes {prompts} prompts, not a multiple of {ranks} ranks; use another size"
+        if prompts % replicas:
+            rule = f"not a multiple of {replicas} ranks that read different data"
+            yield f"pipeline.rollout.size={size} makes {prompts} prompts, {rule}; use another size"
         if self.rollout.tokens >= batch.length:
             yield (
                 f"pipeline.rollout.tokens={self.rollout.tokens} leaves no room for a prompt in batch.length={batch.length}; "
