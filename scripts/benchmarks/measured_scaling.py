@@ -4,14 +4,13 @@
 
 Speed and latency of the links are fitted to collectives of a few bytes and of 64 MiB on as many ranks, each kind to its own:
 gloo's reduce-scatter is an all-reduce. Computing is a step of the same strategy on a single rank with one thread (as often
-one after the other as ranks share a core), the rest is scripts/benchmarks/scaling.py. Every rank has a row of 64 tokens a
+one after the other as ranks share a core), the rest is trainer/diagnostics/traffic.py. Every rank has a row of 64 tokens a
 step, so that exchanging is a large part of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -41,22 +40,23 @@ def main() -> None:
         return
     from trainer.compose import compose
 
-    cfg = compose([*RUN, "batch.size=1", "batch.micro=1", "batch.length=64", *a.overrides], name="benchmark")
+    rows = ("batch.size=1", "batch.micro=1", "batch.length=64")
+    configurations = {s: compose([*RUN, f"strategy={s}", *rows, *a.overrides], name="benchmark") for s in STRATEGIES}
     alone = {s: statistics.median(step(s, 1, a) for _ in range(a.rounds)) for s in STRATEGIES}
     print("| ranks | strategy | computing | exchange, predicted | step, predicted | measured | measured / predicted |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for ranks in a.ranks:
-        found = timed_links(ranks)
+        speeds = timed_links(ranks)
         for strategy in STRATEGIES:
             computing = alone[strategy] * max(1.0, ranks / (os.cpu_count() or 1))
-            exchanging = predicted(cfg, strategy, ranks, found)
+            exchanging = predicted(configurations[strategy], ranks, speeds)
             seconds = statistics.median(step(strategy, ranks, a) for _ in range(a.rounds))
             print(
                 f"| {ranks} | {strategy} | {computing:.3f} s | {exchanging:.3f} s | "
                 f"{computing + exchanging:.3f} s | {seconds:.3f} s | {seconds / (computing + exchanging):.2f} |",
                 flush=True,
             )
-        print({kind: f"{speed / 1e9:.2f} GB/s, {1e6 * waited:.0f} us" for kind, (speed, waited) in found.items()})
+        print({kind: f"{speed / 1e9:.2f} GB/s, {1e6 * waited:.0f} us" for kind, (speed, waited) in speeds.items()})
 
 
 def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
@@ -66,25 +66,22 @@ def step(strategy: str, ranks: int, a: argparse.Namespace) -> float:
     return measured(strategy, settings, threads=1)["step"]
 
 
-def predicted(cfg: Any, strategy: str, ranks: int, found: dict[str, tuple[float, float]]) -> float:
+def predicted(cfg: Any, ranks: int, speeds: dict[str, tuple[float, float]]) -> float:
     """Seconds of a step's exchanges by the formulas, with the speeds and latencies of `timed_links`."""
-    from scaling import Cluster, exchanges
+    from trainer.diagnostics.links import Links
+    from trainer.diagnostics.traffic import exchanges
 
-    from trainer.models.sizes import parameters_of
-
-    shape = cfg.model.architecture(cfg.model.vocab_size)
-    layout = dataclasses.replace(cfg.layout(shape, 1, cuda=False), stage=STRATEGIES.index(strategy), ranks=ranks)
-    elements, seconds = parameters_of(shape), 0.0
-    for exchange in exchanges(elements, elements, shape.num_hidden_layers, layout, 1):
-        speed, waited = found[exchange.kind]
-        hops = Cluster(per_node=ranks, step=1.0).latency(ranks, exchange.kind)
-        seconds += exchange.seconds(ranks, Cluster(per_node=ranks, within=speed, reached=1.0, step=waited / hops))
+    shape, seconds = cfg.model.architecture(cfg.model.vocab_size), 0.0
+    for exchange in exchanges(shape, cfg.layout(shape, ranks, cuda=False), ranks):
+        speed, waited = speeds[exchange.kind]
+        hops = Links(per_node=ranks, step=1.0).latency(exchange.group, exchange.kind)
+        seconds += exchange.seconds(Links(per_node=ranks, within=speed, reached=1.0, step=waited / hops))
     return seconds
 
 
 def timed_links(ranks: int) -> dict[str, tuple[float, float]]:
     """For each kind of collective: bytes a second that pass through a rank by the formula, seconds without any data."""
-    from scaling import Exchange
+    from trainer.diagnostics.links import Exchange, Group
 
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", __file__, "--links",
@@ -93,7 +90,7 @@ def timed_links(ranks: int) -> dict[str, tuple[float, float]]:
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     [line] = [line for line in said.splitlines() if line.startswith("{")]
     return {
-        kind: (Exchange(kind, "a tensor", PIECE, 1, 1).through(ranks) / (large - tiny), tiny)
+        kind: (Exchange("data", kind, "a tensor", PIECE, 1, 1, Group(ranks, ranks)).sent / (large - tiny), tiny)
         for kind, (tiny, large) in json.loads(line).items()
     }
 

@@ -8,12 +8,16 @@ Takes the overrides of a run; docs/traffic.md has the formulas. Speeds of links 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import scaling
 
 from trainer.cli.estimate import compose_without_data
+from trainer.diagnostics.links import Links
 from trainer.models.sizes import parameters_of
-from trainer.parallel.precision import Compute
+from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
+from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.tracking.throughput import PEAKS
 
 
@@ -34,16 +38,19 @@ def main() -> None:
     a = parser.parse_intermixed_args()
     cfg = compose_without_data(a.overrides)
     shape = cfg.model.architecture(cfg.model.vocab_size or (a.vocab if cfg.model.path is None else 1))
-    layout = cfg.layout(shape, 1, cuda=True, limit=a.gb * 1e9)
-    cluster = scaling.Cluster(a.per_node, a.within * 1e9, a.between * 1e9, a.storage * 1e9, a.node_storage * 1e9)
-    stages = [0] if type(cfg.optimizer).__name__ == "Muon" else [0, 1, 2, 3]
-    low = cfg.precision.compute is Compute.bf16 and not getattr(cfg.strategy, "autocast", None)
+    layouts = {
+        strategy.name: dataclasses.replace(cfg, strategy=strategy).layout(shape, 1, cuda=True, limit=a.gb * 1e9)
+        for strategy in (DDP(), Zero1(), Zero2(), Zero3(), FSDP())
+        if not list(strategy.validate_optimizer(cfg.optimizer))
+    }
+    links = Links(a.per_node, a.within * 1e9, a.between * 1e9)
+    cluster = scaling.Cluster(links, a.storage * 1e9, a.node_storage * 1e9)
     peak = 1e12 * PEAKS[a.device][0 if cfg.precision.dtype.itemsize == 2 else 1]
     # Norms, projections and biases of a block; what has a name of its own is a fragment of its own.
     tensors = shape.num_hidden_layers * 9 + 3
-    plans = scaling.plan(shape, layout, low, stages, a.gpus, cfg.batch.size, peak, a.utilisation, cluster, tensors)
+    plans = scaling.plan(shape, layouts, a.gpus, cfg.batch.size, peak, a.utilisation, cluster, tensors)
     print(
-        f"{parameters_of(shape):,} parameters, batch.micro={layout.micro}, batch.length={layout.length}, "
+        f"{parameters_of(shape):,} parameters, batch.micro={cfg.batch.micro}, batch.length={cfg.batch.length}, "
         f"{a.device} at {a.utilisation:.0%} of its peak; links {a.within:g} GB/s within and {a.between:g} GB/s between nodes "
         f"of {a.per_node}, storage {a.storage:g} GB/s\n"
     )

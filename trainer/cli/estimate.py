@@ -17,7 +17,8 @@ from trainer.cli.parsing import add_run_arguments, parser_of
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.diagnostics.advice import advice
-from trainer.diagnostics.memory import host_memory, memory, seconds_per_step
+from trainer.diagnostics.memory import host_memory, memory
+from trainer.diagnostics.step_time import seconds_per_step
 from trainer.models.sizes import parameters_of
 from trainer.parallel.environment import imagined
 from trainer.parallel.zero import Zero1, Zero2, Zero3

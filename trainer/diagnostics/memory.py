@@ -1,4 +1,4 @@
-"""Memory and time of a run per rank, from its configuration alone, before anything is started."""
+"""Memory of a run per rank, from its configuration alone, before anything is started."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.models.architecture import Architecture
 from trainer.models.nf4 import BITS
 from trainer.models.recompute import Recompute
 from trainer.parallel.zero import BUCKET, live_parameters
-from trainer.tracking.throughput import device_bytes, training_flops
+from trainer.tracking.throughput import device_bytes
 
 STATE = 12
 """Bytes of a checkpoint for each trained element: the float32 master and two moments."""
@@ -186,13 +186,6 @@ def _gathered(layout: Layout, portion: Portion, learnt: float) -> float:
     # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
     casts = layout.compute == 2 and not layout.low_precision_weights
     return arriving + sums + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)
-
-
-def seconds_per_step(a: Architecture, layout: Layout, tokens: float, peak: float, utilisation: float) -> float:
-    """Time of a step of ``tokens`` tokens over all ranks, at the part ``utilisation`` of ``peak`` operations a second."""
-    flops = training_flops(a, tokens, tokens * (layout.length + 1) / 2)
-    again = {Recompute.none: 1.0, Recompute.selective: 1.05, Recompute.full: 4 / 3}[layout.recompute]
-    return flops * again / (layout.ranks * peak * utilisation)
 
 
 def fit(a: Architecture, layout: Layout, limit: float | None) -> Layout:

@@ -14,7 +14,8 @@ from trainer.compose import compose
 from trainer.diagnostics.activations import activations
 from trainer.diagnostics.advice import advice
 from trainer.diagnostics.layout import Layout
-from trainer.diagnostics.memory import fit, host_memory, memory, seconds_per_step, states
+from trainer.diagnostics.memory import fit, host_memory, memory, states
+from trainer.diagnostics.step_time import seconds_per_step
 from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import PackedContext, Transformer
