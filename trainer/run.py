@@ -106,6 +106,10 @@ class Run(Node):
         yield from self.qat.validate_run(self.adapter, self.steps, self.export.dtype, self.export.formats)
         yield from self.pipeline.validate_layout(self.batch, self.strategy.mesh, distributed.ranks())
 
+    def validate_division(self, a: Architecture) -> Iterator[str]:
+        """One sentence for everything of a model that the mesh of the strategy cannot divide."""
+        yield from validate_mesh(self.strategy.mesh, a, self.batch.length)
+
     @property
     def base_lr(self) -> float:
         """The learning rate at the top of the schedule."""
@@ -140,8 +144,7 @@ class Run(Node):
             raise ConfigError([f"batch.length={self.batch.length} is {rule}"])
         self.adapter.validate_architecture(architecture)
         exports = self.export.validate(architecture, tokenizer, self.adapter)
-        mesh = validate_mesh(self.strategy.mesh, architecture, self.batch.length)
-        problems = [*mesh, *self.pipeline.validate_tokenizer(tokenizer), *exports]
+        problems = [*self.validate_division(architecture), *self.pipeline.validate_tokenizer(tokenizer), *exports]
         if problems := [*problems, *self.pipeline.validate_adapter(self.adapter, tokenizer.new_tokens)]:
             raise ConfigError(problems)
         return tokenizer, architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +71,15 @@ class Layout:
         cls, strategy: Strategy, precision: Precision, batch: BatchSizes, ranks: int, *, cuda: bool, **further: Any
     ) -> Layout:
         """That of a run on so many ranks; ``further``: what else is to be set."""
+        shape = strategy.mesh
+        micro_batches = max(1, batch.size * shape.replica // (batch.micro * ranks))
         return cls(
             stage=strategy.stage, ranks=ranks, cuda=cuda, float_rows=strategy.float_rows,
             low_precision_weights=strategy.low_precision_weights(precision, cuda=cuda),
             stream=2 if narrow_stream("cuda" if cuda else "cpu", precision.dtype) else 4,
             compute=precision.dtype.itemsize, micro=batch.micro, length=batch.length,
-            offload=getattr(strategy, "offload", "none"), reshard=getattr(strategy, "reshard", True), **further,
+            offload=getattr(strategy, "offload", "none"), reshard=getattr(strategy, "reshard", True),
+            micro_batches=micro_batches, **dataclasses.asdict(shape), **further,
         )  # fmt: skip
 
     @property
