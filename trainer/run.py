@@ -101,14 +101,14 @@ class Run(Node):
             wanted, offered = self.pipeline.batch_type.unit, self.data.batch_type.unit
             yield f"the pipeline learns from {wanted} and the data holds {offered}; choose another data="
         yield from self.strategy.validate_optimizer(self.optimizer)
-        yield from self.pipeline.validate_adapter(self.adapter)
-        yield from self.model.validate_adapter(self.adapter)
+        yield from (*self.pipeline.validate_adapter(self.adapter), *self.model.validate_adapter(self.adapter))
         yield from self.qat.validate_run(self.adapter, self.steps, self.export.dtype, self.export.formats)
         yield from self.pipeline.validate_layout(self.batch, self.strategy.mesh, distributed.ranks())
 
     def validate_division(self, a: Architecture) -> Iterator[str]:
         """One sentence for everything of a model that the mesh of the strategy cannot divide."""
-        yield from validate_mesh(self.strategy.mesh, a, self.batch.length)
+        auxiliary = [model for model, _ in self.pipeline.auxiliary_models(a)]
+        yield from validate_mesh(self.strategy.mesh, a, self.batch.length, self.adapter.packed(a), auxiliary)
 
     @property
     def base_lr(self) -> float:

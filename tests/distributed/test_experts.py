@@ -1,5 +1,9 @@
 """Mixtures of experts on ranks: curve and loads depend on neither their number, nor micro-batches, nor sharding."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +18,10 @@ from trainer.models.balance import Balancer, BalanceRates
 from trainer.models.initial import initial
 from trainer.models.recompute import Recompute
 from trainer.models.transformer import Transformer
-from trainer.optim import AdamW
+from trainer.optim import AdamW, Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.engine import Engine
 from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
@@ -24,12 +29,16 @@ from trainer.pipelines.base import Models
 from trainer.pipelines.pretrain import Pretrain
 from trainer.tracking.throughput import Stopwatch
 
-STRATEGIES = {"ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3}
+STRATEGIES = {
+    "ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3, "expert 2": partial(FSDP, expert=2),
+    "expert 2 kept": partial(FSDP, expert=2, reshard=False), "expert 4": partial(FSDP, expert=4),
+}  # fmt: skip
 KINDS = {
     "softmax": ({}, BalanceRates(balance_loss=0.1, z_loss=0.01)),
     "sigmoid": ({"router_sigmoid": True, "shared_size": 16}, BalanceRates(bias_rate=0.02)),
 }
 ROWS, LENGTH, STEPS = 8, 16, 6
+ADAMW = AdamW(lr=3e-3)
 
 
 def batch_of(step: int, numbers: list[int]):
@@ -42,8 +51,12 @@ def batch_of(step: int, numbers: list[int]):
     return collate(rows, numbers, LENGTH, 0)
 
 
-def curve(kind: str, strategy_name: str, micro: int, recompute: str) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and gradient norm of every step, and the routers' state after the last."""
+def nothing(step: int, engine: Engine) -> None:
+    """What is done after a step beside it."""
+
+
+def begun(kind: str, strategy_name: str, recompute: str, optimizer: Optimizer, seed: int = 0) -> tuple[Engine, Models]:
+    """A model of `KINDS` that has learnt nothing yet."""
     features, rates = KINDS[kind]
     # Sixteen experts for the few tokens of a micro-batch: most of them get none there.
     shape = small(**features, experts=16, expert_size=8)
@@ -54,24 +67,49 @@ def curve(kind: str, strategy_name: str, micro: int, recompute: str) -> tuple[np
         model = Transformer(shape, Recompute(recompute))
     strategy.place(model, model.model.layers, Precision())
     for name, parameter in model.named_parameters():
-        strategy.fill(parameter, initial(name, strategy.shape_of(parameter), 0, 0.1, 2))
-    engine = strategy.wrap(model, AdamW(lr=3e-3), Precision())
-    models, device = Models(engine.model, None, balancer=Balancer(engine.module, rates)), engine.device  # type: ignore[arg-type]
-    guard, watch, data = Guard(GuardSettings(), device), Stopwatch(device), distributed.world().data
+        strategy.fill(parameter, initial(name, strategy.shape_of(parameter), seed, 0.1, 2))
+    engine = strategy.wrap(model, optimizer, Precision())
+    return engine, Models(engine.model, None, balancer=Balancer(engine.module, rates))  # type: ignore[arg-type]
+
+
+def steps(
+    engine: Engine, models: Models, micro: int, first: int, last: int, after: Callable[[int, Engine], Any] = nothing
+) -> np.ndarray:
+    """Loss, gradient norm and what routers say of every step."""
+    device, data = engine.device, distributed.world().data
+    guard, watch = Guard(GuardSettings(), device), Stopwatch(device)
     rows = []
-    for step in range(STEPS):
+    for step in range(first, last):
         mine = data.share(list(range(ROWS)))
         parts = [batch_of(step, mine[n : n + micro]) for n in range(0, len(mine), micro)]
         metrics = train_step(Pretrain(), models, engine, guard, watch, parts)
         names = ("loss", "grad_norm", "router/load_max", "router/entropy", "router/balance_loss", "router/z_loss")
         rows.append([float(metrics[name]) for name in names])
-    routers = models.balancer.routers
+        after(step, engine)
+    return np.array(rows)
+
+
+def curve(
+    kind: str,
+    strategy_name: str,
+    micro: int,
+    recompute: str,
+    last: int = STEPS,
+    optimizer: Optimizer = ADAMW,
+    after: Callable[[int, Engine], Any] = nothing,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`steps` up to the ``last``, and the routers' state after it."""
+    engine, models = begun(kind, strategy_name, recompute, optimizer)
+    rows = steps(engine, models, micro, 0, last, after)
+    routers = models.balancer.routers  # type: ignore[union-attr]
     state = [router.load if router.balance is None else router.balance for router in routers]
-    return np.array(rows), torch.stack(state).numpy()
+    return rows, torch.stack(state).numpy()
 
 
-def curves(strategy_name: str, cases: list[tuple[str, int, str]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [curve(kind, strategy_name, micro, recompute) for kind, micro, recompute in cases]
+def curves(
+    strategy_name: str, cases: list[tuple[str, int, str]], last: int = STEPS
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [curve(kind, strategy_name, micro, recompute, last) for kind, micro, recompute in cases]
 
 
 @pytest.fixture(scope="module")

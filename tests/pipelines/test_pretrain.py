@@ -98,17 +98,22 @@ def _wait_for_step(run, step: int, command: Command) -> None:
         time.sleep(0.005)
 
 
-def test_experts_killed_on_two_ranks_end_with_the_same_bits_and_go_on_on_one(tmp_path):
+@pytest.mark.parametrize(
+    "strategy",
+    [["strategy=zero3"], pytest.param(["strategy=fsdp", "strategy.expert=2"], marks=pytest.mark.slow)],
+    ids=["zero3", "divided"],
+)
+def test_experts_killed_on_two_ranks_end_with_the_same_bits_and_go_on_on_one(strategy, tmp_path):
     run = [*RUN, "model.family=mixtral", "model.experts=4", "schedule=constant", "run_dir=run"]
     pair, again = tmp_path / "pair", tmp_path / "again"
     for folder in (pair, again, tmp_path / "one"):
         folder.mkdir()
-    Command(pair, *run, "steps=12", "strategy=zero3", ranks=2).finish()
-    command = Command(again, *run, "steps=12", "strategy=zero3", ranks=2)
+    Command(pair, *run, "steps=12", *strategy, ranks=2).finish()
+    command = Command(again, *run, "steps=12", *strategy, ranks=2)
     _wait_for_step(again / "run", 6, command)
     assert all(p.poll() is None for p in command.processes)
     command.kill()
-    Command(again, *run, "steps=12", "strategy=zero3", ranks=2).finish()
+    Command(again, *run, "steps=12", *strategy, ranks=2).finish()
     assert same_bits(again / "run", pair / "run")
     assert curve(again / "run") == curve(pair / "run")
     # Begun on two ranks and in shards, killed there, finished on one: the run that never was anywhere else.

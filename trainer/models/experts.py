@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from trainer.functional import working_dtype
 from trainer.models.architecture import Architecture, Layer
 from trainer.models.grouped import Assignment, GroupedLinear
 from trainer.models.mlp import ACTIVATIONS, MLP
+from trainer.parallel.cuts import cut
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 
 @dataclass
@@ -109,8 +113,40 @@ class _Attached(torch.autograd.Function):
         return gradients[0], statistics, None, statistics.new_ones(()) if ctx.adds else None
 
 
+@dataclass(frozen=True)
+class Routes:
+    """Where the sorted rows of the tokens of ranks go that divide the experts among them.
+
+    Args:
+        sent: Rows of this rank for each rank, in turn.
+        received: Rows of each rank for this one.
+        assignment: Of the rows that are received, in that order, to the experts that are here.
+    """
+
+    sent: list[int]
+    received: list[int]
+    assignment: Assignment
+
+    @classmethod
+    def of(cls, ends: Tensor, axis: Axis) -> Routes:
+        """Of rows with `Assignment.ends` ``(E,)``; the host waits for the device once. Collective."""
+        first, last = axis.span(len(ends))
+        rows = axis.stack(ends.long().diff(prepend=ends.new_zeros(1))).view(axis.size, axis.size, last - first)
+        # rows[from, to, expert]: what a rank has for an expert of another.
+        sent, received = torch.stack([rows[axis.rank].sum(1), rows[:, axis.rank].sum(1)]).tolist()
+        numbers = torch.arange(last - first, device=ends.device).repeat(axis.size)
+        expert = numbers.repeat_interleave(rows[:, axis.rank].flatten(), output_size=sum(received))
+        return cls(sent, received, Assignment.of(expert[:, None], last - first))
+
+
 class Experts(nn.Module):
-    """MLPs in two stacked tensors: the tokens' choices are sorted by expert, and a grouped product serves all of them."""
+    """MLPs in two stacked tensors: the tokens' choices are sorted by expert, and a grouped product serves all of them.
+
+    Attributes:
+        axis: Ranks that divide the experts among them; tokens go to those that have what they chose, and come back.
+    """
+
+    axis: Axis = UNDIVIDED
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -118,13 +154,47 @@ class Experts(nn.Module):
         self.gate_up_proj = GroupedLinear(a.experts, a.hidden_size, 2 * a.expert_size, a.expert_bias)
         self.down_proj = GroupedLinear(a.experts, a.expert_size, a.hidden_size, a.expert_bias)
 
+    def divide(self, mesh: Mesh) -> None:
+        """Leave this rank's experts, with the adapters beside them; none has values yet."""
+        self.axis = mesh.expert
+        for layer in self.modules():
+            for name, _ in list(layer.named_parameters(recurse=False)):
+                cut(layer, name, 0, mesh.expert, mesh.expert_shards)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """All experts on every rank for a while, so that forwards need not keep step; collective when it begins."""
+        owned = [(layer, *own) for layer in self.modules() for own in layer.named_parameters(recurse=False)]
+        axis, self.axis = self.axis, UNDIVIDED
+        try:
+            for layer, name, parameter in owned if axis.size > 1 else ():
+                setattr(layer, name, nn.Parameter(axis.stack(parameter).flatten(0, 1), requires_grad=False))
+            yield
+        finally:
+            self.axis = axis
+            for layer, name, parameter in owned:
+                setattr(layer, name, parameter)
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tokens ``(n, d)``, of which each goes through the ``chosen`` experts ``(n, k)`` and their results are added up."""
         dtype = working_dtype(x)
         assignment = Assignment.of(chosen, self.experts)
-        gate, up = self.gate_up_proj(assignment.dispatch(x.to(dtype)), assignment).chunk(2, -1)
-        out = assignment.combine(self.down_proj(self._gated(gate, up), assignment))
-        return (out * weights[..., None]).sum(1).to(dtype)
+        rows = assignment.dispatch(x.to(dtype))
+        rows = self._computed(rows, assignment) if self.axis.size == 1 else self._exchanged(rows, assignment.ends)
+        return (assignment.combine(rows) * weights[..., None]).sum(1).to(dtype)
+
+    def _computed(self, rows: Tensor, assignment: Assignment) -> Tensor:
+        """Sorted rows ``(S, d)`` through the experts that are here."""
+        gate, up = self.gate_up_proj(rows, assignment).chunk(2, -1)
+        return self.down_proj(self._gated(gate, up), assignment)  # type: ignore[no-any-return]
+
+    def _exchanged(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Sorted rows ``(S, d)`` of this rank's tokens through all experts, wherever they are."""
+        routes = Routes.of(ends, self.axis)
+        here = routes.assignment
+        rows = self.axis.exchange(rows, routes.sent, routes.received)
+        rows = here.combine(self._computed(here.dispatch(rows), here)).squeeze(1)
+        return self.axis.exchange(rows, routes.received, routes.sent)
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.limit is None:
@@ -154,6 +224,10 @@ class MixtureOfExperts(nn.Module):
         self.router, self.experts = Router(a), Experts(a)
         self.shared = MLP(a, a.shared_size) if a.shared_size else None
         self.shared_gate = SharedExpertGate(a) if a.shared_gate else None
+
+    def divide(self, mesh: Mesh) -> None:
+        """Leave this rank's experts; what every token goes through is on all ranks."""
+        self.experts.divide(mesh)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; ``real`` ``(B, T)``: tokens that count for balance, None = all."""

@@ -18,11 +18,12 @@ from trainer.models.architecture import Architecture, Rope
 from trainer.models.attention import Scores, attend, has_kernel
 from trainer.models.cpu_kernels import embed
 from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
-from trainer.models.experts import mlp_of
+from trainer.models.experts import MixtureOfExperts, mlp_of
 from trainer.models.linear import BlockLinear
 from trainer.models.norm import norm_of
 from trainer.models.recompute import RECOMPUTING, Recompute, around, keep_all
 from trainer.models.rope import angles, frequencies, growth, rotate
+from trainer.parallel.mesh import Mesh
 
 NARROW_STREAM = {"cuda"}
 """Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
@@ -135,6 +136,11 @@ class Block(nn.Module):
             self.mlp_output_norm = norm_of(a, a.hidden_size)
         self.before, self.after, self.parallel, self.scale = a.norm_before, a.norm_after, a.parallel, a.residual_scale
         self.sparse = a.layers[number].sparse
+
+    def divide(self, mesh: Mesh) -> None:
+        """Leave this rank's part of what is divided on a mesh."""
+        if isinstance(self.mlp, MixtureOfExperts):
+            self.mlp.divide(mesh)
 
     def forward(
         self,
@@ -283,6 +289,11 @@ class Transformer(nn.Module):
         x = last(x, last_turned, context, places, real, run)
         head = self.score if self.architecture.scores else self.lm_head
         return head(self.model.norm(x), read)
+
+    def divide(self, mesh: Mesh) -> None:
+        """Leave this rank's part of the layers that are divided on a mesh; none has values yet."""
+        for block in self.model.layers:
+            block.divide(mesh)  # type: ignore[operator]
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile what a block does in training, recomputation included: one graph for all blocks of a kind; and the loss.

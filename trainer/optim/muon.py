@@ -30,6 +30,10 @@ class Replicas:
     size: int = 1
     stack: Callable[[Tensor], Tensor] = lambda mine: mine[None]
 
+    def of(self, parameter: Tensor) -> Replicas:
+        """Those that hold a parameter, where they are not the same for all."""
+        return self
+
     def shape_of(self, parameter: Tensor) -> torch.Size:
         """The shape of the matrix that a parameter, or what is here of it, belongs to."""
         return parameter.shape
@@ -68,17 +72,18 @@ class BatchedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = {}
+            alike: dict[tuple[Replicas, torch.Size], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike.setdefault(self.replicas.shape_of(parameter), []).append(parameter)
-            for shape, parameters in alike.items():
-                most = self.replicas.size * max(1, STACK_BYTES // (shape.numel() * parameters[0].element_size()))
+                    replicas = self.replicas.of(parameter)
+                    alike.setdefault((replicas, replicas.shape_of(parameter)), []).append(parameter)
+            for (replicas, shape), parameters in alike.items():
+                most = replicas.size * max(1, STACK_BYTES // (shape.numel() * parameters[0].element_size()))
                 for first in range(0, len(parameters), most):
-                    self._update(group, shape, parameters[first : first + most])
+                    self._update(group, replicas, shape, parameters[first : first + most])
         return loss
 
-    def _update(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], replicas: Replicas, shape: torch.Size, parameters: list[Tensor]) -> None:
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
@@ -93,8 +98,8 @@ class BatchedMuon(torch.optim.Muon):
             # Momentum that meets itself stays what it is, whatever the gradient was.
             gradients = torch.where(skipped, torch.stack(buffers), gradients)
         torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)
-        directions = self.replicas.joined(gradients.lerp_(torch.stack(buffers), momentum), shape)
-        updates = self.replicas.own(self._orthogonal(directions, group), shape)
+        directions = replicas.joined(gradients.lerp_(torch.stack(buffers), momentum), shape)
+        updates = replicas.own(_orthogonal(directions, group, replicas), shape)
         if skipped is not None:
             updates = updates.masked_fill(skipped, 0)
             decay = torch.where(skipped, 1.0, torch.full_like(skipped, decay, dtype=torch.float32))
@@ -104,20 +109,21 @@ class BatchedMuon(torch.optim.Muon):
         torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-rate)
 
-    def _orthogonal(self, updates: Tensor, group: dict[str, Any]) -> Tensor:
-        """`orthogonal` of ``(n, ..., rows, columns)``, of which every replica computes as many."""
-        shape, updates = updates.shape, updates.flatten(0, -3)
-        count, ranks = len(updates), self.replicas.size
-        mine = -(-count // ranks)
-        if mine * ranks > count:
-            updates = torch.cat([updates, updates.new_zeros(mine * ranks - count, *updates.shape[1:])])
-        own = updates[self.replicas.rank * mine :][:mine]
-        done = orthogonal(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        if ranks == 1:
-            return done.view(shape)
-        # As bytes: what carries tensors between CPUs does not know bfloat16.
-        shared = self.replicas.stack(done.contiguous().view(torch.uint8))
-        return shared.view(torch.bfloat16).flatten(0, 1)[:count].view(shape)
+
+def _orthogonal(updates: Tensor, group: dict[str, Any], replicas: Replicas) -> Tensor:
+    """`orthogonal` of ``(n, ..., rows, columns)``, of which every replica computes as many."""
+    shape, updates = updates.shape, updates.flatten(0, -3)
+    count, ranks = len(updates), replicas.size
+    mine = -(-count // ranks)
+    if mine * ranks > count:
+        updates = torch.cat([updates, updates.new_zeros(mine * ranks - count, *updates.shape[1:])])
+    own = updates[replicas.rank * mine :][:mine]
+    done = orthogonal(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    if ranks == 1:
+        return done.view(shape)
+    # As bytes: what carries tensors between CPUs does not know bfloat16.
+    shared = replicas.stack(done.contiguous().view(torch.uint8))
+    return shared.view(torch.bfloat16).flatten(0, 1)[:count].view(shape)
 
 
 def orthogonal(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

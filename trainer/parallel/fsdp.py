@@ -66,6 +66,15 @@ class FSDP(Strategy):
     def problems(self) -> Iterator[str]:
         if self.offload is Offload.optimizer:
             yield "strategy.offload=optimizer needs strategy=zero1, zero2 or zero3; use parameters, which takes all with it"
+        if self.expert > 1 and torch.__version__ < "2.12":
+            yield f"strategy.expert={self.expert} needs torch 2.12 or later, and this is {torch.__version__}; use 1"
+
+    def validate_compiled(self) -> Iterator[str]:
+        if self.expert > 1:
+            yield (
+                f"model.compile=true does not work with strategy.expert={self.expert}, where every layer waits for how many "
+                "tokens go where; use model.compile=false"
+            )
 
     def validate_device(self, *, cuda: bool) -> Iterator[str]:
         if self.offload is not Offload.none and not cuda:

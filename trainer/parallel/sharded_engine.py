@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,42 @@ from trainer.parallel.native import NativeEngine
 from trainer.parallel.precision import Precision
 
 
-@dataclass(frozen=True)
+@runtime_checkable
+class Joinable(Protocol):
+    """A part of a module that ranks with different data divide among them."""
+
+    def joined(self) -> AbstractContextManager[None]:
+        """All of it on every rank for a while, so that forwards need not keep step; collective when it begins."""
+
+
+@dataclass(frozen=True, eq=False)
 class RowShards(Replicas):
     """Ranks that have rows of the same matrices, which one of them orthogonalises.
 
     Args:
-        shapes: Of the matrices, by what this rank has of them.
+        cuts: Of the matrices, or stacks of them, by what this rank has of them.
         shards: The ranks.
     """
 
-    shapes: Mapping[Tensor, torch.Size] = field(default_factory=dict)
+    cuts: Mapping[Tensor, Cut] = field(default_factory=dict)
     shards: Axis = UNDIVIDED
 
+    @classmethod
+    def on(cls, axis: Axis, cuts: Mapping[Tensor, Cut]) -> RowShards:
+        """Those of an axis."""
+        return cls(axis.rank, axis.size, axis.stack, cuts, axis)
+
+    def of(self, parameter: Tensor) -> Replicas:
+        shards = self.cuts[parameter].shards
+        return self if shards is None or shards is self.shards else self._others[shards]
+
+    @cached_property
+    def _others(self) -> Mapping[Axis, RowShards]:
+        axes = {cut.shards for cut in self.cuts.values() if cut.shards is not None}
+        return {axis: RowShards.on(axis, self.cuts) for axis in axes}
+
     def shape_of(self, parameter: Tensor) -> torch.Size:
-        return self.shapes[parameter]
+        return torch.Size(self.cuts[parameter].block)
 
     def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
         stacked = Cut((shape[0], len(updates), *shape[1:]), shards=self.shards)
@@ -82,12 +105,11 @@ class ShardedEngine(NativeEngine):
         self.parameters = dict(module.named_parameters())
         self.parts = {p: nn.Parameter(sharding.local(p)) for p in self.parameters.values() if p.requires_grad}
         self.buffers = saved_buffers(module)
-        self.optimizers = optimizer.build(module)
+        self.optimizers = optimizer.build(module, lambda p: sharding.cut_of(p).shape)
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["params"] = [self.parts[p] for p in group["params"]]
-        shapes: dict[Tensor, torch.Size] = {part: p.shape for p, part in self.parts.items()}
-        shards = mesh.shards
-        optimizer.share_work(self.optimizers, RowShards(shards.rank, shards.size, shards.stack, shapes, shards))
+        cuts: dict[Tensor, Cut] = {part: sharding.cut_of(p) for p, part in self.parts.items()}
+        optimizer.share_work(self.optimizers, RowShards.on(mesh.shards, cuts))
 
     def autocast(self) -> AbstractContextManager[Any]:
         # Without its cache, which would keep a cast of every weight to the end of the step.
@@ -129,7 +151,10 @@ class ShardedEngine(NativeEngine):
                 unit.unshard()
             self.module.eval()
             try:
-                yield self.module
+                with ExitStack() as joined:
+                    for part in self._joinable(only):
+                        joined.enter_context(part.joined())
+                    yield self.module
             finally:
                 self.module.train(training)
                 self.reshard()
@@ -141,6 +166,12 @@ class ShardedEngine(NativeEngine):
         above = ([".".join(path[:n]) for n in range(len(path) - 1, -1, -1)] for path in paths)
         owners = {next(prefix for prefix in prefixes if prefix in parts) for prefixes in above}
         return [part for name, part in parts.items() if name in owners]
+
+    def _joinable(self, only: Callable[[str], bool]) -> Iterator[Joinable]:
+        """The parts that ranks divide among them and that have any of the parameters which ``only`` names."""
+        for name, part in self.module.named_modules():
+            if isinstance(part, Joinable) and any(only(own) for own in self.parameters if own.startswith(f"{name}.")):
+                yield part
 
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
         self.reshard()

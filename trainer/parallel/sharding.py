@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from trainer.parallel import distributed
-from trainer.parallel.cuts import Cut, cuts, cuts_of
+from trainer.parallel.cuts import Cut, cuts_of
 from trainer.parallel.mesh import Axis, Mesh
 
 
@@ -31,8 +31,7 @@ def shard(
 
     Args:
         module: What is called; what belongs to none of the blocks is gathered for all of its forward and backward.
-        blocks: Parts of it that are gathered one at a time. Parts of them whose weights have rows on other ranks than
-            the mesh's shards are gathered by themselves.
+        blocks: Parts of it that are gathered one at a time.
         mesh: The axes that the ranks are laid out on.
         dtype: The format that weights are gathered in; None = their own. Gradients add up in float32.
         reshard: Free a block's weights behind its forward.
@@ -47,12 +46,13 @@ def shard(
     policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
     where = CPUOffloadPolicy(pin_memory=True) if offload else OffloadPolicy()
     own = cuts_of(module, mesh)
-    apart = [(part, axis) for part in module.modules() if (axis := _own_shards(part)) is not None]
-    for part, axis in (*apart, *((part, mesh.shards) for part in (*blocks, module))):
-        assert axis.group is not None
+    shards = _device_mesh(mesh.shards, device)
+    placement = _placement({parameter: own[name] for name, parameter in module.named_parameters()}, mesh, device)
+    for part in (*blocks, module):
         unit = fully_shard(
             part,
-            mesh=DeviceMesh.from_group(axis.group, device.type),
+            mesh=shards,
+            shard_placement_fn=placement,
             reshard_after_forward=reshard and part is not module,
             mp_policy=policy,
             offload_policy=where,
@@ -71,9 +71,26 @@ def cut_of(parameter: Tensor) -> Cut:
     return parameter.cut  # type: ignore[attr-defined, no-any-return]
 
 
-def _own_shards(part: nn.Module) -> Axis | None:
-    """The ranks that have rows of a part's own weights, where they are not those of other weights."""
-    return next((cut.shards for cut in cuts(part).values() if cut.shards is not None), None)
+def _placement(parameters: Mapping[nn.Parameter, Cut], mesh: Mesh, device: torch.device) -> Callable[..., Any] | None:
+    """Tells `fully_shard` of parameters whose rows are on other ranks than the mesh's shards; None = there are none."""
+    others = {own.shards for own in parameters.values() if own.shards is not None} - {mesh.shards}
+    if not others:
+        return None
+    # PyTorch has no public name for it yet (2.12, pull request 173509).
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
+    infos = {axis: FSDPMeshInfo(mesh=_device_mesh(axis, device), shard_mesh_dim=0) for axis in others}
+
+    def placement(parameter: nn.Parameter) -> ShardPlacementResult | None:
+        shards = parameters[parameter].shards
+        return ShardPlacementResult(Shard(0), infos[shards]) if shards in infos else None
+
+    return placement
+
+
+def _device_mesh(axis: Axis, device: torch.device) -> DeviceMesh:
+    assert axis.group is not None
+    return DeviceMesh.from_group(axis.group, device.type)
 
 
 def units(module: nn.Module) -> list[FSDPModule]:
