@@ -32,12 +32,27 @@ COUNTS_ELEMENTS = {"nonzero", "masked_select", "unique_dim", "_unique2", "is_non
 
 asking: list[Asked] = []
 """What counts now."""
+pinned: dict[int, torch.Tensor] = {}
+"""Host memory that copies need not wait for, by its storage; held, so that no other storage takes its place."""
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Say that a tensor of the host is in memory of that kind."""
+    pinned[tensor.untyped_storage()._cdata] = tensor
+    return tensor
 
 
 def waited(what: str) -> None:
     """The host waits for the device."""
     if asking:
         asking[-1].stalls[f"{what} at {where()}"] += 1
+
+
+def resize(storage: torch.UntypedStorage, size: int) -> None:
+    """Give a storage another size, as FSDP does with what it gathers; no operation says so."""
+    torch._C.StorageBase.resize_(storage, size)  # type: ignore[attr-defined]
+    for asked in asking:
+        asked.resized(storage, size)
 
 
 class Event:
@@ -97,6 +112,8 @@ def pretend() -> None:
     cuda.current_stream = cuda.default_stream = Event
     cuda.stream, cuda.synchronize = nullcontext, lambda *_: waited("the device")
     torch.Tensor.record_stream = lambda self, _: None  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = lambda self, *_: pin(self)  # type: ignore[method-assign, assignment]
     cuda.current_device, cuda.set_device, cuda.empty_cache = (lambda: 0), (lambda *_: None), (lambda: None)
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -120,8 +137,6 @@ class Asked(TorchDispatchMode):
         self.mixed: Counter[str] = Counter()
         self._bytes = self._most = self._before = 0
         self._alive: dict[int, int] = {}
-        self._pinned: set[int] = set()
-        self._memory: list[Any] = []
 
     def __enter__(self) -> Asked:
         asking.append(self)
@@ -142,11 +157,15 @@ class Asked(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if kwargs.pop("pin_memory", None):
             with unset_fake_temporarily():
-                return self._pin(func(*args, **kwargs))
+                return pin(func(*args, **kwargs))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu")).type
-        if not any(t.device.type == "cuda" for t in tensors) and not any(isinstance(t, FakeTensor) for t in tensors):
+        on_host = not any(t.device.type == "cuda" for t in tensors)
+        if on_host and not any(isinstance(t, FakeTensor) for t in tensors):
             return self._from_host(func, name, tensors, args, kwargs, to_cuda=device == "cuda")
+        if on_host and device == "cpu":
+            # What the host computes with tensors that have no memory there either.
+            return 1.0 if name == "_local_scalar_dense" else func(*args, **kwargs)
         if name == "_local_scalar_dense":
             self._stalls(".item()")
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
@@ -188,19 +207,26 @@ class Asked(TorchDispatchMode):
             if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda":
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._alive:
-                    self._alive[storage._cdata] = size = storage.nbytes()
+                    size = storage.nbytes()
+                    self._born(storage, size)
                     self._before += size if before else 0
                     self._bytes += 0 if before else size
                     self._most = max(self._most, self._bytes)
-                    weakref.finalize(storage, self._died, storage._cdata)
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage that was given another size."""
+        if storage._cdata not in self._alive:
+            self._born(storage, 0)
+        self._bytes += size - self._alive[storage._cdata]
+        self._alive[storage._cdata] = size
+        self._most = max(self._most, self._bytes)
+
+    def _born(self, storage: torch.UntypedStorage, size: int) -> None:
+        self._alive[storage._cdata] = size
+        weakref.finalize(storage, self._died, storage._cdata)
 
     def _died(self, storage: int) -> None:
         self._bytes -= self._alive.pop(storage)
-
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._pinned.add(tensor.untyped_storage()._cdata)
-        self._memory.append(tensor)
-        return tensor
 
     def _index(self, index: Any) -> Any:
         if index is None:
@@ -217,7 +243,7 @@ class Asked(TorchDispatchMode):
         what, host = f"to {to} at {where()}", tensor if to == "cuda" else into
         if not non_blocking:
             self.stalls[f"copy {what}"] += 1
-        elif host is not None and host.untyped_storage()._cdata not in self._pinned:
+        elif host is not None and host.untyped_storage()._cdata not in pinned:
             self.unpinned[what] += 1
         self.copies[what] += 1
 

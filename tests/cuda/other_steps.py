@@ -1,4 +1,4 @@
-"""On fake CUDA, beside the steps of the pipelines: a decoded token, a step's memory, and steps under ZeRO.
+"""On fake CUDA, beside the steps of the pipelines: a decoded token, a step's memory, and steps in shards.
 
 Prints, as JSON, what each asked of the device. Run by `test_other_steps.py`.
 """
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.cuda.fake_cuda import CUDA, Asked, fake, pretend
-from tests.cuda.steps import BF16, rows, shape, step
+from tests.cuda.steps import BF16, lora, pairs, rows, shape, step
 from tests.shapes import architecture
 from trainer.batch import Batch, Documents, PackedRows
 from trainer.diagnostics.layout import Layout
@@ -27,9 +28,15 @@ from trainer.generation.sampling import Sampling
 from trainer.models.recompute import Recompute
 from trainer.models.transformer import Transformer, narrow_stream
 from trainer.parallel import distributed
+from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
+from trainer.parallel.mesh import Mesh, MeshShape
 from trainer.parallel.precision import Compute, Precision
+from trainer.parallel.strategy import Offload, Strategy
 from trainer.parallel.zero import Zero1, Zero2, Zero3
+from trainer.pipelines.dpo import DPO
 from trainer.pipelines.pretrain import Pretrain
+from trainer.pipelines.sft import SFT
 
 
 class CountedDecoder(FixedDecoder):
@@ -66,23 +73,33 @@ def decoded(**filters: float) -> dict[str, Any]:
     return {"graph": decoder.asked.report(), **beside}
 
 
-def used(recompute: Recompute, precision: Precision, *, qk_norm: str = "") -> dict[str, float]:
+def used(
+    recompute: Recompute,
+    precision: Precision = BF16,
+    strategy: Strategy | None = None,
+    *,
+    qk_norm: str = "",
+    size: int = 32,
+) -> dict[str, float]:
     """The most bytes that lived on the device in a step, and the estimate of them."""
+    strategy = strategy or DDP()
     a = architecture(
         num_hidden_layers=4, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
         head_dim=64, vocab_size=1024, qk_norm=qk_norm,
     )  # fmt: skip
-    size, length = 32, 512
+    length = 512
 
     def batch() -> Batch:
         ids, documents = torch.zeros(size, length, dtype=torch.int64), Documents.from_lengths([length] * size, size)
         real = torch.tensor(float(size * length), dtype=torch.float64)
         return PackedRows(torch.arange(size), ids, documents, real, ids, torch.ones(size, length))
 
-    asked = step(Pretrain(), batch, lambda: Transformer(a, recompute), precision=precision)
+    asked = step(Pretrain(), batch, lambda: Transformer(a, recompute), strategy=strategy, precision=precision)
     layout = Layout(
-        stage=0, ranks=1, low_precision_weights=False, compute=precision.dtype.itemsize, micro=size, length=length,
-        recompute=recompute, stream=2 if narrow_stream("cuda", precision.dtype) else 4,
+        stage=strategy.stage, ranks=distributed.world().size, compute=precision.dtype.itemsize, micro=size,
+        low_precision_weights=strategy.low_precision_weights(precision, cuda=True), length=length, recompute=recompute,
+        stream=2 if narrow_stream("cuda", precision.dtype) else 4, float_rows=strategy.float_rows,
+        reshard=getattr(strategy, "reshard", True),
     )  # fmt: skip
     return {"used": asked["peak_bytes"], "estimate": memory(a, layout).total}
 
@@ -94,12 +111,32 @@ class Exchanged:
         pass
 
 
+EXCHANGES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "barrier", "broadcast",
+    "reduce_scatter_single", "reduce_scatter_tensor",
+)  # fmt: skip
+
+
 def pretend_another_rank() -> None:
-    """Make this process the first of two; nothing comes from the second."""
+    """Make this process the first of two; no tensor comes from the second, which says of itself what this one says."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     distributed._world = distributed.World(0, 2, 0, CUDA)
-    for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "barrier", "broadcast", "reduce_scatter_tensor"):
+    for name in EXCHANGES:
         setattr(dist, name, lambda *_, **__: Exchanged())
+    distributed.gather = lambda value: [value, value]  # type: ignore[assignment]
+    made = DeviceMesh.from_group
+
+    def mesh(*args: Any, **kwargs: Any) -> DeviceMesh:
+        with unset_fake_temporarily():  # it reads the numbers of its ranks
+            return made(*args, **kwargs)
+
+    DeviceMesh.from_group = mesh  # type: ignore[method-assign, assignment]
+    Mesh.of(MeshShape())  # which counts its ranks; it is there when a strategy asks for it
+    pretend_deepspeed()
+
+
+def pretend_deepspeed() -> None:
+    """Answer what DeepSpeed asks about its device."""
     os.environ["DS_ACCELERATOR"] = "cuda"
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator
@@ -127,13 +164,28 @@ def main() -> None:
             "filtered": decoded(top_k=50, top_p=0.9, min_p=0.05),
         },
         "memory": {
-            "none": used(Recompute.none, BF16), "selective": used(Recompute.selective, BF16),
-            "full": used(Recompute.full, BF16), "fp16": used(Recompute.none, fp16),
-            "qk_norm": used(Recompute.none, BF16, qk_norm="head"),
+            "none": used(Recompute.none), "selective": used(Recompute.selective), "full": used(Recompute.full),
+            "fp16": used(Recompute.none, fp16), "qk_norm": used(Recompute.none, qk_norm="head"),
         },
     }  # fmt: skip
     pretend_another_rank()
-    done["zero"] = {
+    # Before DeepSpeed replaces torch's linear layer.
+    done["sharded"] = {
+        "fsdp_bf16": step(Pretrain(), rows, strategy=FSDP()),
+        "fsdp_fp16": step(Pretrain(), rows, strategy=FSDP(), precision=fp16),
+        "fsdp_whole": step(Pretrain(), rows, strategy=FSDP(reshard=False)),
+        "fsdp_twin": step(DPO(), pairs, strategy=FSDP()),
+        "fsdp_lora": step(SFT(), rows, lora, strategy=FSDP()),
+    }
+    done["offloaded"] = step(Pretrain(), rows, strategy=FSDP(offload=Offload.parameters))
+    # Few rows, so that weights and their gradients are most of what lives there.
+    done["memory"] |= {
+        "fsdp": used(Recompute.none, strategy=FSDP(), size=2),
+        "fsdp_full": used(Recompute.full, strategy=FSDP(), size=2),
+        "fsdp_whole": used(Recompute.none, strategy=FSDP(reshard=False), size=2),
+        "fsdp_autocast": used(Recompute.none, strategy=FSDP(autocast=True), size=2),
+    }
+    done["sharded"] |= {
         f"{kind.__name__.lower()}_{precision.compute}": step(Pretrain(), rows, strategy=kind(), precision=precision)
         for kind in (Zero1, Zero2, Zero3) for precision in (BF16, fp16)
     }  # fmt: skip

@@ -129,11 +129,15 @@ def step(
     with fake():
         with CUDA, strategy.construction():
             trained = module()
+        strategy.place(trained, trained.model.layers, precision)
         engine = strategy.wrap(trained, optimizer or AdamW(lr=1e-3), precision)
         frozen = {}
         if getattr(pipeline, "uses_reference", False):
+            with CUDA, strategy.construction():
+                reference = Transformer(shape())
+            strategy.place(reference, reference.model.layers, precision)
             with CUDA:
-                frozen["reference"] = strategy.freeze(Transformer(shape()), precision)
+                frozen["reference"] = strategy.freeze(reference, precision)
         models = Models(engine.model, None, "", frozen)  # type: ignore[arg-type]
         guard, watch = Guard(GuardSettings(spike_deviations=8.0), CUDA), Stopwatch(CUDA)
         for number in range(2):

@@ -1,4 +1,4 @@
-"""Beside the pipelines' steps: what a decoded token and a step under ZeRO ask of a GPU, and the memory that a step takes."""
+"""Beside the pipelines' steps: what a decoded token and a step in shards ask of a GPU, and the memory that a step takes."""
 
 import pytest
 
@@ -9,10 +9,11 @@ DECODING = {"greedy": 125, "sampled": 157, "filtered": 179}
 """Launches of a decode step of two layers, which a graph makes one."""
 SHARDED = {
     "zero1_bf16": 565, "zero1_fp16": 636, "zero2_bf16": 608, "zero2_fp16": 658, "zero3_bf16": 655, "zero3_fp16": 729,
+    "fsdp_bf16": 544, "fsdp_fp16": 620, "fsdp_whole": 540, "fsdp_twin": 960, "fsdp_lora": 769,
 }  # fmt: skip
 """Launches of a step of two micro-batches of two layers on one of two ranks, without those of the exchanges."""
 # The gather of small parameters after a step.
-WAITS = {"zero1": 0, "zero2": 0, "zero3": 1}
+WAITS = {"zero1": 0, "zero2": 0, "zero3": 1, "fsdp": 0}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,23 @@ def test_a_decoded_token_is_one_graph_and_waits_once(asked, sampling):
 
 @pytest.mark.parametrize("sharded", SHARDED)
 def test_a_sharded_step_waits_at_most_once_and_launches_no_more_than_before(asked, sharded):
-    counts = asked["zero"][sharded]
+    counts = asked["sharded"][sharded]
     assert sum(counts["stalls"].values()) <= WAITS[sharded.partition("_")[0]], counts["stalls"]
     assert counts["unpinned"] == counts["mixed"] == {}
     assert counts["launches"] <= SHARDED[sharded], counts["by_line"]
 
 
-@pytest.mark.parametrize("step", ["none", "selective", "full", "fp16", "qk_norm"])
+def test_rows_in_host_memory_meet_no_tensor_of_the_device_but_in_copies(asked):
+    counts = asked["offloaded"]
+    assert counts["unpinned"] == counts["mixed"] == {}
+    # Gradients come to the host, and whether and how they are applied; the step is taken there.
+    assert all("copy to cpu" in what or what.startswith("a stream or event") for what in counts["stalls"])
+
+
+MEMORY = ["none", "selective", "full", "fp16", "qk_norm", "fsdp", "fsdp_full", "fsdp_whole", "fsdp_autocast"]
+
+
+@pytest.mark.parametrize("step", MEMORY)
 def test_the_estimate_for_cuda_is_within_a_tenth_of_what_lives_there(asked, step):
     counts = asked["memory"][step]
     assert counts["estimate"] == pytest.approx(counts["used"], rel=0.1)
