@@ -44,6 +44,8 @@ CONFIGURATIONS = [
     (1, ["batch.size=8", "batch.micro=4", "batch.length=256", "optimizer.state=8bit"]),
     (2, ["batch.size=16", "batch.micro=4", "batch.length=256", "strategy=zero2", "optimizer.state=8bit"]),
     (1, ["batch.size=8", "batch.micro=4", "batch.length=256", "adapter=qlora", "precision=bf16"]),
+    (2, ["batch.size=16", "batch.micro=4", "batch.length=256", "strategy=fsdp"]),
+    (2, ["batch.size=16", "batch.micro=4", "batch.length=256", "strategy=fsdp", "precision=bf16"]),
 ]
 
 

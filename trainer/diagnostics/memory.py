@@ -62,14 +62,15 @@ def states(parameters: float, layout: Layout, wide: float = 0.0) -> tuple[float,
     (Rajbhandari et al. 2020, arXiv:1910.02054). Float32 working copy: DDP 4 + 4 + 8; under ZeRO DeepSpeed keeps a second
     float32 master, so 4 + 4 + 12. Of the last, 8 are the moments, less where ``layout.moment`` says so; not those of
     the ``wide`` elements: embeddings and heads. FSDP: 4 + 4 and the moments, all of them divided; without resharding a
-    working copy and its gradients besides.
+    working copy besides, and gradients that are whole until they are exchanged.
     """
     working = 2 if layout.low_precision_weights else 4
     pair = 2 * (layout.moment * (parameters - wide) + 4 * wide)
     if layout.float_rows:
         share = 0.0 if layout.offload != "none" and layout.cuda else 1 / layout.shards
-        copy = 0.0 if layout.reshard else parameters
-        return 4 * parameters * share + working * copy, 4 * parameters * share + 4 * copy, pair * share
+        if layout.reshard:
+            return 4 * parameters * share, 4 * parameters * share, pair * share
+        return 4 * parameters * share + working * parameters, 4 * parameters, pair * share
     optimizer = (4 if layout.stage or layout.low_precision_weights else 0) * parameters + pair
     over = [layout.shards if layout.stage >= stage else 1 for stage in (3, 2, 1)]
     weights, gradients, moments = (
@@ -120,8 +121,9 @@ def learnt_elements(a: Architecture, layout: Layout, portion: Portion) -> float:
 def memory(a: Architecture, layout: Layout) -> Memory:
     """The peak of a rank, in the middle of a step; of a pipeline's ranks the one that needs most.
 
-    On CPU within a tenth of what was measured in use for DDP, ZeRO-1 and ZeRO-2 (tests/distributed/test_memory.py). What a C
-    library's allocator keeps for later comes on top of it (glibc: up to a quarter), and ZeRO-3 takes up to a third more.
+    On CPU within a tenth of what was measured in use for DDP, FSDP, ZeRO-1 and ZeRO-2 (tests/distributed/test_memory.py).
+    What a C library's allocator keeps for later comes on top of it (glibc: up to a quarter), and ZeRO-3 takes up to a third
+    more.
     """
     return max((_memory(a, layout, portion) for portion in portions(a, layout)), key=lambda need: need.total)
 
@@ -136,6 +138,9 @@ def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
     head = loss(a, layout) if portion.last else 0.0
     # The loss is gone when the blocks' backward begins.
     temporary = max(0.0, backward(a, layout) - head)
+    if layout.float_rows:
+        exchanged = _exchanging(layout, portion, learnt / count, backward(a, layout))
+        temporary = max(temporary, exchanged - activations(a, layout) / a.num_hidden_layers - head)
     temporary += (
         _gathered(layout, portion, learnt) if layout.float_rows else _exchanged(layout, portion, learnt, packed)
     )
@@ -175,17 +180,25 @@ def _exchanged(layout: Layout, portion: Portion, learnt: float, packed: float) -
 
 
 def _gathered(layout: Layout, portion: Portion, learnt: float) -> float:
-    """Bytes that FSDP needs beside a rank's rows: what is gathered, and the gradients that are exchanged.
+    """Bytes that FSDP gathers beside a rank's rows.
 
-    All that is around the blocks is gathered through a step, with its gradient; of the blocks one and the next, in the buffer
-    that they arrive in and in tensors of their own; and the gradient of one, as it is computed and as it adds up.
+    All that is around the blocks for a step; of the blocks one, and the next in the buffer that it arrives in.
     """
     working, block = (2 if layout.low_precision_weights else 4), portion.block(layout)
-    arriving = block * working * (1 if not layout.reshard else 3) + (portion.tables * working if layout.reshard else 0)
-    sums = 0.0 if not layout.reshard else learnt / portion.elements * (working + 4) * block
+    arriving = working * (2 * block + portion.tables) if layout.reshard else 0.0
     # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
     casts = layout.compute == 2 and not layout.low_precision_weights
-    return arriving + sums + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)
+    return arriving + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)
+
+
+def _exchanging(layout: Layout, portion: Portion, part: float, needed: float) -> float:
+    """Bytes that a block's backward takes under FSDP when that of the block behind it has freed what it had read.
+
+    The gradient of its trained ``part``, or all else that is ``needed``; and the buffer in which gradients of the block
+    behind it add up: it is there until the next one goes out.
+    """
+    trained = part * portion.block(layout)
+    return max(needed, trained * (2 if layout.low_precision_weights else 4)) + 4 * trained * layout.reshard
 
 
 def fit(a: Architecture, layout: Layout, limit: float | None) -> Layout:

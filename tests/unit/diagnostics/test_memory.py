@@ -87,8 +87,8 @@ def test_fsdp_divides_sixteen_bytes_a_weight_whatever_it_gathers_them_in():
     rows = {"stage": 3, "ranks": 4, "float_rows": True}
     assert sum(states(1.0, layout(**rows))) == 16 / 4
     assert sum(states(1.0, layout(**rows, low_precision_weights=False))) == 16 / 4
-    # Without resharding a bf16 copy is there through a step, and its gradients, which add up in float32.
-    assert states(1.0, layout(**rows, reshard=False)) == (4 / 4 + 2, 4 / 4 + 4, 8 / 4)
+    # Without resharding a bf16 copy is there through a step, and whole gradients, which are exchanged at its end.
+    assert states(1.0, layout(**rows, reshard=False)) == (4 / 4 + 2, 4, 8 / 4)
     assert states(1.0, layout(**rows, offload="parameters")) == (0, 0, 0)
 
 
