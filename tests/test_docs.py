@@ -158,8 +158,10 @@ def verb(name: str, words: list[str], monkeypatch) -> None:
     if re.search("ArgumentParser|parser_of", Path(module.__file__).read_text()):
         accepts(lambda: module.main([word for word in words if word != "..."]), monkeypatch)
     if name in ("preview", "prepare", "estimate", "evaluate"):
-        # Paths of data and tokenizer may be left out of an estimate.
-        composes([word for word in words if "=" in word and not word.startswith("-")] + ["..."] * (name == "estimate"))
+        # Paths of data and tokenizer may be left out of an estimate; a plan's nodes are no settings of a run.
+        planned = ("nodes=", "gpus_per_node=") if "--plan" in words else ()
+        settings = [word for word in words if "=" in word and not word.startswith(("-", *planned))]
+        composes(settings + ["..."] * (name == "estimate"))
 
 
 def check(words: list[str], monkeypatch) -> None:

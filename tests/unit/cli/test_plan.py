@@ -1,0 +1,104 @@
+"""`onecurve estimate --plan`, as a user types it."""
+
+import dataclasses
+
+import pytest
+
+from tests.command import onecurve
+from tests.unit.diagnostics.test_memory import SEVEN
+from trainer.cli.plan import Wish, layouts_of, plan
+from trainer.compose import compose
+from trainer.config import ConfigError
+from trainer.diagnostics.links import Links
+from trainer.diagnostics.mesh_plan import Cluster
+
+EIGHT = Cluster(1, "H100", 1e15, 0.5, 80e9, Links())
+RUN = ["precision=bf16", "batch.size=64", "batch.micro=1", "batch.length=4096", "model.activation_checkpointing=null"]
+
+
+def wish(*words: str) -> Wish:
+    return Wish.of(["nodes=1", "gpus_per_node=8", *words])
+
+
+def test_a_plan_says_what_to_paste_and_what_else_was_tried(tmp_path):
+    code, out, _ = onecurve(tmp_path, "estimate", "--plan", "nodes=1", "gpus_per_node=8", "experiment=7b")
+    assert code == 0
+    assert "| best |" in out
+    # 7.24 billion weights of 16 bytes are 116 GB, their casts 14 more, and the loss and a block's backward 3.
+    assert "| ddp | 1 | 1 | 1 | 1 | 8 | 1 | full | 133 GB | - | - | needs 133 GB of 64 |" in out
+    [line] = [line for line in out.splitlines() if line.startswith("use ")]
+    assert line.startswith("use strategy=fsdp batch.micro=")
+    assert "links of a device 450 GB/s within and 50 GB/s between nodes, 80% of them reached" in out
+
+
+def test_what_a_plan_proposes_composes(tmp_path):
+    cfg = compose(RUN)
+    [line] = [line for line in plan(cfg, SEVEN, EIGHT, wish()) if line.startswith("use ")]
+    words = line.removeprefix("use ").split()
+    assert compose([*RUN, *words]).strategy.name == "fsdp"
+
+
+def test_settings_that_are_named_stay(tmp_path):
+    cfg = compose(RUN)
+    kept = list(layouts_of(cfg, SEVEN, EIGHT, wish("strategy=zero2", "batch.micro=1"), {}))
+    assert {(name, layout.micro) for name, layout in kept} == {("strategy=zero2", 1)}
+    both = {name for name, _ in layouts_of(cfg, SEVEN, EIGHT, wish("strategy.reshard=false"), {})}
+    assert both == {"strategy=fsdp strategy.reshard=false"}
+    full = compose([*RUN, "model.activation_checkpointing=full"])
+    table = [line for line in plan(full, SEVEN, EIGHT, wish("model.activation_checkpointing=full")) if " GB | " in line]
+    assert table
+    assert all("| full |" in line for line in table)
+
+
+@pytest.mark.parametrize(
+    ("words", "problems"),
+    [
+        (["nodes=2"], ["gpus_per_node is required: --plan proposes a mesh for so many; write gpus_per_node=8"]),
+        (["nodes=no", "gpus_per_node=8"], ["nodes=no is no number of 1 or more; write nodes=8"]),
+        (
+            ["nodes=2", "gpus_per_node=8", "strategy.autocast=true"],
+            ["strategy.autocast is nothing that --plan chooses; leave it out, or use one of reshard, tensor, sequence, "
+             "expert, pipeline"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_plan_lacks_is_refused_before_anything_is_composed(words, problems):
+    with pytest.raises(ConfigError) as error:
+        Wish.of(words)
+    assert error.value.problems == problems
+
+
+def test_what_fits_nowhere_says_what_would(tmp_path):
+    code, out, errors = onecurve(
+        tmp_path, "estimate", "--plan", "nodes=1", "gpus_per_node=8", "experiment=7b", "model=70b"
+    )
+    assert code == 2
+    assert "\nuse " not in out
+    # 69 billion weights of 16 bytes over 8 devices.
+    assert "nothing fits: strategy=fsdp" in errors
+    assert "nodes=" in errors
+    assert "would fit it: strategy=" in errors
+
+
+def test_a_batch_that_no_mesh_divides_is_refused_with_sizes_that_do():
+    cfg = compose(RUN)
+    twelve = dataclasses.replace(EIGHT, links=Links(per_node=12))
+    with pytest.raises(ConfigError, match=r"batch.size=64 divides among no mesh of 12 devices .*; use 60 or 72"):
+        list(plan(cfg, SEVEN, twelve, wish("strategy=ddp")))
+
+
+def test_an_axis_that_no_size_works_of_is_left_out_with_its_reason():
+    # No two ranks divide three heads.
+    odd = dataclasses.replace(SEVEN, num_attention_heads=3, num_key_value_heads=3)
+    refused: dict[str, str] = {}
+    layouts = list(layouts_of(compose(RUN), odd, EIGHT, wish(), refused))
+    assert layouts
+    assert all(layout.tensor == 1 for _, layout in layouts)
+    assert refused["tensor"].startswith("strategy.tensor=2 ")
+
+
+def test_the_links_of_a_command_line_replace_those_of_the_device(tmp_path):
+    words = ["--plan", "nodes=2", "gpus_per_node=4", "--device", "A100", "--between", "3", "--reached", "1"]
+    code, out, _ = onecurve(tmp_path, "estimate", *words, "experiment=1b")
+    assert code == 0
+    assert "links of a device 300 GB/s within and 3 GB/s between nodes, 100% of them reached" in out
