@@ -5,8 +5,8 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing import forkserver as server
 from typing import Any
 
@@ -23,12 +23,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+_ports: list[int] = []
+"""For sessions to come."""
+
+
+def to_another_port() -> None:
+    """Before another session of ranks that had one: a rank that is early would find the store of that."""
+    os.environ["MASTER_PORT"] = str(_ports.pop())
+
+
+@contextmanager
+def session_of(replica: int = 1) -> Iterator[distributed.World]:
+    """A session of ranks that have not joined one, or had others before; ``replica``: ranks that read the same data."""
+    to_another_port()
+    with distributed.session(timeout=120, replica=replica) as world:
+        yield world
+
+
 def _rank(
-    rank: int, size: int, port: int, joined: bool, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+    rank: int,
+    size: int,
+    ports: list[int],
+    joined: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    results: Any,
 ) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0])
     )
+    _ports[:] = ports[1:]
     torch.set_num_threads(1)
     try:
         with distributed.session(timeout=120) if joined else nullcontext():
@@ -38,6 +62,8 @@ def _rank(
         raise
 
 
+SESSIONS = 12
+"""That ranks which start without one can have, one behind the other."""
 PRELOADED = [
     "pytest", "tests.command", "trainer.cli.train", "trainer.compose", "trainer.run", "deepspeed", __name__,
     # What DeepSpeed imports once it is initialised, torch's compiler with it: more than a second.
@@ -61,13 +87,13 @@ def on_ranks(
 ) -> list[Any]:
     """What ``function(*args)`` returns on each of ``size`` ranks; it must be importable, its results plain or arrays.
 
-    ``joined``: whether the ranks are in a session already, or know their places only.
+    ``joined``: whether the ranks are in a session already, or know their places only (`session_of`).
     """
     context = forkserver()
     results = context.Queue()
-    port = free_port()
+    ports = [free_port() for _ in range(1 if joined else 1 + SESSIONS)]
     processes = [
-        context.Process(target=_rank, args=(rank, size, port, joined, function, args, results)) for rank in range(size)
+        context.Process(target=_rank, args=(rank, size, ports, joined, function, args, results)) for rank in range(size)
     ]
     for process in processes:
         process.start()

@@ -26,9 +26,10 @@ from trainer.generation.completion import Completion
 from trainer.loop import train_step
 from trainer.models.actor_critic import ActorCritic
 from trainer.models.architecture import Architecture
+from trainer.models.context import PackedContext
 from trainer.models.lora import LoRA
 from trainer.models.rope import angles
-from trainer.models.transformer import PackedContext, Transformer
+from trainer.models.transformer import Transformer
 from trainer.optim import AdamW, Muon
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP

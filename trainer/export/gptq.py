@@ -20,10 +20,11 @@ from trainer.batch import Documents
 from trainer.config import InputError
 from trainer.export.matrices import Matrix
 from trainer.models.architecture import Architecture, Layer
+from trainer.models.context import PackedContext
 from trainer.models.int_grid import dequantise, scales
 from trainer.models.rope import angles, frequencies, growth
 from trainer.models.stored import StoredWeights
-from trainer.models.transformer import Block, PackedContext, Turned
+from trainer.models.transformer import Block, Turned
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,10 @@ from torch.nn.functional import linear
 from trainer.batch import Branches, Documents
 from trainer.functional import At, Head
 from trainer.models.architecture import Architecture
+from trainer.models.context import Context
 from trainer.models.recompute import Recompute
-from trainer.models.transformer import Context, Read, Transformer
+from trainer.models.transformer import Read, Transformer
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 CRITIC = "critic."
 """Begins the names of all that is not the policy's."""
@@ -49,14 +51,26 @@ class ActorCritic(Transformer):
 
 
 class ValueHead(nn.Module):
-    """A vector that reads values off a policy's own hidden states; it begins at zero, so every value does."""
+    """A vector that reads values off a policy's own hidden states; it begins at zero, so every value does.
+
+    Attributes:
+        sequence: Ranks that joined the hidden states, and all read the same values.
+        vocabulary: Ranks whose gradients of the hidden states are added up, as of parts of a vocabulary.
+    """
+
+    sequence: Axis = UNDIVIDED
+    vocabulary: Axis = UNDIVIDED
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, size))
 
+    def divide(self, mesh: Mesh) -> None:
+        """Read the same values as other ranks."""
+        self.sequence, self.vocabulary = mesh.sequence, mesh.vocabulary
+
     def forward(self, hidden: Tensor, read: Read) -> Any:
-        return read(hidden, Head(self.weight))
+        return read(self.vocabulary.even(hidden), Head(self.sequence.even(self.weight)))
 
 
 def of_policy(name: str) -> bool:

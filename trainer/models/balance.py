@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.models.architecture import Architecture
 from trainer.models.experts import Router, RouterLosses
 from trainer.parallel import distributed
+from trainer.parallel.mesh import UNDIVIDED, Axis
 
 SUMS = 3
 """Numbers of a router's statistics behind its experts' counts: entropy, balance loss, z-loss."""
@@ -51,6 +52,8 @@ class Balancer:
     def __init__(self, module: nn.Module, rates: BalanceRates) -> None:
         self.rates = rates
         self.routers = [m for m in module.modules() if isinstance(m, Router)]
+        # Ranks whose routers see different tokens of the same rows.
+        self._sequence: Axis = getattr(module, "sequence", UNDIVIDED)
         self._weights = torch.zeros(2)
 
     def begin(self, factor: Tensor) -> None:
@@ -72,7 +75,7 @@ class Balancer:
 
         Where the step was not ``applied``, nothing changes.
         """
-        sums = torch.cat([_added(leaves) for leaves in zip(*micro_batches, strict=True)])
+        sums = self._sequence.sum(torch.cat([_added(leaves) for leaves in zip(*micro_batches, strict=True)]))
         sizes = [len(router.load) + SUMS for router in self.routers]
         columns: dict[str, list[Tensor]] = {}
         for router, own in zip(self.routers, torch.split(distributed.sum_over_data(sums), sizes), strict=True):

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _rows: tuple[str, ...] = ("",)
 _tokens: tuple[int, ...] | None = None
 _places: Tensor | None = None
+_part: tuple[tuple[int, int], tuple[int, int]] | None = None
 
 
 def draw_for(key: Sequence[int], rows: Sequence[int], tokens: tuple[int, ...] | None = None) -> None:
@@ -19,9 +21,9 @@ def draw_for(key: Sequence[int], rows: Sequence[int], tokens: tuple[int, ...] | 
     ``key``: what else it depends on (seed, step).
     ``tokens``: how many tokens each has, where they lie end to end in a single row; None where all have as many.
     """
-    global _rows, _tokens, _places
+    global _rows, _tokens, _places, _part
     _rows = tuple(":".join(map(str, (*key, row))) for row in rows)
-    _tokens, _places = tokens, None
+    _tokens, _places, _part = tokens, None, None
 
 
 def narrow_to(places: Tensor | None) -> None:
@@ -30,11 +32,21 @@ def narrow_to(places: Tensor | None) -> None:
     _places = places
 
 
+def divide(shape: tuple[int, int], span: tuple[int, int]) -> None:
+    """Until the next draw: of micro-batches ``(B, T)`` this rank has the tokens ``span``, counted along all of them.
+
+    Those behind the last one belong to nothing.
+    """
+    global _part
+    _part = shape, span
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def dropout(x: Tensor, part: float, place: str) -> Tensor:
     """Zero a ``part`` of ``x``, the rest scaled up (Srivastava et al. 2014).
 
-    ``x`` ``(B, T, d)``, or all rows end to end, ``(1, T, d)`` or ``(T, d)``, of which the last block may have a few only.
+    ``x`` ``(B, T, d)``, or all rows end to end, ``(1, T, d)`` or ``(T, d)``, of which the last block may have a few only; or
+    this rank's part of either, ``(1, n, d)`` or ``(n, d)``.
     ``place``: where in the model.
 
     Raises:
@@ -42,11 +54,12 @@ def dropout(x: Tensor, part: float, place: str) -> Tensor:
     """
     if x.dim() == 2:
         return dropout(x[None], part, place)[0]  # type: ignore[no-any-return]
-    narrowed = _tokens is not None and x.shape[1] != sum(_tokens)
-    if narrowed and (_places is None or x.shape[1] != len(_places)):
-        raise ValueError(f"dropout at {place} has {x.shape[1]} tokens of rows with {_tokens}, and nothing says which")
-    shape = (1, sum(_tokens), *x.shape[2:]) if _tokens is not None else x.shape
-    keep = torch.empty(shape, dtype=x.dtype, device=x.device)
+    rows = x.shape[:2] if _part is None else _part[0]
+    narrowed = _tokens is not None and rows[1] != sum(_tokens)
+    if narrowed and (_places is None or rows[1] != len(_places)):
+        raise ValueError(f"dropout at {place} has {rows[1]} tokens of rows with {_tokens}, and nothing says which")
+    rows = rows if _tokens is None else (1, sum(_tokens))
+    keep = torch.empty((*rows, *x.shape[2:]), dtype=x.dtype, device=x.device)
     for number, mask in enumerate(_row_by_row(keep)):
         turn, row = divmod(number, len(_rows))
         digest = hashlib.blake2b(f"{_rows[row]}:{turn}:{place}".encode(), digest_size=7).digest()
@@ -55,6 +68,10 @@ def dropout(x: Tensor, part: float, place: str) -> Tensor:
     if narrowed:
         assert _places is not None
         keep = keep.index_select(1, _places)
+    if _part is not None:
+        first, last = _part[1]
+        keep = keep.flatten(0, 1)[None, first:last]
+        keep = F.pad(keep, (0, 0, 0, x.shape[1] - keep.shape[1]))
     return x * keep / (1 - part)
 
 

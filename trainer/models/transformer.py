@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.batch import Branches, Documents
-from trainer.functional import At, Head, working_dtype
+from trainer.functional import At, Head, VocabularyPart, working_dtype
 from trainer.functional.objective import compile_loss
 from trainer.models import dropout
 from trainer.models.architecture import Architecture, Rope
-from trainer.models.attention import Scores, attend, has_kernel
+from trainer.models.attention import Scores, has_kernel
+from trainer.models.context import Context, DividedContext, PackedContext, vocabulary_part
 from trainer.models.cpu_kernels import embed
-from trainer.models.delta import DeltaInputs, GatedDeltaNet, Pass, recur_packed
+from trainer.models.delta import GatedDeltaNet
 from trainer.models.experts import MixtureOfExperts, mlp_of
 from trainer.models.linear import BlockLinear
 from trainer.models.norm import norm_of
 from trainer.models.recompute import RECOMPUTING, Recompute, around, keep_all
 from trainer.models.rope import angles, frequencies, growth, rotate
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 NARROW_STREAM = {"cuda"}
 """Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
@@ -31,34 +31,6 @@ there. Never float16, whose range is too small for a sum over all layers."""
 Read = Callable[[Tensor, Head], Any]
 Turned = tuple[Tensor, ...]
 """What a layer's mixer reads of positions: cosines, sines, and what queries grow by; () = nothing."""
-
-
-class Context(Protocol):
-    """What tokens see of those before them: their documents, or a cache."""
-
-    @property
-    def positions(self) -> Tensor: ...
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor: ...
-
-    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class PackedContext:
-    """The documents that tokens are packed in."""
-
-    documents: Documents | Branches
-
-    @property
-    def positions(self) -> Tensor:
-        return self.documents.positions
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-        return attend(q, k, v, self.documents, scores)
-
-    def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
-        return recur_packed(self.documents, passed, inputs)
 
 
 class Attention(nn.Module):
@@ -232,31 +204,60 @@ class Decoder(nn.Module):
 
 
 class VocabularyProjection(nn.Module):
-    """The output embedding, its own matrix or ``tied``. A reader is given it here, inside a forward, where it is whole."""
+    """The output embedding, its own matrix or ``tied``. A reader is given it here, inside a forward, where it is whole.
+
+    Attributes:
+        parts: Which rows this rank reads, of hidden states that it has by itself, and of those that ranks have joined; each
+            None = all.
+    """
+
+    parts: tuple[VocabularyPart | None, VocabularyPart | None] = (None, None)
 
     def __init__(self, a: Architecture, tied: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(a.vocab_size, a.hidden_size)) if tied is None else tied
         self.scale, self.cap = a.logit_scale, a.logit_cap
 
-    def forward(self, hidden: Tensor, read: Read) -> Any:
+    def divide(self, mesh: Mesh) -> None:
+        """Read off this rank's rows."""
+        rows = self.weight.shape[0]
+        self.parts = vocabulary_part(rows, mesh, joined=False), vocabulary_part(rows, mesh, joined=True)
+
+    def forward(self, hidden: Tensor, read: Read, joined: bool = False) -> Any:
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
-        return read(hidden, Head(self.weight, self.cap))
+        alone, part = self.parts[0], self.parts[joined]
+        if part is None:
+            return read(hidden, Head(self.weight, self.cap))
+        first = 0 if alone is None else alone.span[0]
+        own = slice(part.span[0] - first, part.span[1] - first)
+        return read(hidden, Head(self.weight[own], self.cap, part))
 
 
 class ScoreProjection(nn.Module):
-    """A vector in the place of the output embedding: a reader makes a score of a hidden state with it."""
+    """A vector in the place of the output embedding: a reader makes a score of a hidden state with it.
+
+    Attributes:
+        sequence: Ranks that all make the same scores of hidden states that they have joined.
+    """
+
+    sequence: Axis = UNDIVIDED
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, a.hidden_size))
 
-    def forward(self, hidden: Tensor, read: Read) -> Any:
-        return read(hidden, Head(self.weight))
+    def forward(self, hidden: Tensor, read: Read, joined: bool = False) -> Any:
+        return read(self.sequence.even(hidden), Head(self.sequence.even(self.weight)))
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model, or with ``architecture.scores`` a model that scores sequences."""
+    """A decoder-only language model, or with ``architecture.scores`` a model that scores sequences.
+
+    Attributes:
+        sequence: Ranks that divide the tokens of a micro-batch among them.
+    """
+
+    sequence: Axis = UNDIVIDED
 
     def __init__(self, architecture: Architecture, recompute: Recompute = Recompute.none) -> None:
         super().__init__()
@@ -270,30 +271,53 @@ class Transformer(nn.Module):
         else:
             self.lm_head = VocabularyProjection(architecture, table if architecture.tie_word_embeddings else None)
 
+    def divide(self, mesh: Mesh) -> None:
+        """Compute this rank's part of every forward from now on; the parameters have no values yet."""
+        for block in self.model.layers:
+            block.divide(mesh)  # type: ignore[operator]
+        self.sequence = mesh.sequence
+        if self.architecture.scores:
+            self.score.sequence = mesh.sequence
+        else:
+            self.lm_head.divide(mesh)
+
     def forward(self, tokens: Tensor, documents: Documents | Branches | Context, read: Read) -> Any:
         """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection, a `Head`.
 
         ``tokens`` ``(B, T)`` int64. ``documents``: where documents begin and end, or a key-value cache to attend to.
         """
-        context = PackedContext(documents) if isinstance(documents, Documents | Branches) else documents
-        x = self.model.embed_tokens(tokens)
-        *turned, last_turned = self.model.turned(documents.positions, working_dtype(x))
-        run = self._in_training(x) if self.training and torch.is_grad_enabled() else None
-        real = getattr(documents, "real", None) if self.architecture.experts else None
+        context, divided = self._context(tokens, documents)
+        x = self.model.embed_tokens(tokens if divided is None else divided.own(tokens))
+        *turned, last_turned = self.model.turned(context.positions, working_dtype(x))
+        learns = self.training and torch.is_grad_enabled()
+        run = self._in_training(x) if learns else None
+        real = getattr(divided or documents, "real", None) if self.architecture.experts else None
         *blocks, last = self.model.layers
+        places = None
+        if divided is None and isinstance(read, At):
+            # The last block computes nothing of other tokens. Divided, all ranks must compute equally many.
+            places, read = read.places, read.read
+        elif learns and divided is not None:
+            dropout.divide(divided.shape, divided.span)
         for block, own in zip(blocks, turned, strict=True):
             x = block(x, own, context, None, real, run)
-        places, read = (read.places, read.read) if isinstance(read, At) else (None, read)
-        if self.training and torch.is_grad_enabled():
+        if learns:
             dropout.narrow_to(places)
-        x = last(x, last_turned, context, places, real, run)
+        x = self.model.norm(last(x, last_turned, context, places, real, run))
         head = self.score if self.architecture.scores else self.lm_head
-        return head(self.model.norm(x), read)
+        return head(x, read) if divided is None else head(divided.joined(x), read, joined=True)
 
-    def divide(self, mesh: Mesh) -> None:
-        """Leave this rank's part of the layers that are divided on a mesh; none has values yet."""
-        for block in self.model.layers:
-            block.divide(mesh)  # type: ignore[operator]
+    def _context(
+        self, tokens: Tensor, documents: Documents | Branches | Context
+    ) -> tuple[Context, DividedContext | None]:
+        """What the tokens see; and the same where this rank computes a part of them alone."""
+        if not isinstance(documents, Documents | Branches):
+            return documents, None
+        packed = PackedContext(documents)
+        if self.sequence.size == 1:
+            return packed, None
+        divided = DividedContext(packed, (tokens.shape[0], tokens.shape[1]), self.sequence)
+        return divided, divided
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile what a block does in training, recomputation included: one graph for all blocks of a kind; and the loss.

@@ -16,9 +16,10 @@ from trainer.diagnostics.advice import advice
 from trainer.diagnostics.layout import Layout
 from trainer.diagnostics.memory import fit, host_memory, memory, states
 from trainer.diagnostics.step_time import seconds_per_step
+from trainer.models.context import PackedContext
 from trainer.models.recompute import Recompute
 from trainer.models.sizes import parameters_of
-from trainer.models.transformer import PackedContext, Transformer
+from trainer.models.transformer import Transformer
 from trainer.tracking.throughput import PEAKS
 
 SEVEN = architecture(

@@ -38,3 +38,12 @@ def test_blocks_whose_experts_are_elsewhere_are_not_compiled():
     assert list(FSDP().validate_compiled()) == []
     [sentence] = FSDP(expert=2).validate_compiled()
     assert sentence.endswith("use model.compile=false")
+
+
+def test_tokens_are_divided_among_ranks_that_divide_the_query_heads():
+    twelve = small(experts=0, layers=(), num_attention_heads=12, num_key_value_heads=3)
+    assert list(validate_mesh(MeshShape(sequence=4), twelve, 16)) == []
+    assert list(validate_mesh(MeshShape(sequence=8), twelve, 16, auxiliary=(PLAIN,))) == [
+        "strategy.sequence=8 does not divide the model's 12 query heads; use 1 or 2 or 3 or 4 or 6 or 12",
+        "strategy.sequence=8 does not divide another model's 4 query heads; use 1 or 2 or 4",
+    ]

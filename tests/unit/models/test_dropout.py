@@ -9,7 +9,7 @@ from trainer.data.labelled import LabelledBatch
 from trainer.data.pairs import AnswerBatch, Pair, collate, collate_shared_prefix
 from trainer.data.rows import Encoded
 from trainer.loop import loss_of
-from trainer.models.dropout import draw_for, dropout, narrow_to
+from trainer.models.dropout import divide, draw_for, dropout, narrow_to
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA
 from trainer.models.recompute import Recompute
@@ -102,3 +102,16 @@ def test_tokens_without_rows_as_a_shared_expert_has_them_draw_alike():
     draw_for((0, 1), [4, 5])
     rows = dropout(torch.ones(2, 6, 20), 0.25, "q")
     assert torch.equal(dropout(torch.ones(12, 20), 0.25, "q"), rows.view(12, 20))
+
+
+def test_a_part_of_the_tokens_has_the_draws_that_it_has_among_all():
+    draw_for((0, 1), [4, 5])
+    rows = dropout(torch.ones(2, 5, 20), 0.25, "q").view(1, 10, 20)
+    divide((2, 5), (4, 8))
+    assert torch.equal(dropout(torch.ones(1, 4, 20), 0.25, "q"), rows[:, 4:8])
+    divide((2, 5), (8, 12))  # two tokens, and two that there are not
+    assert torch.equal(dropout(torch.ones(4, 20), 0.25, "q")[:2], rows[0, 8:])
+    draw_for((0, 1), [4, 5], (3, 7))
+    ragged = dropout(torch.ones(1, 10, 20), 0.25, "q")
+    divide((1, 10), (2, 5))
+    assert torch.equal(dropout(torch.ones(1, 3, 20), 0.25, "q"), ragged[:, 2:5])
