@@ -227,7 +227,8 @@ class MixtureOfExperts(nn.Module):
 
     def divide(self, mesh: Mesh) -> None:
         """Leave this rank's experts; what every token goes through is on all ranks."""
-        self.experts.divide(mesh)
+        if mesh.expert.size > 1:
+            self.experts.divide(mesh)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; ``real`` ``(B, T)``: tokens that count for balance, None = all."""
