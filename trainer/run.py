@@ -106,9 +106,10 @@ class Run(Node):
         yield from self.pipeline.validate_layout(self.batch, self.strategy.mesh, distributed.ranks())
 
     def validate_division(self, a: Architecture) -> Iterator[str]:
-        """One sentence for everything of a model that the mesh of the strategy cannot divide."""
-        auxiliary = [model for model, _ in self.pipeline.auxiliary_models(a)]
-        yield from validate_mesh(self.strategy.mesh, a, self.batch.length, self.adapter.packed(a), auxiliary)
+        """One sentence for everything of a model, and of those that go with it, that the strategy's mesh cannot divide."""
+        auxiliary, packed = [model for model, _ in self.pipeline.auxiliary_models(a)], self.adapter.packed(a)
+        quantizer = self.qat.fake_quantizer(a)
+        yield from validate_mesh(self.strategy.mesh, a, self.batch.length, packed, auxiliary, quantizer)
 
     @property
     def base_lr(self) -> float:
@@ -164,12 +165,8 @@ class Run(Node):
 
     def remarks(self, load: ModelLoader, engine: Engine, last: int) -> Iterator[str]:
         """What is to be said at the start of a run of ``last`` steps: what was decided, and what is not as it is set."""
-        yield from (
-            *self.model.decided(load.config),
-            *load.remarks(),
-            *self.schedule.remarks(last),
-            *self.qat.remarks(),
-        )
+        yield from (*self.model.decided(load.config), *load.remarks())
+        yield from (*self.schedule.remarks(last), *self.qat.remarks())
         yield from self.optimizer.remarks(engine.module, self.strategy.shape_of)
         yield from filter(None, [distributed.world().attention])
 

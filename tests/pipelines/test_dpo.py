@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
-from tests.layouts import covering
+from tests.layouts import covering, overrides
 from trainer.compose import compose
 from trainer.config import ConfigError
 
@@ -84,10 +84,13 @@ def compare(found, whole, expected, folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "strategy"), covering(KINDS, [("adapters_off", (2, "zero3")), ("kto", (2, "zero3"))])
+    ("kind", "ranks", "strategy"),
+    covering(
+        KINDS, [("adapters_off", (2, "zero3")), ("kto", (2, "zero3"))], meshes=[("adapters_off", (2, "fsdp tensor=2"))]
+    ),
 )
 def test_every_layout_gives_the_same_run(kind, ranks, strategy, base, reference, tmp_path):
-    found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
+    found = run(base, tmp_path, *KINDS[kind], *overrides(strategy), ranks=ranks)
     compare(found, reference(kind)[1], reference(kind)[0], tmp_path)
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
-from tests.layouts import covering
+from tests.layouts import covering, overrides
 from trainer.checkpoint.folder import FragmentFiles, read_manifest
 from trainer.compose import compose
 from trainer.config import ConfigError
@@ -50,6 +50,7 @@ KINDS = {
     "lora": ["adapter=lora", "adapter.rank=4", "pipeline.reference=adapters_off", "pipeline.critic=head"],
 }
 QUICK = [("gae", (2, "zero3")), ("grpo", (2, "ddp"))]
+MESHES = [("gae", (2, "fsdp tensor=2")), ("grpo", (2, "fsdp tensor=2"))]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,10 @@ def reference(base, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("kind", "ranks", "strategy"), covering(KINDS, QUICK))
+@pytest.mark.parametrize(("kind", "ranks", "strategy"), covering(KINDS, QUICK, MESHES))
 def test_every_layout_gives_the_same_run(kind, ranks, strategy, base, reference, tmp_path):
     expected, texts, _ = reference(kind)
-    found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
+    found = run(base, tmp_path, *KINDS[kind], *overrides(strategy), ranks=ranks)
     first = [row for row in samples(tmp_path) if row["step"] == 1]
     assert [row["completion"] for row in first] == [row["completion"] for row in texts if row["step"] == 1]
     # Five iterations; from the second on completions may differ where a draw falls between two sums.

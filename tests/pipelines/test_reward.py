@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import Command, metrics, onecurve
-from tests.layouts import covering
+from tests.layouts import covering, overrides
 from tests.pipelines.test_dpo import PAIRS, QUIET, SMALL
 from tests.pipelines.test_dpo import base as base
 
@@ -43,10 +43,11 @@ def reference(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "strategy"), covering(KINDS, [("full", (2, "zero3")), ("lora", (2, "zero3"))])
+    ("kind", "ranks", "strategy"),
+    covering(KINDS, [("full", (2, "zero3")), ("lora", (2, "zero3"))], meshes=[("full", (2, "fsdp tensor=2"))]),
 )
 def test_every_layout_gives_the_same_reward_model(kind, ranks, strategy, base, reference, tmp_path):
-    found = run(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
+    found = run(base, tmp_path, *KINDS[kind], *overrides(strategy), ranks=ranks)
     lines, whole, folder = reference(kind)
     for one, other in zip(lines, found, strict=True):
         for key in ("loss", "grad_norm", "margin", "score/std", "score/min", "eval/loss", "eval/score/max"):

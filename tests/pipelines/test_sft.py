@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, Command, metrics
-from tests.layouts import covering
+from tests.layouts import covering, overrides
 from tests.unit.data.test_turns import THINKING
 
 QUIET = ["tracking.wandb.mode=disabled", "tracking.tensorboard=false", "data=chat", "data.template=chatml"]
@@ -99,10 +99,12 @@ def compare(found, folder, reference) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "strategy"),
-    covering(KINDS, [("full", (2, "ddp")), ("full", (2, "zero3")), ("lora", (2, "zero3"))]),
+    covering(
+        KINDS, [("full", (2, "ddp")), ("full", (2, "zero3")), ("lora", (2, "zero3"))], [("lora", (2, "fsdp tensor=2"))]
+    ),
 )
 def test_every_layout_tunes_to_the_same_model(kind, ranks, strategy, base, reference, tmp_path):
-    found = tuned(base, tmp_path, *KINDS[kind], f"strategy={strategy}", ranks=ranks)
+    found = tuned(base, tmp_path, *KINDS[kind], *overrides(strategy), ranks=ranks)
     compare(found, tmp_path, reference(kind))
 
 

@@ -23,8 +23,9 @@ from trainer.models.architecture import Architecture, Layer
 from trainer.models.context import PackedContext
 from trainer.models.int_grid import dequantise, scales
 from trainer.models.rope import angles, frequencies, growth
+from trainer.models.self_attention import Turned
 from trainer.models.stored import StoredWeights
-from trainer.models.transformer import Block, Turned
+from trainer.models.transformer import Block
 
 log = logging.getLogger(__name__)
 

@@ -29,20 +29,31 @@ class Cache:
     A sequence holds whole blocks. On CPU it takes them as it grows, and those in use are always the first ones: whoever ends
     leaves holes that the last blocks are moved into, so that attention reads a view of what is in use, without padding to
     the longest. ``fixed``: a slot has one long block, its own for ever: shapes and addresses never change (CUDA graphs).
+    ``key_heads``: those that this rank computes, where ranks divide them; None = all.
     """
 
-    def __init__(self, a: Architecture, slots: int, longest: int, device: torch.device, *, fixed: bool) -> None:
+    def __init__(
+        self,
+        a: Architecture,
+        slots: int,
+        longest: int,
+        device: torch.device,
+        *,
+        fixed: bool,
+        key_heads: int | None = None,
+    ) -> None:
         width = -(-longest // BLOCK)
         self.block, self.width = (width * BLOCK, 1) if fixed else (BLOCK, width)
         """Tokens of a block; most blocks of a sequence."""
         self.slots, self.device, self.fixed = slots, device, fixed
-        self.groups = np.arange(a.num_key_value_heads)
+        heads = a.num_key_value_heads if key_heads is None else key_heads
+        self.groups = np.arange(heads)
         self.states = DeltaStates(a, slots)
         attending = [number for number, layer in enumerate(a.layers) if not layer.delta]
         self._row = {number: row for row, number in enumerate(attending)}
         self.lengths = np.zeros(slots, np.int64)
         self.blocks_of: list[list[int]] = [[slot] if fixed else [] for slot in range(slots)]
-        self._shape = (len(attending), slots * self.width, a.num_key_value_heads, self.block, a.head_dim)
+        self._shape = (len(attending), slots * self.width, heads, self.block, a.head_dim)
         self._tensors: tuple[Tensor, Tensor] | None = None
         self.used = slots if fixed else 0
         self._clean = 0

@@ -44,7 +44,9 @@ class FixedDecoder:
     def __init__(self, model: nn.Module, slots: int, longest: int, sampling: Sampling) -> None:
         architecture: Architecture = model.architecture  # type: ignore[assignment]
         device = next(model.parameters()).device
-        self.cache, self.sampling = Cache(architecture, slots, longest, device, fixed=True), sampling
+        heads: int = model.key_heads  # type: ignore[assignment]
+        self.cache = Cache(architecture, slots, longest, device, fixed=True, key_heads=heads)
+        self.sampling = sampling
         zeros = [torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)]
         self._tokens, self._lengths, self._bits, self._drawn = zeros
         self._out = torch.zeros(2, slots, dtype=torch.float64, device=device)

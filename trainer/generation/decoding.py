@@ -59,10 +59,11 @@ class Decoding:
         slots = max(1, min(max_concurrent, len(prompts)))
         longest = max(map(len, groups), default=0) + sampling.tokens
         architecture: Architecture = model.architecture  # type: ignore[assignment]
+        key_heads: int = model.key_heads  # type: ignore[assignment]
         fixed = self.device.type != "cpu" if fixed is None else fixed
         self._decoder = open_decoder(model, slots, longest, sampling) if fixed else None
         self.cache = (
-            Cache(architecture, slots, longest, self.device, fixed=False)
+            Cache(architecture, slots, longest, self.device, fixed=False, key_heads=key_heads)
             if self._decoder is None
             else self._decoder.cache
         )

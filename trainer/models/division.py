@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from trainer.models.architecture import Architecture
+from trainer.models.linear import FakeQuantizer
+from trainer.models.sizes import linear_widths
 from trainer.parallel.mesh import MeshShape
+
+BUILT = ("tensor", "sequence", "expert")
+"""The axes that work."""
 
 
 def validate_mesh(
@@ -14,19 +19,64 @@ def validate_mesh(
     length: int,
     packed: Collection[str] = (),
     auxiliary: Collection[Architecture] = (),
+    quantizer: FakeQuantizer | None = None,
 ) -> Iterator[str]:
     """One sentence for everything of a model, in rows of ``length`` tokens, that a mesh cannot divide.
 
     ``packed``: names of weights that are held in four bits. ``auxiliary``: models that are divided on the same mesh.
+    ``quantizer``: what rounds weights in the forward; None = nothing.
     """
-    built = ("sequence", "expert")
     yield from (
-        f"strategy.{name}={size} is not built yet; use 1" for name, size in shape.axes.items() if name not in built
+        f"strategy.{name}={size} is not built yet; use 1" for name, size in shape.axes.items() if name not in BUILT
     )
+    if shape.tensor > 1:
+        yield from dict.fromkeys(rule for model in (a, *auxiliary) for rule in _validate_tensor(shape.tensor, model))
+        yield from _validate_layers(shape.tensor, a, packed, quantizer)
     if shape.sequence > 1:
         yield from _validate_heads(shape, a, auxiliary)
     if shape.expert > 1:
         yield from _validate_experts(shape.expert, a, packed, auxiliary)
+
+
+def _validate_tensor(ranks: int, a: Architecture) -> Iterator[str]:
+    rules = list(_undivided(ranks, a))
+    usable = [str(size) for size in range(1, ranks) if not list(_undivided(size, a))]
+    remedy = " or ".join(filter(None, [", ".join(usable[:-1]), *usable[-1:]]))
+    yield from (f"strategy.tensor={ranks} {rule}; use {remedy}" for rule in rules)
+
+
+def _undivided(ranks: int, a: Architecture) -> Iterator[str]:
+    """What of a model so many ranks cannot divide, each the end of a sentence."""
+    if ranks == 1:
+        return
+    counts = {"query heads": a.num_attention_heads}
+    if not all(layer.sparse for layer in a.layers):
+        counts["columns of the MLP"] = a.intermediate_size
+    if any(layer.sparse for layer in a.layers):
+        counts |= {"experts": a.experts, "columns of the shared expert": a.shared_size}
+    yield from (f"does not divide the {count} {what} of a layer" for what, count in counts.items() if count % ranks)
+    groups = a.num_key_value_heads
+    if groups % ranks and ranks % groups:
+        yield f"neither divides the {groups} key heads of a layer nor is a multiple of them"
+    if any(layer.delta for layer in a.layers):
+        yield "cannot divide the heads of a gated delta rule"
+    if a.layer_norm and a.qk_norm == "width":
+        yield "cannot divide a LayerNorm over all heads at once"
+
+
+def _validate_layers(
+    ranks: int, a: Architecture, packed: Collection[str], quantizer: FakeQuantizer | None
+) -> Iterator[str]:
+    if packed:
+        yield f"strategy.tensor={ranks} cannot divide weights in NF4; use strategy.tensor=1, or adapter=lora"
+    if quantizer is None:
+        return
+    divided = {n: width for n, width in linear_widths(a).items() if n.endswith(("o_proj.weight", "down_proj.weight"))}
+    lacking = [name for name, width in divided.items() if not quantizer.group or width // ranks % quantizer.group]
+    if lacking:
+        group = f"groups of {quantizer.group} inputs" if quantizer.group else "whole rows"
+        rule = f"rounds {group} by one scale, and strategy.tensor={ranks} divides those of {lacking[0]}"
+        yield f"qat.bits={quantizer.bits} {rule}; use strategy.tensor=1"
 
 
 def _validate_experts(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.parallel.mesh import UNDIVIDED, Axis
+
 _rows: tuple[str, ...] = ("",)
 _tokens: tuple[int, ...] | None = None
 _places: Tensor | None = None
@@ -42,24 +44,25 @@ def divide(shape: tuple[int, int], span: tuple[int, int]) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def dropout(x: Tensor, part: float, place: str) -> Tensor:
+def dropout(x: Tensor, part: float, place: str, columns: Axis = UNDIVIDED) -> Tensor:
     """Zero a ``part`` of ``x``, the rest scaled up (Srivastava et al. 2014).
 
     ``x`` ``(B, T, d)``, or all rows end to end, ``(1, T, d)`` or ``(T, d)``, of which the last block may have a few only; or
     this rank's part of either, ``(1, n, d)`` or ``(n, d)``.
-    ``place``: where in the model.
+    ``place``: where in the model. ``columns``: ranks that each have an equal part of the last dimension: what is drawn is
+    drawn for all of it.
 
     Raises:
         ValueError: if the tokens of a single row are not those that `draw_for` was told of.
     """
     if x.dim() == 2:
-        return dropout(x[None], part, place)[0]  # type: ignore[no-any-return]
+        return dropout(x[None], part, place, columns)[0]  # type: ignore[no-any-return]
     rows = x.shape[:2] if _part is None else _part[0]
     narrowed = _tokens is not None and rows[1] != sum(_tokens)
     if narrowed and (_places is None or rows[1] != len(_places)):
         raise ValueError(f"dropout at {place} has {rows[1]} tokens of rows with {_tokens}, and nothing says which")
-    rows = rows if _tokens is None else (1, sum(_tokens))
-    keep = torch.empty((*rows, *x.shape[2:]), dtype=x.dtype, device=x.device)
+    rows, width = rows if _tokens is None else (1, sum(_tokens)), x.shape[-1] * columns.size
+    keep = torch.empty((*rows, width), dtype=x.dtype, device=x.device)
     for number, mask in enumerate(_row_by_row(keep)):
         turn, row = divmod(number, len(_rows))
         digest = hashlib.blake2b(f"{_rows[row]}:{turn}:{place}".encode(), digest_size=7).digest()
@@ -72,6 +75,9 @@ def dropout(x: Tensor, part: float, place: str) -> Tensor:
         first, last = _part[1]
         keep = keep.flatten(0, 1)[None, first:last]
         keep = F.pad(keep, (0, 0, 0, x.shape[1] - keep.shape[1]))
+    if columns.size > 1:
+        first, last = columns.span(width)
+        keep = keep[..., first:last]
     return x * keep / (1 - part)
 
 

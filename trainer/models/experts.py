@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,9 +144,12 @@ class Experts(nn.Module):
 
     Attributes:
         axis: Ranks that divide the experts among them; tokens go to those that have what they chose, and come back.
+        tensor: Ranks with the same tokens that divide the experts among them: each computes its own, and their results are
+            added up.
     """
 
     axis: Axis = UNDIVIDED
+    tensor: Axis = UNDIVIDED
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -155,11 +158,20 @@ class Experts(nn.Module):
         self.down_proj = GroupedLinear(a.experts, a.expert_size, a.hidden_size, a.expert_bias)
 
     def divide(self, mesh: Mesh) -> None:
-        """Leave this rank's experts, with the adapters beside them; none has values yet."""
+        """Leave this rank's experts, with the adapters beside them; none has values yet.
+
+        Not a part of each expert: gate and input lie end to end in one matrix, of which it would have two parts. Where
+        both axes divide a model, ranks of ``mesh.tensor`` compute the same.
+        """
         self.axis = mesh.expert
+        alone = mesh.expert.size == 1
+        self.tensor = mesh.tensor if alone else UNDIVIDED
         for layer in self.modules():
             for name, _ in list(layer.named_parameters(recurse=False)):
-                cut(layer, name, 0, mesh.expert, mesh.expert_shards)
+                if alone:
+                    cut(layer, name, 0, mesh.tensor)
+                else:
+                    cut(layer, name, 0, mesh.expert, mesh.expert_shards)
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -178,10 +190,29 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tokens ``(n, d)``, of which each goes through the ``chosen`` experts ``(n, k)`` and their results are added up."""
         dtype = working_dtype(x)
+        x, weights = self.tensor.enter(x), self.tensor.enter(weights)
+        if self.tensor.size > 1:  # this rank's experts first
+            chosen = (chosen - self.tensor.span(self.experts)[0]) % self.experts
         assignment = Assignment.of(chosen, self.experts)
         rows = assignment.dispatch(x.to(dtype))
-        rows = self._computed(rows, assignment) if self.axis.size == 1 else self._exchanged(rows, assignment.ends)
-        return (assignment.combine(rows) * weights[..., None]).sum(1).to(dtype)
+        if self.axis.size > 1:
+            rows = self._exchanged(rows, assignment.ends)
+        elif self.tensor.size > 1:
+            rows = self._own(rows, assignment)
+        else:
+            rows = self._computed(rows, assignment)
+        return self.tensor.leave((assignment.combine(rows) * weights[..., None]).sum(1).to(dtype))
+
+    def _own(self, rows: Tensor, assignment: Assignment) -> Tensor:
+        """Sorted rows ``(S, d)``, the first of which are those of this rank's experts; zeros for the others.
+
+        The host waits for the device once.
+        """
+        first, last = self.tensor.span(self.experts)
+        ends = assignment.ends[: last - first]
+        count = int(ends[-1])
+        here = replace(assignment, expert=assignment.expert[:count], ends=ends)
+        return F.pad(self._computed(rows[:count], here), (0, 0, 0, len(rows) - count))
 
     def _computed(self, rows: Tensor, assignment: Assignment) -> Tensor:
         """Sorted rows ``(S, d)`` through the experts that are here."""
@@ -226,9 +257,11 @@ class MixtureOfExperts(nn.Module):
         self.shared_gate = SharedExpertGate(a) if a.shared_gate else None
 
     def divide(self, mesh: Mesh) -> None:
-        """Leave this rank's experts; what every token goes through is on all ranks."""
-        if mesh.expert.size > 1:
+        """Leave this rank's experts; the router is on all ranks."""
+        if mesh.expert.size > 1 or mesh.tensor.size > 1:
             self.experts.divide(mesh)
+        if self.shared is not None and mesh.tensor.size > 1:
+            self.shared.divide(mesh)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; ``real`` ``(B, T)``: tokens that count for balance, None = all."""

@@ -5,9 +5,10 @@ There a sharded weight is whole; strategies, checkpoints and optimizers see the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from trainer.functional import working_dtype
 from trainer.models.int_grid import fake
+from trainer.parallel.cuts import cut
+from trainer.parallel.mesh import UNDIVIDED, Axis
 
 
 class LowRank(NamedTuple):
@@ -71,11 +74,11 @@ class FakeQuantizer:
         return F.linear(x, self._rounded[key], bias)
 
     def adapted_product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, down: nn.Linear, up: nn.Linear, scale: float
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, down: nn.Linear, up: nn.Linear, scale: float, inputs: Axis
     ) -> Tensor:
         """`product` with the adapter ``scale * B A``, A and B the weights of ``down`` and ``up``, and with their gradients.
 
-        These are the ones that they have unrounded.
+        These are the ones that they have unrounded. ``inputs``: ranks that each have a part of them, as for `summed`.
         """
         # Of each matrix through its own forward, where it is whole if it is sharded.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -83,10 +86,10 @@ class FakeQuantizer:
                 layer(torch.eye(layer.in_features, dtype=layer.weight.dtype, device=x.device)).T.float().contiguous()
                 for layer in (down, up)
             )
-        out = self.product(x, weight, bias, LowRank(a, b, scale))
+        out = summed(lambda bias: self.product(x, weight, bias, LowRank(a, b, scale)), bias, inputs)
         if not torch.is_grad_enabled():
             return out
-        added = up(down(x.detach())) * scale
+        added = up(inputs.leave(down(x.detach()))) * scale
         return out + (added - added.detach())  # type: ignore[no-any-return]
 
     @contextmanager
@@ -149,12 +152,44 @@ def rounded_weights(model: nn.Module) -> set[str]:
     return {name for name, quantizer in quantizers.items() if quantizer is not None and quantizer.active}
 
 
+def summed(product: Callable[[Tensor | None], Tensor], bias: Tensor | None, inputs: Axis) -> Tensor:
+    """What ``product`` makes of a bias; with ``inputs`` that ranks divide the sum of their products, and the bias once."""
+    if inputs.size == 1:
+        return product(bias)
+    out = inputs.leave(product(None))
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def cut_outputs(layer: nn.Module, axis: Axis) -> None:
+    """Leave a linear layer's rows for this rank of ``axis``; its weight has no values yet."""
+    cut(layer, "weight", 0, axis)
+    if layer.bias is not None:
+        cut(layer, "bias", 0, axis)
+
+
 class BlockLinear(nn.Linear):
-    """``x W^T + b``, of the rounded W where there is an active ``fake_quantizer``."""
+    """``x W^T + b``, of the rounded W where there is an active ``fake_quantizer``.
+
+    Attributes:
+        inputs: Ranks that each multiply a part of the inputs (Shoeybi et al. 2019, arXiv:1909.08053).
+    """
 
     fake_quantizer: FakeQuantizer | None = None
+    inputs: Axis = UNDIVIDED
 
     def forward(self, x: Tensor) -> Tensor:
+        return summed(partial(self._product, x), self.bias, self.inputs)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.fake_quantizer is None or not self.fake_quantizer.active:
-            return super().forward(x)
-        return self.fake_quantizer.product(x, self.weight, self.bias)
+            return F.linear(x, self.weight, bias)
+        return self.fake_quantizer.product(x, self.weight, bias)
+
+    def divide_outputs(self, axis: Axis) -> None:
+        """Compute this rank's part of the outputs."""
+        cut_outputs(self, axis)
+
+    def divide_inputs(self, axis: Axis) -> None:
+        """Multiply this rank's part of the inputs, and add up what the ranks have computed."""
+        cut(self, "weight", 1, axis)
+        self.inputs = axis

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,11 +24,13 @@ from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
 from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
-from trainer.models.linear import FakeQuantizer, LowRank
+from trainer.models.linear import FakeQuantizer, LowRank, cut_outputs, summed
 from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
 from trainer.models.packed import PackedLinear
 from trainer.models.peft_format import AdapterFolder, Settings
 from trainer.models.transformer import Transformer
+from trainer.parallel.cuts import cut
+from trainer.parallel.mesh import UNDIVIDED, Axis
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 ADAPTABLE = (nn.Linear, PackedLinear, GroupedLinear)
@@ -227,10 +230,28 @@ class LoRA(Adapter):
         return Settings(self.rank, self.alpha, self.rslora, tuple(targets), tuple(full), self.dropout)
 
 
+class AdapterMatrix(nn.Linear):
+    """One of an adapter's two matrices.
+
+    Attributes:
+        users: Ranks that hold all of it, and each use what it gives for a part of the outputs.
+    """
+
+    users: Axis = UNDIVIDED
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.users.enter(self.weight))
+
+
 class LoRALinear(nn.Module):
-    """A frozen linear layer's own weight, packed or not, and beside it the product of two trained matrices of ``rank``."""
+    """A frozen linear layer's own weight, packed or not, and beside it the product of two trained matrices of ``rank``.
+
+    Attributes:
+        inputs: Ranks that each multiply a part of the inputs.
+    """
 
     fake_quantizer: FakeQuantizer | None = None
+    inputs: Axis = UNDIVIDED
 
     def __init__(
         self, base: nn.Linear | PackedLinear, rank: int, scale: float, dropped: float = 0.0, place: str = ""
@@ -238,26 +259,42 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight: nn.Module | Tensor
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        self.lora_A = AdapterMatrix(base.in_features, rank, bias=False)
+        self.lora_B = AdapterMatrix(rank, base.out_features, bias=False)
         self.scale, self.dropped, self.place = scale, dropped, place
         self.active = True
 
+    def divide_outputs(self, axis: Axis) -> None:
+        """Compute this rank's part of the outputs."""
+        cut_outputs(self, axis)
+        self.lora_A.users = axis
+        cut(self.lora_B, "weight", 0, axis)
+
+    def divide_inputs(self, axis: Axis) -> None:
+        """Multiply this rank's part of the inputs, and add up what the ranks have computed."""
+        cut(self, "weight", 1, axis)
+        cut(self.lora_A, "weight", 1, axis)
+        self.inputs = axis
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if isinstance(weight, nn.Module):
-            out: Tensor = weight(x, bias)
-        elif (quantizer := self.fake_quantizer) is not None and quantizer.active:
-            if not self.active:
-                return quantizer.product(x, weight, bias)
-            return quantizer.adapted_product(x, weight, bias, self.lora_A, self.lora_B, self.scale)
-        else:
-            out = F.linear(x, weight, bias)
+        quantizer, weight = self.fake_quantizer, self.weight
+        if self.active and isinstance(weight, Tensor) and quantizer is not None and quantizer.active:
+            return quantizer.adapted_product(x, weight, self.bias, self.lora_A, self.lora_B, self.scale, self.inputs)
+        out = summed(partial(self._product, x), self.bias, self.inputs)
         if not self.active:
             return out
         if self.training and self.dropped:
-            x = dropout(x, self.dropped, self.place)
-        return out + self.lora_B(self.lora_A(x)) * self.scale  # type: ignore[no-any-return]
+            x = dropout(x, self.dropped, self.place, self.inputs)
+        return out + self.lora_B(self.inputs.leave(self.lora_A(x))) * self.scale  # type: ignore[no-any-return]
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Of the frozen weight alone."""
+        weight = self.weight
+        if isinstance(weight, nn.Module):
+            return weight(x, bias)  # type: ignore[no-any-return]
+        if self.fake_quantizer is not None and self.fake_quantizer.active:
+            return self.fake_quantizer.product(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 @contextmanager

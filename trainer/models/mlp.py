@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from trainer.models.architecture import Architecture
 from trainer.models.linear import BlockLinear
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -29,7 +30,13 @@ ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_
 
 
 class MLP(nn.Module):
-    """Three matrices, one of them a gate (SwiGLU and its kind; Shazeer 2020, arXiv:2002.05202), or two."""
+    """Three matrices, one of them a gate (SwiGLU and its kind; Shazeer 2020, arXiv:2002.05202), or two.
+
+    Attributes:
+        tensor: Ranks that each compute a part of the width.
+    """
+
+    tensor: Axis = UNDIVIDED
 
     def __init__(self, a: Architecture, width: int) -> None:
         super().__init__()
@@ -39,7 +46,16 @@ class MLP(nn.Module):
         self.down_proj = BlockLinear(width, a.hidden_size, bias=a.mlp_bias)
         self.activation, self.gated = ACTIVATIONS[a.activation], a.gated
 
+    def divide(self, mesh: Mesh) -> None:
+        """Compute this rank's part of the width."""
+        self.tensor = mesh.tensor
+        if self.gated:
+            self.gate_proj.divide_outputs(mesh.tensor)
+        self.up_proj.divide_outputs(mesh.tensor)
+        self.down_proj.divide_inputs(mesh.tensor)
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self.tensor.enter(x)
         if not self.gated:
             return self.down_proj(self.activation(self.up_proj(x)))  # type: ignore[no-any-return]
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]

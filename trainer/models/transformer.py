@@ -14,77 +14,22 @@ from trainer.functional import At, Head, VocabularyPart, working_dtype
 from trainer.functional.objective import compile_loss
 from trainer.models import dropout
 from trainer.models.architecture import Architecture, Rope
-from trainer.models.attention import Scores, has_kernel
+from trainer.models.attention import has_kernel
 from trainer.models.context import Context, DividedContext, PackedContext, vocabulary_part
 from trainer.models.cpu_kernels import embed
 from trainer.models.delta import GatedDeltaNet
 from trainer.models.experts import MixtureOfExperts, mlp_of
-from trainer.models.linear import BlockLinear
 from trainer.models.norm import norm_of
 from trainer.models.recompute import RECOMPUTING, Recompute, around, keep_all
-from trainer.models.rope import angles, frequencies, growth, rotate
+from trainer.models.rope import angles, frequencies, growth
+from trainer.models.self_attention import Attention, Turned
+from trainer.parallel.cuts import cut
 from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 NARROW_STREAM = {"cuda"}
 """Devices where the residual stream is bfloat16 under autocast, too, as with bfloat16 weights: norms and sums only move bytes
 there. Never float16, whose range is too small for a sum over all layers."""
 Read = Callable[[Tensor, Head], Any]
-Turned = tuple[Tensor, ...]
-"""What a layer's mixer reads of positions: cosines, sines, and what queries grow by; () = nothing."""
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
-
-    def __init__(self, a: Architecture, number: int) -> None:
-        super().__init__()
-        self.number, self.size = number, a.head_dim
-        self.gated, self.interleaved = a.attention_gate, a.interleaved_rope
-        self.norm, self.norm_last = a.qk_norm, a.qk_norm_after_rope
-        self.scores = Scores(a.attention_scale or a.head_dim**-0.5, a.layers[number].window, a.score_cap)
-        heads, groups = a.num_attention_heads, a.num_key_value_heads
-        self.q_proj = BlockLinear(a.hidden_size, heads * self.size * (1 + a.attention_gate), bias=a.attention_bias)
-        self.k_proj = BlockLinear(a.hidden_size, groups * self.size, bias=a.attention_bias)
-        self.v_proj = BlockLinear(a.hidden_size, groups * self.size, bias=a.attention_bias)
-        self.o_proj = BlockLinear(heads * self.size, a.hidden_size, bias=a.attention_output_bias)
-        if a.qk_norm:
-            self.q_norm = norm_of(a, *_norm_shape(a, heads))
-            self.k_norm = norm_of(a, *_norm_shape(a, groups))
-        self.sinks = nn.Parameter(torch.zeros(heads)) if a.sinks else None
-
-    def forward(self, x: Tensor, turned: Turned, context: Context, places: Tensor | None = None) -> Tensor:
-        split = (*x.shape[:2], -1, self.size)
-        q, k, v = self.q_proj(x), self.k_proj(x).view(split), self.v_proj(x).view(split)
-        gate = None
-        if self.gated:
-            q, gate = q.view(*x.shape[:2], -1, 2 * self.size).chunk(2, -1)
-        q, k = self._prepared(q.reshape(split), k, turned)
-        # The norm's float32 weight or the angles may have widened them; attention takes one format.
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        scores = self.scores if self.sinks is None else self.scores._replace(sinks=self.sinks)
-        out = context.attend(self.number, q, k, v, scores)
-        out = (out if gate is None else out * gate.sigmoid()).flatten(2)
-        return self.o_proj(out if places is None else out.index_select(1, places))  # type: ignore[no-any-return]
-
-    def _prepared(self, q: Tensor, k: Tensor, turned: Turned) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normed and turned."""
-        if self.norm and not self.norm_last:
-            q, k = self._normed(q, k)
-        if turned:
-            cos, sin, *grown = turned
-            q, k = rotate(q, cos, sin, self.interleaved), rotate(k, cos, sin, self.interleaved)
-            q = q * grown[0] if grown else q
-        return self._normed(q, k) if self.norm and self.norm_last else (q, k)
-
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.norm == "width":
-            return self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
-        return self.q_norm(q), self.k_norm(k)
-
-
-def _norm_shape(a: Architecture, heads: int) -> tuple[int, ...]:
-    """The shape of a norm's weight, of queries or keys of ``heads`` heads."""
-    return {"head": (a.head_dim,), "heads": (heads, a.head_dim), "width": (heads * a.head_dim,)}[a.qk_norm]
 
 
 class Block(nn.Module):
@@ -110,8 +55,10 @@ class Block(nn.Module):
         self.sparse = a.layers[number].sparse
 
     def divide(self, mesh: Mesh) -> None:
-        """Leave this rank's part of what is divided on a mesh."""
-        if isinstance(self.mlp, MixtureOfExperts):
+        """Compute this rank's part of it."""
+        if mesh.tensor.size > 1:
+            self.self_attn.divide(mesh)
+        if mesh.tensor.size > 1 or isinstance(self.mlp, MixtureOfExperts):
             self.mlp.divide(mesh)
 
     def forward(
@@ -162,13 +109,33 @@ def narrow_stream(device: str, working: torch.dtype) -> bool:
 
 
 class TokenEmbedding(nn.Embedding):
-    """The input embedding. It reads its weight in its own forward, where a sharded weight is whole."""
+    """The input embedding. It reads its weight in its own forward, where a sharded weight is whole.
+
+    Attributes:
+        tensor: Ranks that each have some of the rows.
+    """
+
+    tensor: Axis = UNDIVIDED
 
     def __init__(self, a: Architecture) -> None:
         super().__init__(a.vocab_size, a.hidden_size)
         self.tied, self.scale = a.tie_word_embeddings and not a.scores, a.embedding_scale
 
+    def divide(self, mesh: Mesh) -> None:
+        """Look up this rank's rows."""
+        cut(self, "weight", 0, mesh.tensor)
+        self.tensor = mesh.tensor
+
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.tensor.size == 1:
+            return self._rows(tokens)
+        first, last = self.tensor.span(self.num_embeddings)
+        own = (tokens >= first) & (tokens < last)
+        rows = self._rows((tokens - first).clamp(0, last - first - 1))
+        # Exact in any format: one rank alone adds something.
+        return self.tensor.leave(rows.masked_fill(~own[..., None], 0))
+
+    def _rows(self, tokens: Tensor) -> Tensor:
         x = embed(tokens, self.weight, tied=self.tied)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # the residual stream's format; a frozen table may be held in a narrower one
@@ -207,10 +174,12 @@ class VocabularyProjection(nn.Module):
     """The output embedding, its own matrix or ``tied``. A reader is given it here, inside a forward, where it is whole.
 
     Attributes:
+        tensor: Ranks that each have some of the rows.
         parts: Which rows this rank reads, of hidden states that it has by itself, and of those that ranks have joined; each
             None = all.
     """
 
+    tensor: Axis = UNDIVIDED
     parts: tuple[VocabularyPart | None, VocabularyPart | None] = (None, None)
 
     def __init__(self, a: Architecture, tied: Tensor | None) -> None:
@@ -218,10 +187,15 @@ class VocabularyProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(a.vocab_size, a.hidden_size)) if tied is None else tied
         self.scale, self.cap = a.logit_scale, a.logit_cap
 
-    def divide(self, mesh: Mesh) -> None:
-        """Read off this rank's rows."""
+    def divide(self, mesh: Mesh, tied: Tensor | None) -> None:
+        """Read off this rank's rows, or off those that it has of the ``tied`` matrix."""
         rows = self.weight.shape[0]
         self.parts = vocabulary_part(rows, mesh, joined=False), vocabulary_part(rows, mesh, joined=True)
+        self.tensor = mesh.tensor
+        if tied is not None:
+            self.weight = tied
+        elif mesh.tensor.size > 1:
+            cut(self, "weight", 0, mesh.tensor)
 
     def forward(self, hidden: Tensor, read: Read, joined: bool = False) -> Any:
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
@@ -230,7 +204,7 @@ class VocabularyProjection(nn.Module):
             return read(hidden, Head(self.weight, self.cap))
         first = 0 if alone is None else alone.span[0]
         own = slice(part.span[0] - first, part.span[1] - first)
-        return read(hidden, Head(self.weight[own], self.cap, part))
+        return read(self.tensor.enter(hidden), Head(self.weight[own], self.cap, part))
 
 
 class ScoreProjection(nn.Module):
@@ -273,13 +247,26 @@ class Transformer(nn.Module):
 
     def divide(self, mesh: Mesh) -> None:
         """Compute this rank's part of every forward from now on; the parameters have no values yet."""
-        for block in self.model.layers:
-            block.divide(mesh)  # type: ignore[operator]
+        for block in self.blocks:
+            block.divide(mesh)
         self.sequence = mesh.sequence
+        if mesh.tensor.size > 1:
+            self.model.embed_tokens.divide(mesh)
         if self.architecture.scores:
             self.score.sequence = mesh.sequence
         else:
-            self.lm_head.divide(mesh)
+            tied = self.architecture.tie_word_embeddings
+            self.lm_head.divide(mesh, self.model.embed_tokens.weight if tied else None)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in their order."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
+    @property
+    def key_heads(self) -> int:
+        """Key heads that this rank has keys and values of."""
+        return max((block.self_attn.key_heads for block in self.blocks if not block.recurrent), default=0)
 
     def forward(self, tokens: Tensor, documents: Documents | Branches | Context, read: Read) -> Any:
         """What ``read`` makes of the final hidden states ``(B, T, d)`` and the projection, a `Head`.

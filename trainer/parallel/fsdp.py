@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import schema, setting
-from trainer.optim import Optimizer
+from trainer.optim import Muon, Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Engine
@@ -75,6 +75,11 @@ class FSDP(Strategy):
                 f"model.compile=true does not work with strategy.expert={self.expert}, where every layer waits for how many "
                 "tokens go where; use model.compile=false"
             )
+
+    def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
+        if isinstance(optimizer, Muon) and self.tensor > 1:
+            rule = f"needs whole matrices, and strategy.tensor={self.tensor} divides them"
+            yield f"optimizer=muon {rule}; use strategy.tensor=1, or optimizer=adamw"
 
     def validate_device(self, *, cuda: bool) -> Iterator[str]:
         if self.offload is not Offload.none and not cuda:

@@ -1,10 +1,13 @@
 """What a mesh cannot divide is refused in a sentence with the remedy, before any rank exists."""
 
+from typing import Any
+
 import pytest
 
-from tests.mixtures import small
-from trainer.models.architecture import Architecture
+from tests.mixtures import SMALL, small
+from trainer.models.architecture import Architecture, Layer, Rope
 from trainer.models.division import validate_mesh
+from trainer.models.linear import FakeQuantizer
 from trainer.models.qlora import QLoRA
 from trainer.parallel.fsdp import FSDP
 from trainer.parallel.mesh import MeshShape
@@ -47,3 +50,63 @@ def test_tokens_are_divided_among_ranks_that_divide_the_query_heads():
         "strategy.sequence=8 does not divide the model's 12 query heads; use 1 or 2 or 3 or 4 or 6 or 12",
         "strategy.sequence=8 does not divide another model's 4 query heads; use 1 or 2 or 4",
     ]
+
+
+def shape(**features: Any) -> Architecture:
+    """Two dense layers of 12 heads of 8."""
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 192, "hidden_size": 64}
+    layers = (Layer(rope=Rope(10000.0)),) * 2
+    return Architecture(**{**SMALL, "experts": 0, "layers": layers, **sizes, **features})
+
+
+def refusals(tensor: int, **features: Any) -> list[str]:
+    return list(validate_mesh(MeshShape(tensor=tensor), shape(**features), 32))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 12])
+def test_ranks_divide_key_heads_or_share_them(tensor):
+    assert refusals(tensor) == []
+
+
+def test_sizes_that_do_not_divide_are_named_with_those_that_do():
+    assert refusals(5) == [
+        f"strategy.tensor=5 {rule} of a layer{end}; use 1, 2 or 4"
+        for rule, end in [
+            ("does not divide the 12 query heads", ""),
+            ("does not divide the 192 columns of the MLP", ""),
+            ("neither divides the 4 key heads", " nor is a multiple of them"),
+        ]
+    ]
+
+
+def test_key_heads_that_lie_across_ranks_are_refused():
+    # 12 queries share 6 keys in twos: of 4 ranks the first would have queries 0, 1, 2 of keys 0, 0, 1.
+    assert refusals(4, num_key_value_heads=6) == [
+        "strategy.tensor=4 neither divides the 6 key heads of a layer nor is a multiple of them; use 1, 2 or 3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("features", "rule"),
+    [
+        ({"layers": (Layer(delta=True), Layer())}, "cannot divide the heads of a gated delta rule"),
+        ({"layers": (Layer(sparse=True),), "experts": 5}, "does not divide the 5 experts of a layer"),
+        ({"layer_norm": True, "qk_norm": "width"}, "cannot divide a LayerNorm over all heads at once"),
+    ],
+)
+def test_layers_that_cannot_be_divided_are_named(features, rule):
+    assert refusals(2, **features) == [f"strategy.tensor=2 {rule}; use 1"]
+
+
+def test_packed_weights_and_scales_across_ranks_are_refused():
+    def lacks(tensor: int, packed: list[str], *grid: int) -> list[str]:
+        quantizer = FakeQuantizer(*grid) if grid else None
+        return list(validate_mesh(MeshShape(tensor=tensor), shape(head_dim=16), 32, packed, (), quantizer))
+
+    assert lacks(1, ["a"], 8, 0) == []
+    assert lacks(2, ["a"]) == ["strategy.tensor=2 cannot divide weights in NF4; use strategy.tensor=1, or adapter=lora"]
+    # 192 inputs of o_proj and down_proj are 96 a rank: three groups of 32, one and a half of 64.
+    assert lacks(2, [], 4, 32) == []
+    of = "and strategy.tensor=2 divides those of model.layers.0.self_attn.o_proj.weight; use strategy.tensor=1"
+    assert lacks(2, [], 4, 64) == [f"qat.bits=4 rounds groups of 64 inputs by one scale, {of}"]
+    assert lacks(2, [], 8, 0) == [f"qat.bits=8 rounds whole rows by one scale, {of}"]

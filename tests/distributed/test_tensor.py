@@ -1,0 +1,132 @@
+"""Matrices divided among the ranks of a replica: the same curve, bitwise equal replicas, the same checkpoint."""
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import free_port, on_ranks
+from trainer.data.rows import Segment, collate
+from trainer.diagnostics.guard import Guard, GuardSettings
+from trainer.loop import train_step
+from trainer.models.adapter import Adapter, Full
+from trainer.models.architecture import Architecture, Layer, Rope
+from trainer.models.load import Model, ModelLoader
+from trainer.models.lora import LoRA
+from trainer.models.recompute import Recompute
+from trainer.optim import AdamW
+from trainer.parallel import distributed, sharding
+from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
+from trainer.parallel.precision import Precision
+from trainer.pipelines.base import Models
+from trainer.pipelines.pretrain import Pretrain
+from trainer.tracking.throughput import Stopwatch
+
+ROWS, LENGTH, STEPS = 8, 32, 20
+SHAPE: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 8, "max_position_embeddings": 64, "layers": (Layer(rope=Rope(10000.0)),) * 2, "initializer_range": 0.1,
+}  # fmt: skip
+CASES: dict[str, tuple[dict[str, Any], Adapter]] = {
+    # 101 tokens divide by nothing; fewer key heads than ranks, whose weights all of them have.
+    "tied, norms of heads, shared keys": (
+        {"tie_word_embeddings": True, "qk_norm": "head", "num_key_value_heads": 1, "attention_bias": True}, Full()
+    ),
+    "norms over the width": ({"qk_norm": "width", "sinks": True, "attention_gate": True}, Full()),
+    "layer norms of each head": (
+        {"layer_norm": True, "norm_bias": True, "qk_norm": "heads", "gated": False, "activation": "relu2", "parallel": True,
+         "attention_bias": True, "attention_output_bias": True, "mlp_bias": True}, Full()
+    ),
+    "experts": (
+        {"layers": (Layer(rope=Rope(10000.0), sparse=True), Layer(rope=Rope(10000.0))), "experts": 4, "experts_per_token": 2,
+         "expert_size": 16, "expert_bias": True, "shared_size": 16, "shared_gate": True}, Full()
+    ),
+    "adapters": (
+        {"attention_bias": True, "attention_output_bias": True, "num_key_value_heads": 2},
+        LoRA(rank=4, dropout=0.2, full=["lm_head", "embed_tokens"]),
+    ),
+}  # fmt: skip
+
+
+def rows_of(step: int, numbers: list[int]) -> Any:
+    """Rows of a step, the last of which are mostly padding, so that ranks and micro-batches weigh unequally."""
+    rows = []
+    for number in numbers:
+        draw = np.random.default_rng(100 * step + number)
+        sizes = [LENGTH + 1 - 3 * number] if number else [20, 13]
+        rows.append([Segment(draw.integers(0, 101, size).astype(np.int64)) for size in sizes])
+    return collate(rows, numbers, LENGTH, 0)
+
+
+class Loader(ModelLoader):
+    """Of an architecture that no folder has."""
+
+    architecture: Architecture  # type: ignore[assignment]
+
+
+def loader(case: str, strategy: Any, recompute: Recompute = Recompute.none) -> Loader:
+    features, adapter = CASES[case]
+    load = Loader(Model(activation_checkpointing=recompute), strategy, 0, 101, adapter)
+    load.architecture = Architecture(**{**SHAPE, **features})
+    return load
+
+
+def curve(case: str, strategy: Any, recompute: str = "none") -> tuple[list[list[float]], str]:
+    """Loss and gradient norm of every step, and a digest of what tensor ranks must hold alike after the last."""
+    load = loader(case, strategy, Recompute(recompute))
+    engine = strategy.wrap(load.load(), AdamW(lr=3e-3, clip=1.0), Precision())
+    models = Models(engine.model, None)  # type: ignore[arg-type]
+    guard, watch, data = Guard(GuardSettings(), engine.device), Stopwatch(engine.device), distributed.world().data
+    values = []
+    for step in range(STEPS):
+        mine = data.share(list(range(ROWS)))
+        half = len(mine) // 2
+        parts = [rows_of(step, mine[n : n + half]) for n in (0, half)]
+        metrics = train_step(Pretrain(), models, engine, guard, watch, parts, (0, step))
+        values.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    alike = [
+        p for n, p in engine.module.named_parameters() if isinstance(strategy, FSDP) and not sharding.cut_of(p).along
+    ]
+    digest = hashlib.sha256(b"".join(sharding.local(p).numpy().tobytes() for p in alike)).hexdigest()
+    return values, digest
+
+
+def curves(layouts: list[tuple[int, list[str]]], ports: list[int]) -> dict[tuple[str, int], Any]:
+    """By case and number of tensor ranks, the curve; ``layouts``: tensor ranks and what is recomputed in each case."""
+    results = {}
+    for (tensor, recomputed), port in zip(layouts, ports, strict=True):
+        # A store of its own: a session must not meet the addresses of the one before.
+        os.environ["MASTER_PORT"] = str(port)
+        with distributed.session(timeout=120, replica=tensor):
+            for case, recompute in zip(CASES, recomputed, strict=True):
+                results[case, tensor] = curve(case, FSDP(tensor=tensor), recompute)
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return {case: curve(case, DDP())[0] for case in CASES}
+
+
+LAYOUTS = [
+    pytest.param(2, [(2, ["none", "full", "selective", "full", "none"])], id="2"),
+    pytest.param(
+        4, [(2, ["selective", "none", "full", "none", "none"]), (4, ["full", "selective", "none", "none", "full"])],
+        id="4", marks=pytest.mark.slow,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "layouts"), LAYOUTS)
+def test_every_layout_follows_the_curve_of_one_rank(ranks, layouts, alone):
+    every = on_ranks(ranks, curves, layouts, [free_port() for _ in layouts], joined=False)
+    for (case, tensor), (values, _) in every[0].items():
+        # Float32 sums in another order.
+        np.testing.assert_allclose(values, alone[case], rtol=1e-5, err_msg=f"{case}, tensor {tensor}")
+        assert all(of_rank[case, tensor][0] == values for of_rank in every)
+        digests = [of_rank[case, tensor][1] for of_rank in every]
+        replicas = [set(digests[n : n + tensor]) for n in range(0, ranks, tensor)]
+        assert all(len(replica) == 1 for replica in replicas), (case, tensor)
