@@ -36,6 +36,10 @@ STRATEGIES = {
 KINDS = {
     "softmax": ({}, BalanceRates(balance_loss=0.1, z_loss=0.01)),
     "sigmoid": ({"router_sigmoid": True, "shared_size": 16}, BalanceRates(bias_rate=0.02)),
+    "few": (
+        {"router_sigmoid": True, "router_normalised": False, "experts": 2, "experts_per_token": 1, "expert_bias": True},
+        BalanceRates(bias_rate=0.02),
+    ),
 }
 ROWS, LENGTH, STEPS = 8, 16, 6
 ADAMW = AdamW(lr=3e-3)
@@ -59,7 +63,7 @@ def begun(kind: str, strategy_name: str, recompute: str, optimizer: Optimizer, s
     """A model of `KINDS` that has learnt nothing yet."""
     features, rates = KINDS[kind]
     # Sixteen experts for the few tokens of a micro-batch: most of them get none there.
-    shape = small(**features, experts=16, expert_size=8)
+    shape = small(**{"experts": 16, "expert_size": 8, **features})
     strategy = STRATEGIES[strategy_name]()
     if isinstance(strategy, Zero3):
         strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -115,7 +119,7 @@ def curves(
 @pytest.fixture(scope="module")
 def alone():
     """On one rank, all rows of a step in one micro-batch."""
-    return {kind: curve(kind, "ddp", ROWS, "none") for kind in KINDS}
+    return {kind: curve(kind, "ddp", ROWS, "none") for kind in ("softmax", "sigmoid")}
 
 
 def compare(found, expected):

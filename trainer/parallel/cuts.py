@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from trainer.parallel.boxes import Box
 from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
+STACK = 3
+"""Dimensions of a stack of matrices."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -41,46 +44,67 @@ class Cut:
         return tuple(last - first for first, last in self.box[: len(self.shape)])
 
     @property
+    def dim(self) -> int:
+        """The dimension whose rows ``shards`` divide: the second of a stack of fewer matrices than ranks, if it is even."""
+        assert self.shards is not None
+        block, ranks = self.block, self.shards.size
+        return int(len(block) == STACK and block[0] < ranks and block[1] % ranks == 0)
+
+    @property
     def rows(self) -> tuple[int, int]:
         """(first, last) row of the block that is this rank's: equal parts, the last of which may lack some."""
         assert self.shards is not None
-        count = self.block[0]
-        each = -(-count // self.shards.size)
-        first = each * self.shards.rank
-        return min(first, count), min(first + each, count)
+        return _part(self.block[self.dim], self.shards, self.shards.rank)
 
     @property
-    def start(self) -> int:
-        """The place of the first of its rows' elements in the flattened block."""
-        return self.rows[0] * torch.Size(self.block[1:]).numel()
+    def interval(self) -> tuple[Box, int]:
+        """The box in which this rank's elements follow each other, and the first one's place in it."""
+        first, last = self.rows
+        if self.dim == 0:
+            return self.box, first * torch.Size(self.block[1:]).numel()
+        matrices, (top, _), *inner = self.box
+        return (matrices, (top + first, top + last), *inner), 0
 
     def own(self, values: Tensor) -> Tensor:
         """This rank's rows of the logical tensor's ``values``, a view."""
         block = values[tuple(slice(*span) for span in self.box)]
         first, last = self.rows
-        return block[first:last]
+        return block.narrow(self.dim, first, last - first)
 
     def joined(self, own: Tensor) -> Tensor:
         """The logical tensor, of which every rank has its rows; collective."""
         assert self.shards is not None
-        count, *rest = self.block
-        padded = own.new_zeros(-(-count // self.shards.size), *rest)
-        padded[: len(own)].copy_(own)
-        values = self.shards.stack(padded).flatten(0, 1)[:count]
+        values = joined_rows(own, self.block[self.dim], self.dim, self.shards)
         for dim, axis in reversed(self.along):
-            sizes = [last - first for first, last in (axis.span(self.shape[dim], rank) for rank in range(axis.size))]
-            values = values.movedim(dim, 0)
-            padded = values.new_zeros(max(sizes), *values.shape[1:])
-            padded[: len(values)].copy_(values)
-            parts = axis.stack(padded)
-            values = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
-        return values
+            spans = (axis.span(self.shape[dim], rank) for rank in range(axis.size))
+            values = _joined(values, dim, axis, [last - first for first, last in spans])
+        return values.contiguous()
 
     def on(self, mesh: Mesh) -> Cut:
         """This cut of a module that is placed on ``mesh``."""
         divided = any(axis is mesh.tensor for _, axis in self.along)
         copies = UNDIVIDED if divided else mesh.tensor
         return Cut(self.shape, self.along, mesh.shards if self.shards is None else self.shards, copies)
+
+
+def joined_rows(own: Tensor, count: int, dim: int, shards: Axis) -> Tensor:
+    """A tensor of ``count`` rows along a dimension, of which every rank has those of `Cut.rows`; collective."""
+    parts = (_part(count, shards, rank) for rank in range(shards.size))
+    return _joined(own, dim, shards, [last - first for first, last in parts])
+
+
+def _part(count: int, shards: Axis, rank: int) -> tuple[int, int]:
+    each = -(-count // shards.size)
+    return min(each * rank, count), min(each * (rank + 1), count)
+
+
+def _joined(own: Tensor, dim: int, axis: Axis, sizes: list[int]) -> Tensor:
+    """The ranks' parts, so many rows each along ``dim``, end to end."""
+    rows = own.movedim(dim, 0)
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)].copy_(rows)
+    parts = zip(axis.stack(padded), sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts]).movedim(0, dim)
 
 
 def cut(module: nn.Module, name: str, dim: int, axis: Axis, shards: Axis | None = None) -> None:

@@ -17,7 +17,7 @@ from trainer.optim import Optimizer, gradient_norm
 from trainer.optim.muon import Replicas
 from trainer.optim.state import create_state, elements
 from trainer.parallel import distributed, sharding
-from trainer.parallel.cuts import Cut
+from trainer.parallel.cuts import Cut, joined_rows
 from trainer.parallel.engine import Fragment, Outcome, digest_of, owned_spans, saved_buffers
 from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 from trainer.parallel.native import NativeEngine
@@ -62,12 +62,13 @@ class RowShards(Replicas):
         return torch.Size(self.cuts[parameter].block)
 
     def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        stacked = Cut((shape[0], len(updates), *shape[1:]), shards=self.shards)
-        return stacked.joined(updates.movedim(1, 0).contiguous()).movedim(1, 0).contiguous()
+        cut = Cut(tuple(shape), shards=self.shards)
+        return joined_rows(updates, shape[cut.dim], cut.dim + 1, self.shards).contiguous()
 
     def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        first, last = Cut(tuple(shape), shards=self.shards).rows
-        return updates[:, first:last]
+        cut = Cut(tuple(shape), shards=self.shards)
+        first, last = cut.rows
+        return updates.narrow(cut.dim + 1, first, last - first)
 
 
 class ShardedEngine(NativeEngine):
@@ -193,7 +194,7 @@ class ShardedEngine(NativeEngine):
                 continue
             for state, values in self.states(part).items():
                 own = elements(values, 0, part.numel(), restoring=not owned)
-                yield Fragment(name, state, cut.shape, cut.box, cut.start, own)
+                yield Fragment(name, state, cut.shape, *cut.interval, own)
         for number, first, last in owned_spans([b.numel() for _, b in self.buffers], owned=owned):
             name, buffer = self.buffers[number]
             yield Fragment.of_tensor(name, "param", buffer.shape, first, buffer.detach().view(-1)[first:last])

@@ -71,19 +71,21 @@ def cut_of(parameter: Tensor) -> Cut:
     return parameter.cut  # type: ignore[attr-defined, no-any-return]
 
 
-def _placement(parameters: Mapping[nn.Parameter, Cut], mesh: Mesh, device: torch.device) -> Callable[..., Any] | None:
-    """Tells `fully_shard` of parameters whose rows are on other ranks than the mesh's shards; None = there are none."""
+def _placement(
+    parameters: Mapping[nn.Parameter, Cut], mesh: Mesh, device: torch.device
+) -> Callable[[nn.Parameter], Any] | None:
+    """Tells `fully_shard` where rows are that are not of the first dimension, or not on the mesh's shards; None = none."""
     others = {own.shards for own in parameters.values() if own.shards is not None} - {mesh.shards}
     if not others:
-        return None
+        return (lambda p: Shard(parameters[p].dim)) if any(own.dim for own in parameters.values()) else None
     # PyTorch has no public name for it yet (2.12, pull request 173509).
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
     infos = {axis: FSDPMeshInfo(mesh=_device_mesh(axis, device), shard_mesh_dim=0) for axis in others}
 
-    def placement(parameter: nn.Parameter) -> ShardPlacementResult | None:
-        shards = parameters[parameter].shards
-        return ShardPlacementResult(Shard(0), infos[shards]) if shards in infos else None
+    def placement(parameter: nn.Parameter) -> Any:
+        own = parameters[parameter]
+        return ShardPlacementResult(Shard(own.dim), infos[own.shards]) if own.shards in infos else Shard(own.dim)
 
     return placement
 

@@ -73,15 +73,17 @@ def test_exchanges_and_their_gradients_are_those_of_one_rank():
 
 
 class Divided(nn.Module):
-    """A matrix of 5 rows cut along them, one of 3 x 4 cut along its columns, and a vector that all have."""
+    """A matrix of 5 rows cut along them, one of 3 x 4 cut along its columns, two of 4 x 3 in a stack, and a vector."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.empty(5, 2, device="meta"))
         self.columns = nn.Parameter(torch.empty(3, 4, device="meta"))
+        self.stack = nn.Parameter(torch.empty(2, 4, 3, device="meta"))
         self.vector = nn.Parameter(torch.empty(3, device="meta"))
         cut(self, "rows", 0, mesh.tensor)
         cut(self, "columns", 1, mesh.tensor)
+        cut(self, "stack", 0, mesh.tensor)
 
 
 def parts() -> dict[str, Any]:
@@ -90,7 +92,7 @@ def parts() -> dict[str, Any]:
     for name, own in cuts_of(Divided(mesh), mesh).items():
         values = torch.arange(float(torch.Size(own.shape).numel())).view(own.shape)
         assert torch.equal(own.joined(own.own(values)), values)
-        results[name] = own.own(values).tolist(), own.box, own.start, own.copies.rank
+        results[name] = own.own(values).tolist(), *own.interval, own.copies.rank
     return results
 
 
@@ -105,6 +107,12 @@ def test_a_rank_has_rows_of_its_block_and_all_have_the_tensor_together():
     assert [c[0] for c in columns] == [
         [[0.0, 1.0], [4.0, 5.0]], [[2.0, 3.0], [6.0, 7.0]], [[8.0, 9.0]], [[10.0, 11.0]],
     ]  # fmt: skip
+    # Two ranks have a matrix of the stack each, and with two more, which have the same, half of its rows.
+    stacks = [here["stack"] for here in every]
+    assert [s[1] for s in stacks] == [
+        ((matrix, matrix + 1), (row, row + 2), (0, 3)) for row, matrix in ((0, 0), (0, 1), (2, 0), (2, 1))
+    ]
+    assert [(s[0][0][0][0], s[2]) for s in stacks] == [(0.0, 0), (12.0, 0), (6.0, 0), (18.0, 0)]
     # What tensor ranks have alike, the first of them counts and writes.
     assert [(here["vector"][0], here["vector"][3]) for here in every] == [
         ([0.0, 1.0], 0), ([0.0, 1.0], 1), ([2.0], 0), ([2.0], 1),
