@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.test_experts import ADAMW, ROWS, begun, compare, curve, steps
 from tests.mixtures import mixture
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, session_of
 from trainer.batch import Documents
 from trainer.checkpoint import Checkpointer, Checkpoints
 from trainer.functional import logits
@@ -114,24 +114,32 @@ def test_whole_experts_are_there_to_sample_with_and_training_goes_on_unchanged(p
             np.testing.assert_array_equal(looked, undisturbed)
 
 
-DIVIDED = [
-    ("softmax", "expert 2", 1, "full", STEPS), ("sigmoid", "expert 2", 2, "selective", STEPS),
-    ("softmax", "expert 2 kept", 1, "none", 4), ("softmax", "expert 4", 2, "selective", 4),
-    ("few", "expert 2", 2, "none", 4), ("few", "fsdp", 2, "none", 4),
-]  # fmt: skip
-"""With few experts there are fewer than ranks that have their rows."""
+DIVIDED = {
+    1: [
+        ("softmax", "expert 2", 1, "full", STEPS), ("sigmoid", "expert 2", 2, "selective", STEPS),
+        ("softmax", "expert 2 kept", 1, "none", 4), ("softmax", "expert 4", 2, "selective", 4),
+        ("few", "expert 2", 2, "none", 4), ("few", "fsdp", 2, "none", 4),
+    ],
+    2: [("sigmoid", "expert 2 x sequence 2", 2, "full", 4), ("sigmoid", "expert 2 x tensor 2", 4, "selective", 4)],
+}  # fmt: skip
+"""By ranks of a replica. With few experts there are fewer than ranks that have their rows."""
+CASES = [case for cases in DIVIDED.values() for case in cases]
 
 
 def on_four() -> list[tuple[np.ndarray, np.ndarray]]:
-    curves = [curve(*case) for case in DIVIDED]
-    return [*curves, curve("few", "expert 2", 2, "none", 3, Muon(lr=0.02))]
+    curves = []
+    for replica, cases in DIVIDED.items():
+        with session_of(replica):
+            curves += [curve(*case) for case in cases]
+    with session_of():
+        return [*curves, curve("few", "expert 2", 2, "none", 3, Muon(lr=0.02))]
 
 
 @pytest.mark.slow
 def test_four_ranks_divide_experts_and_the_rows_of_each():
-    expected = [curve(kind, "ddp", ROWS, "none", last) for kind, *_, last in DIVIDED]
+    expected = [curve(kind, "ddp", ROWS, "none", last) for kind, *_, last in CASES]
     muon, _ = curve("few", "ddp", ROWS, "none", 3, Muon(lr=0.02))
-    for here in on_ranks(4, on_four):
+    for here in on_ranks(4, on_four, joined=False):
         for found, one in zip(here[:-1], expected, strict=True):
             compare(found, one)
         np.testing.assert_allclose(here[-1][0][:, 0], muon[:, 0], rtol=2e-4)

@@ -32,6 +32,7 @@ from trainer.tracking.throughput import Stopwatch
 STRATEGIES = {
     "ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3, "expert 2": partial(FSDP, expert=2),
     "expert 2 kept": partial(FSDP, expert=2, reshard=False), "expert 4": partial(FSDP, expert=4),
+    "expert 2 x sequence 2": partial(FSDP, expert=2, sequence=2), "expert 2 x tensor 2": partial(FSDP, expert=2, tensor=2),
 }  # fmt: skip
 KINDS = {
     "softmax": ({}, BalanceRates(balance_loss=0.1, z_loss=0.01)),

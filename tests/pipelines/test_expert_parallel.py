@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests.chats import write_jsonl
 from tests.command import TINY, metrics
 from tests.pipelines import test_dpo, test_ppo, test_sft
-from tests.ranks import free_port, on_ranks
+from tests.ranks import on_ranks, to_another_port
 from trainer.compose import compose
 from trainer.run import run
 
@@ -33,12 +33,12 @@ RUNS = {
 }  # fmt: skip
 
 
-def all_of(folder: str, strategy: list[str], ports: list[int]) -> None:
+def all_of(folder: str, strategy: list[str]) -> None:
     """Each of `RUNS` in turn, in the folder of its ranks."""
     os.chdir(folder)
     sys.path.insert(0, str(Path(folder).parent))
-    for (name, own), port in zip(RUNS.items(), ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for name, own in RUNS.items():
+        to_another_port()
         run(compose([f"run_dir={name}", "model.path=../base/export", "data.cache=cache", *own, *QUIET, *strategy]))
 
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     run(compose([f"run_dir={folder / 'base'}", *TINY, *EXPERTS, *QUIET, "steps=10", "optimizer.lr=0.003"]))
     for ranks, strategy in ((1, ["strategy=ddp"]), (2, ON_TWO)):
         (folder / str(ranks)).mkdir()
-        on_ranks(ranks, all_of, str(folder / str(ranks)), strategy, [free_port() for _ in RUNS], joined=False)
+        on_ranks(ranks, all_of, str(folder / str(ranks)), strategy, joined=False)
     return folder
 
 
