@@ -36,6 +36,7 @@ STRATEGIES = {
     "zero3": (Zero3(deepspeed=SHARDS), Compute.fp32),
     "fsdp": (FSDP(), Compute.fp32),
     "fsdp bf16": (FSDP(autocast=False), Compute.bf16),
+    "fsdp bf16 autocast": (FSDP(autocast=True, reshard=False), Compute.bf16),
     "zero2 bf16": (Zero2(autocast=False), Compute.bf16),
     "zero3 bf16": (Zero3(autocast=False, deepspeed=SHARDS), Compute.bf16),
 }

@@ -378,7 +378,7 @@ EIGHT_BIT = ["optimizer.state=8bit", "model.hidden_size=64", "model.intermediate
 @pytest.mark.parametrize(
     ("strategy", "ranks", "narrow"),
     [(strategy, 2, BF16) for strategy in ("zero1", "zero2", "zero3", "fsdp")]
-    + [("ddp", 1, EIGHT_BIT), ("zero2", 2, EIGHT_BIT)],
+    + [("ddp", 1, EIGHT_BIT), ("zero2", 2, EIGHT_BIT), ("fsdp", 2, EIGHT_BIT)],
 )
 def test_a_killed_run_with_narrow_weights_or_moments_ends_with_the_same_bytes(strategy, ranks, narrow, tmp_path):
     if narrow == EIGHT_BIT:
