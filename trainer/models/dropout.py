@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from torch.nn import functional as F
 
 from trainer.parallel.mesh import UNDIVIDED, Axis
 
+Part = tuple[tuple[int, int], tuple[int, int]]
+Draws = tuple[tuple[str, ...], tuple[int, ...] | None, Tensor | None, Part | None]
+"""Rows that are drawn for, the tokens of each, those of them that the last block computes, and those that are here."""
 _rows: tuple[str, ...] = ("",)
 _tokens: tuple[int, ...] | None = None
 _places: Tensor | None = None
-_part: tuple[tuple[int, int], tuple[int, int]] | None = None
+_part: Part | None = None
 
 
 def draw_for(key: Sequence[int], rows: Sequence[int], tokens: tuple[int, ...] | None = None) -> None:
@@ -41,6 +45,22 @@ def divide(shape: tuple[int, int], span: tuple[int, int]) -> None:
     """
     global _part
     _part = shape, span
+
+
+def current() -> Draws:
+    """What is drawn for now."""
+    return _rows, _tokens, _places, _part
+
+
+@contextmanager
+def again(draws: Draws) -> Iterator[None]:
+    """For a while, draw what was drawn when they were `current`."""
+    global _rows, _tokens, _places, _part
+    before, (_rows, _tokens, _places, _part) = current(), draws
+    try:
+        yield
+    finally:
+        _rows, _tokens, _places, _part = before
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -8,9 +8,12 @@ from enum import StrEnum, auto
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.models import dropout
 
 
 class Recompute(StrEnum):
@@ -49,9 +52,15 @@ def keep_all(block: Computes, *inputs: Any) -> Tensor:
 
 
 def _recompute_all(block: Computes, x: Tensor, turned: tuple[Tensor, ...], *rest: Any, **how: Any) -> Tensor:
+    # Other micro-batches may pass before this one's backward. What is compiled draws nothing.
+    draws = None if torch.compiler.is_compiling() else dropout.current()
+
     # What is not a tensor comes by closure: torch 2.11 would compile anew for every number of documents.
     def compute(x: Tensor, *turned: Tensor) -> Tensor:
-        return block.compute(x, turned, *rest)
+        if draws is None:
+            return block.compute(x, turned, *rest)
+        with dropout.again(draws):
+            return block.compute(x, turned, *rest)
 
     return checkpoint(compute, x, *turned, use_reentrant=False, **how)  # type: ignore[no-any-return]
 

@@ -5,10 +5,12 @@ from functools import partial
 import pytest
 import torch
 
+from trainer.batch import Documents
 from trainer.data.labelled import LabelledBatch
 from trainer.data.pairs import AnswerBatch, Pair, collate, collate_shared_prefix
 from trainer.data.rows import Encoded
 from trainer.loop import loss_of
+from trainer.models import dropout as draws
 from trainer.models.dropout import divide, draw_for, dropout, narrow_to
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA
@@ -115,3 +117,25 @@ def test_a_part_of_the_tokens_has_the_draws_that_it_has_among_all():
     ragged = dropout(torch.ones(1, 10, 20), 0.25, "q")
     divide((1, 10), (2, 5))
     assert torch.equal(dropout(torch.ones(1, 3, 20), 0.25, "q"), ragged[:, 2:5])
+
+
+def learnt_of_first(between: bool) -> torch.Tensor:
+    """The gradient of row 1's forward, whose blocks are computed again; ``between``: row 2 passes before its backward."""
+    load = ModelLoader(Model(**SHAPE, activation_checkpointing=Recompute.full), DDP(), 3, 50, LoRA(dropout=0.5))
+    model = load.load().train()
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
+    tokens, documents = torch.arange(12)[None], Documents.from_lengths((12,), 1)
+    draw_for((0, 1), [1])
+    loss = model(tokens, documents, lambda hidden, head: hidden.square().sum())
+    if between:
+        draw_for((0, 1), [2])
+        model(tokens, documents, lambda hidden, head: hidden.square().sum())
+    before = draws.current()
+    loss.backward()
+    assert draws.current() == before
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_what_is_computed_again_drops_what_it_dropped_before_another_row_passed():
+    assert torch.equal(learnt_of_first(True), learnt_of_first(False))
