@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -89,8 +90,9 @@ class Evaluation(Node):
         with engine.evaluating():
             for name, rows in heldout.items():
                 metrics = Metrics()
-                for batch in pipeline.prepare_step(models, engine, self._batches(rows, self.micro or micro)):
-                    metrics.merge(pipeline.evaluate(models, batch.to(engine.device)))
+                batches = pipeline.prepare_step(models, engine, self._batches(rows, self.micro or micro))
+                for measured in engine.map_batches(partial(pipeline.evaluate, models), batches):
+                    metrics.merge(measured)
                 overall.merge(metrics)
                 if len(heldout) > 1:
                     values.update({f"eval/{name}/{key}": v for key, v in _counted(metrics).items()})

@@ -251,7 +251,7 @@ def run(cfg: Run) -> dict[str, float]:
             ):
                 tracker.say([cfg.summary(architecture), *cfg.remarks(load, engine, last), *corpus.summary])
                 stop = StopConsensus(cfg.checkpoint.before_deadline)
-                log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.model, world.device, hosts))
+                log = StepLog(tracker, guard, stop, speed, tokens, Stragglers(engine.module, world.device, hosts))
                 session = Session(cfg, load, corpus, models, engine, checkpoints, tracker, log, watch)
                 if cfg.evaluation.first and done == 0:
                     session.evaluate(0)

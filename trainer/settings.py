@@ -44,6 +44,18 @@ class BatchSizes(Node):
                 f"use {nearest}"
             )
 
+    def validate_stages(self, replicas: int, stages: int) -> Iterator[str]:
+        """One sentence if a replica has fewer micro-batches a step than the ``stages`` that they pass through."""
+        accumulate = self.size // (self.micro * replicas)
+        if 0 < accumulate < stages:
+            most = self.size // (replicas * stages)
+            fits = [micro for micro in range(1, most + 1) if self.size % (micro * replicas) == 0]
+            remedy = f"batch.size={self.micro * replicas * stages}" + (f" or batch.micro={fits[-1]}" if fits else "")
+            yield (
+                f"strategy.pipeline={stages} wants at least {stages} micro-batches a step, so that every stage has one, "
+                f"and batch.size={self.size} is {accumulate} of batch.micro={self.micro} a replica; use {remedy}"
+            )
+
 
 class Direction(StrEnum):
     """Which end of the metric is the better one."""

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     corpus = cfg.open_corpus(tokenizer)
     if not corpus.heldout and not corpus.prompts(1):
         raise ConfigError(["data.eval=[] names nothing to measure on; give files, folders or hub ids"])
-    with distributed.session() as world:
+    with distributed.session(replica=cfg.strategy.mesh.replica) as world:
         models = cfg.pipeline.models(cfg.loader(tokenizer), tokenizer)
         engine = cfg.strategy.wrap(models.trained, cfg.optimizer, cfg.precision)
         models.trained = engine.model

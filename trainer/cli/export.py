@@ -73,7 +73,7 @@ def export(cfg: Run, run_dir: Path, out: Path, facts: dict[str, Any]) -> int:
     """Restore the newest checkpoint that verifies and write its model; gives its step. Collective."""
     tokenizer, _ = cfg.open_tokenizer_and_shape()
     corpus, load = cfg.open_corpus(tokenizer), cfg.loader(tokenizer)
-    with distributed.session() as world, ExitStack() as locks:
+    with distributed.session(replica=cfg.strategy.mesh.replica) as world, ExitStack() as locks:
         if world.is_main:
             try:
                 locks.enter_context(FileLock(run_dir / ".lock", timeout=0))

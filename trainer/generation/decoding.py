@@ -60,7 +60,8 @@ class Decoding:
         longest = max(map(len, groups), default=0) + sampling.tokens
         architecture: Architecture = model.architecture  # type: ignore[assignment]
         key_heads: int = model.key_heads  # type: ignore[assignment]
-        fixed = self.device.type != "cpu" if fixed is None else fixed
+        # No graph may hold what ranks say to each other by way of their hosts.
+        fixed = self.device.type != "cpu" and not getattr(model, "staged", False) if fixed is None else fixed
         self._decoder = open_decoder(model, slots, longest, sampling) if fixed else None
         self.cache = (
             Cache(architecture, slots, longest, self.device, fixed=False, key_heads=key_heads)

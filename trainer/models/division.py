@@ -9,9 +9,6 @@ from trainer.models.linear import FakeQuantizer
 from trainer.models.sizes import linear_widths
 from trainer.parallel.mesh import MeshShape
 
-BUILT = ("tensor", "sequence", "expert")
-"""The axes that work."""
-
 
 def validate_mesh(
     shape: MeshShape,
@@ -26,9 +23,6 @@ def validate_mesh(
     ``packed``: names of weights that are held in four bits. ``auxiliary``: models that are divided on the same mesh.
     ``quantizer``: what rounds weights in the forward; None = nothing.
     """
-    yield from (
-        f"strategy.{name}={size} is not built yet; use 1" for name, size in shape.axes.items() if name not in BUILT
-    )
     if shape.tensor > 1:
         yield from dict.fromkeys(rule for model in (a, *auxiliary) for rule in _validate_tensor(shape.tensor, model))
         yield from _validate_layers(shape.tensor, a, packed, quantizer)
@@ -36,6 +30,8 @@ def validate_mesh(
         yield from _validate_heads(shape, a, auxiliary)
     if shape.expert > 1:
         yield from _validate_experts(shape.expert, a, packed, auxiliary)
+    if shape.pipeline > 1:
+        yield from _validate_stages(shape.pipeline, a)
 
 
 def _validate_tensor(ranks: int, a: Architecture) -> Iterator[str]:
@@ -104,3 +100,21 @@ def _validate_heads(shape: MeshShape, a: Architecture, auxiliary: Collection[Arc
 
 def _divisors(number: int) -> str:
     return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def mesh_remarks(shape: MeshShape, a: Architecture) -> Iterator[str]:
+    """What is to be said at the start of a run of how a mesh divides a model."""
+    layers, stages = len(a.layers), shape.pipeline
+    if layers % stages:
+        each = f"{layers // stages} or {layers // stages + 1}"
+        yield f"strategy.pipeline={stages} divides {layers} layers unevenly, {each} a stage; all wait for the longest"
+
+
+def _validate_stages(stages: int, a: Architecture) -> Iterator[str]:
+    if stages > (layers := len(a.layers)):
+        yield f"strategy.pipeline={stages} gives some ranks none of the {layers} layers; use at most {layers}"
+    if a.experts:
+        yield (
+            f"strategy.pipeline={stages} is not built for mixtures of experts, whose routers' loads are of all layers; use "
+            "strategy.expert or strategy.tensor"
+        )

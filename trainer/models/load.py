@@ -19,6 +19,7 @@ from trainer.models.adapter import Adapter, Full
 from trainer.models.architecture import Architecture
 from trainer.models.attention import has_kernel
 from trainer.models.balance import Balancer, BalanceRates, without_effect
+from trainer.models.division import mesh_remarks
 from trainer.models.families import problems_of
 from trainer.models.header import read_shape
 from trainer.models.hf_format import FormatError, read_architecture
@@ -33,6 +34,7 @@ from trainer.models.qat import QAT, install
 from trainer.models.quantized_base import remarks, validate_base
 from trainer.models.recompute import Recompute
 from trainer.models.shape import Shape, architecture_of, needless, stretched
+from trainer.models.stage import keep_stage
 from trainer.models.stored import StoredWeights
 from trainer.models.transformer import Transformer
 from trainer.parallel import distributed
@@ -212,7 +214,8 @@ class ModelLoader:
         yield from self.config.validate_compiled(device, self.precision.dtype, self.architecture)
 
     def remarks(self) -> Iterator[str]:
-        """A sentence for what of the folder is not read, or not as it is stored, and for how the adapter holds the rest."""
+        """A sentence for what of the folder is not read, or not as it is stored, and how ranks and adapter hold the rest."""
+        yield from mesh_remarks(self.strategy.mesh, self.architecture)
         yield from self.adapter.remarks(self.architecture)
         if self.files is not None:
             sentences = remarks(self.files.files, packs=bool(self.packed))
@@ -235,10 +238,12 @@ class ModelLoader:
         if self.precision.dtype is not torch.float32:
             for parameter in self.adapter.frozen_matrices(model):
                 self.strategy.cast_frozen(parameter, self.precision.dtype)
+        wanted = self._shapes_of(model)
+        keep_stage(model, self.strategy.stages)
         with long_lived_allocations():
             self.strategy.place(model, model.model.layers, self.precision)
         if self.files is not None:
-            self._validate_weights(self.files, self._shapes_of(model))
+            self._validate_weights(self.files, wanted)
             for name, buffer in saved_buffers(model):
                 buffer.copy_(self.start(name))
         filled = fill_packed(model, self.bytes_of, self.strategy.fill)

@@ -252,12 +252,17 @@ class PackedBase:
         """
         digests = {name.removeprefix("module."): weight.digest for name, weight in packed_weights(model).items()}
         if digests:
-            every = distributed.gather(digests)
-            if differing := [rank for rank, other in enumerate(every) if other != every[0]]:
-                raise RunError(
-                    f"rank {differing[0]} packs the model to other NF4 bytes than rank 0; use machines of one kind, with one "
-                    f"version of {PACKAGE}"
-                )
+            # Of a model whose stages are on different ranks each has some.
+            first: dict[str, tuple[int, str]] = {}
+            for rank, other in enumerate(distributed.gather(digests)):
+                for name, digest in other.items():
+                    before, expected = first.setdefault(name, (rank, digest))
+                    if digest != expected:
+                        raise RunError(
+                            f"rank {rank} packs the model to other NF4 bytes than rank {before}; use machines of one kind, "
+                            f"with one version of {PACKAGE}"
+                        )
+            digests = {name: digest for name, (_, digest) in first.items()}
         return cls(digests)
 
     def state_dict(self) -> dict[str, Any]:

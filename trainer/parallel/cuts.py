@@ -84,6 +84,8 @@ class Cut:
         """This cut of a module that is placed on ``mesh``."""
         divided = any(axis is mesh.tensor for _, axis in self.along)
         copies = UNDIVIDED if divided else mesh.tensor
+        if self.copies is not UNDIVIDED:
+            copies = self.copies
         return Cut(self.shape, self.along, mesh.shards if self.shards is None else self.shards, copies)
 
 

@@ -104,6 +104,7 @@ class World(Ranks):
 _world = World(0, 1, 0, torch.device("cpu"))
 _control: dist.ProcessGroup | None = None
 _store: Store | None = None
+_wait: timedelta | None = None
 _long = 0
 """How often this session waited for something long of its main rank."""
 _ended: list[dist.ProcessGroup | None] = []
@@ -130,7 +131,7 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int =
     Raises:
         InputError: if the ranks cannot be divided into replicas.
     """
-    global _world, _control, _store, _long
+    global _world, _control, _store, _long, _wait
     # torch 2.13 gave some collectives and an option of DDP new names and says so at every call; 2.11 has only the old ones.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers")
@@ -155,7 +156,7 @@ def session(timeout: float = 1800.0, *, same_bytes: bool = False, replica: int =
                 device_id=device if cuda else None,
             )  # fmt: skip
             _control = dist.new_group(backend="gloo", timeout=wait) if cuda else dist.group.WORLD
-            _store, _long = attempt, 0
+            _store, _long, _wait = attempt, 0, wait
         with deterministic(same_bytes), fastest_attention(device, same_bytes=same_bytes) as attention:
             _world = replace(_world, attention=attention)
             yield _world
@@ -180,6 +181,19 @@ def backend() -> str:
 def world() -> World:
     """This process's place in the current session."""
     return _world
+
+
+def group_of(members: Sequence[int], *, on_host: bool = False) -> dist.ProcessGroup:
+    """A group of ranks, of which every rank makes the one that it is in at the same time; it carries tensors of this device.
+
+    ``on_host``: tensors of the CPU instead.
+    """
+    # Its members alone take part: otherwise every rank would make every group of a thousand.
+    group: dist.ProcessGroup = dist.new_group(
+        list(members), backend="gloo" if on_host else None, timeout=_wait, use_local_synchronization=True
+    )
+    _ended.append(group)
+    return group
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

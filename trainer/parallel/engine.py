@@ -17,6 +17,7 @@ from trainer.parallel import distributed
 from trainer.parallel.boxes import Box, box_of
 from trainer.parallel.precision import Precision
 
+T = TypeVar("T")
 Report = TypeVar("Report")
 LossOf = Callable[[Any], tuple[Tensor, Report]]
 """Of a micro-batch: the sum of its losses, and what the caller wants to know of it."""
@@ -163,6 +164,11 @@ class Engine(ABC):
                 yield
         finally:
             self.model.train(training)
+
+    def map_batches(self, function: Callable[[Any], T], batches: Iterable[Batch]) -> Iterator[T]:
+        """What ``function`` makes of every batch on the device: forwards alone, inside `evaluating`."""
+        for batch in batches:
+            yield function(batch.to(self.device))
 
     def before_next_update(self, action: Callable[[], Any]) -> None:
         """Run ``action`` once, before an optimizer next writes to what `fragments` gives."""

@@ -16,7 +16,7 @@ from trainer.optim import Muon, Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Engine
-from trainer.parallel.mesh import Mesh, MeshShape
+from trainer.parallel.mesh import Axis, Mesh, MeshShape
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Offload, Strategy
 
@@ -63,11 +63,20 @@ class FSDP(Strategy):
     def mesh(self) -> MeshShape:
         return MeshShape(self.pipeline, self.sequence, self.tensor, self.expert)
 
+    @property
+    def stages(self) -> Axis:
+        return Mesh.of(self.mesh).pipeline
+
     def problems(self) -> Iterator[str]:
         if self.offload is Offload.optimizer:
             yield "strategy.offload=optimizer needs strategy=zero1, zero2 or zero3; use parameters, which takes all with it"
         if self.expert > 1 and torch.__version__ < "2.12":
             yield f"strategy.expert={self.expert} needs torch 2.12 or later, and this is {torch.__version__}; use 1"
+        if self.pipeline > 1:
+            others = [f"strategy.{name}={size}" for name, size in self.mesh.axes.items() if name != "pipeline"]
+            others += [f"strategy.offload={self.offload.value}"] if self.offload is Offload.parameters else []
+            if others:
+                yield f"strategy.pipeline={self.pipeline} is not built to go with {' and '.join(others)}; use one of them"
 
     def validate_compiled(self) -> Iterator[str]:
         if self.expert > 1:
@@ -118,10 +127,11 @@ class FSDP(Strategy):
 
     def wrap(self, module: nn.Module, optimizer: Optimizer, precision: Precision) -> Engine:
         from trainer.parallel.sharded_engine import ShardedEngine
+        from trainer.parallel.staged_engine import StagedEngine
 
         low = self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda")
-        mesh = Mesh.of(self.mesh)
-        return ShardedEngine(module, optimizer, precision, mesh, low_precision=low, reshard=self.reshard)
+        kind = StagedEngine if self.pipeline > 1 else ShardedEngine
+        return kind(module, optimizer, precision, Mesh.of(self.mesh), low_precision=low, reshard=self.reshard)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         from trainer.parallel import sharding

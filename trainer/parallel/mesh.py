@@ -182,8 +182,7 @@ def _laid_out(shape: MeshShape) -> Mesh:
         if len(ranks) == world.size:
             group = everyone
         elif len(ranks) > 1 or grouped:
-            # Its members alone take part: otherwise every rank would make every group of a thousand.
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            group = distributed.group_of(ranks)
         return Axis(ranks.index(world.rank), len(ranks), group, ranks)
 
     return Mesh(

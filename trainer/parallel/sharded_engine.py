@@ -155,7 +155,7 @@ class ShardedEngine(NativeEngine):
                 with ExitStack() as joined:
                     for part in self._joinable(only):
                         joined.enter_context(part.joined())
-                    yield self.module
+                    yield self.model
             finally:
                 self.module.train(training)
                 self.reshard()

@@ -48,6 +48,7 @@ def shard(
     own = cuts_of(module, mesh)
     shards = _device_mesh(mesh.shards, device)
     placement = _placement({parameter: own[name] for name, parameter in module.named_parameters()}, mesh, device)
+    blocks = (block for block in blocks if any(True for _ in block.parameters()))
     for part in (*blocks, module):
         unit = fully_shard(
             part,
@@ -146,14 +147,17 @@ def without_hooks(parts: Sequence[FSDPModule]) -> Iterator[None]:
 def _refuse_other_orders(module: nn.Module, mesh: Mesh) -> None:
     """PyTorch lays parameters end to end in the order of their registration and compares nothing between ranks."""
     own = [[name, list(cut.shape)] for name, cut in cuts_of(module, mesh).items()]
-    digests = distributed.gather(hashlib.sha256(repr(own).encode()).hexdigest())
-    if len(set(digests)) == 1:
+    stage = mesh.pipeline.rank
+    digests = distributed.gather([stage, hashlib.sha256(repr(own).encode()).hexdigest()])
+    if len({tuple(digest) for digest in digests}) == mesh.pipeline.size:
         return
-    every: list[Any] = distributed.gather(own)
-    other = next(rank for rank, names in enumerate(every) if names != every[0])
-    pairs = zip(every[0], every[other], strict=False)
-    here, there = next(((a, b) for a, b in pairs if a != b), (every[0][-1], every[other][-1]))
+    every: list[Any] = distributed.gather([stage, own])
+    first = [next(rank for rank, (there, _) in enumerate(every) if there == stage) for stage, _ in every]
+    other = next(rank for rank, (_, names) in enumerate(every) if names != every[first[rank]][1])
+    expected, names = every[first[other]][1], every[other][1]
+    pairs = zip(expected, names, strict=False)
+    here, there = next(((a, b) for a, b in pairs if a != b), (expected[-1], names[-1]))
     raise RuntimeError(
-        f"rank {other} has registered {there[0]} {tuple(there[1])} where rank 0 has {here[0]} {tuple(here[1])}: build the "
-        "model in the same order everywhere, and iterate over no set of names"
+        f"rank {other} has registered {there[0]} {tuple(there[1])} where rank {first[other]} has {here[0]} {tuple(here[1])}: "
+        "build the model in the same order everywhere, and iterate over no set of names"
     )

@@ -15,7 +15,7 @@ from trainer.config import Node
 from trainer.optim import Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
-from trainer.parallel.mesh import MeshShape
+from trainer.parallel.mesh import UNDIVIDED, Axis, MeshShape
 from trainer.parallel.precision import Precision
 
 
@@ -48,6 +48,11 @@ class Strategy(Node):
     def mesh(self) -> MeshShape:
         """How many ranks divide what of a replica."""
         return MeshShape()
+
+    @property
+    def stages(self) -> Axis:
+        """The ranks that have different layers of a model, among them this one; in a session."""
+        return UNDIVIDED
 
     def low_precision_weights(self, precision: Precision, *, cuda: bool) -> bool:
         """Whether the working copy of the weights is in the compute format, instead of float32 under autocast."""

@@ -93,6 +93,8 @@ class Pipeline(Node):
     """Whether the trained model scores sequences instead of predicting tokens."""
     batch_type: ClassVar[type[Batch]] = PackedRows
     """The micro-batches that it needs from the data."""
+    one_forward: ClassVar[bool] = False
+    """Whether a step and an evaluation call the trained model once a batch, and use nothing of it but what a reader gives."""
     next_command: ClassVar[str] = "onecurve chat {export}"
     """What to do first with the model that it exports."""
 
@@ -114,7 +116,11 @@ class Pipeline(Node):
 
     def validate_mesh(self, shape: MeshShape) -> Iterator[str]:
         """Yield one sentence for every axis of a mesh that ranks cannot be laid out on here."""
-        yield from ()
+        if shape.pipeline > 1 and not self.one_forward:
+            yield (
+                f"strategy.pipeline={shape.pipeline} passes a micro-batch through the model once, and this pipeline calls it "
+                "more often or samples from it; use strategy.tensor or strategy.sequence"
+            )
 
     def validate_layout(self, batch: BatchSizes, shape: MeshShape, ranks: int) -> Iterator[str]:
         """Yield one sentence for everything about so many ranks, laid out in a shape, that does not work here."""
@@ -124,6 +130,7 @@ class Pipeline(Node):
             return
         replicas = ranks // shape.replica
         yield from batch.validate_replicas(replicas, "rank" if shape.replica == 1 else "replica")
+        yield from batch.validate_stages(replicas, shape.pipeline)
         yield from self.validate_batch(batch, replicas)
 
     def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:

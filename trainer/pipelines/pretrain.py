@@ -26,6 +26,7 @@ class Pretrain(Pipeline):
     """Next-token prediction (docs/algorithms.md#language-modelling)."""
 
     learning_rate: ClassVar[float] = 3e-4
+    one_forward: ClassVar[bool] = True
     next_command: ClassVar[str] = "onecurve generate {export} --template raw --prompt 'Once upon a time'"
 
     z_loss: float = setting(0.0, "weight of the squared log-partition (PaLM, arXiv:2204.02311); 1e-4 is usual", least=0)
