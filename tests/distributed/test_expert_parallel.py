@@ -116,7 +116,7 @@ def test_whole_experts_are_there_to_sample_with_and_training_goes_on_unchanged(p
 
 DIVIDED = {
     1: [
-        ("softmax", "expert 2", 1, "full", STEPS), ("sigmoid", "expert 2", 2, "selective", STEPS),
+        ("softmax", "expert 2", 1, "full", STEPS), ("sigmoid", "expert 2", 2, "selective", 6),
         ("softmax", "expert 2 kept", 1, "none", 4), ("softmax", "expert 4", 2, "selective", 4),
         ("few", "expert 2", 2, "none", 4), ("few", "fsdp", 2, "none", 4),
     ],
