@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -98,10 +99,7 @@ class QLoRA(LoRA):
                 yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
 
     def packed(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            model = Transformer(architecture)
-            pack_layers(model, lambda name: matches(name, self.full))
-        return {name: weight.shape for name, weight in packed_weights(model).items()}
+        return dict(_packed_shapes(architecture, tuple(self.full)))
 
     def remarks(self, architecture: Architecture) -> Iterator[str]:
         yield from super().remarks(architecture)
@@ -132,3 +130,12 @@ class QLoRA(LoRA):
     def at_start(self) -> Adapter:
         # Without adapters, which add nothing yet; packed like the policy.
         return dataclasses.replace(self, targets=[]) if self.path is None else self
+
+
+@cache
+def _packed_shapes(architecture: Architecture, full: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the weights that are packed where those that ``full`` matches are not, by name."""
+    with torch.device("meta"):
+        model = Transformer(architecture)
+        pack_layers(model, lambda name: matches(name, full))
+    return {name: weight.shape for name, weight in packed_weights(model).items()}
