@@ -1,16 +1,26 @@
 """`onecurve estimate --plan`, as a user types it."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 
-from tests.command import onecurve
+from scripts.mesh_table import MODELS, NODES, cluster_of, overrides_of
+from tests.command import ROOT, onecurve
 from tests.unit.diagnostics.test_memory import SEVEN
+from trainer.cli.estimate import compose_without_data
 from trainer.cli.plan import Wish, layouts_of, plan
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.diagnostics.links import Links
-from trainer.diagnostics.mesh_plan import Cluster
+from trainer.diagnostics.memory import memory
+from trainer.diagnostics.mesh_plan import Choice, Cluster, utilisation
+from trainer.diagnostics.step_time import step_time
+from trainer.models.recompute import Recompute
+from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
+from trainer.parallel.zero import Zero1, Zero2
 
 EIGHT = Cluster(1, "H100", 1e15, 0.5, 80e9, Links())
 RUN = ["precision=bf16", "batch.size=64", "batch.micro=1", "batch.length=4096", "model.activation_checkpointing=null"]
@@ -102,3 +112,32 @@ def test_the_links_of_a_command_line_replace_those_of_the_device(tmp_path):
     code, out, _ = onecurve(tmp_path, "estimate", *words, "experiment=1b")
     assert code == 0
     assert "links of a device 300 GB/s within and 3 GB/s between nodes, 100% of them reached" in out
+
+
+ROW = re.compile(r"^\| (\w+) \| ([\d,]+) \| `(.+?)` \| (\d+ GB) \| ([\d.]+ s) \| (\d+%) \|$", re.MULTILINE)
+STRATEGIES = {kind().name: kind for kind in (DDP, Zero1, Zero2, FSDP)}
+
+
+@pytest.mark.slow
+def test_every_row_of_the_documentation_works_and_is_what_the_estimate_says():
+    rows = ROW.findall((ROOT / "docs" / "scale.md").read_text())
+    runs = {model: compose_without_data(overrides_of(model)) for model in MODELS}
+    assert {(model, gpus) for model, gpus, *_ in rows} <= {(m, f"{8 * n:,}") for m in MODELS for n in NODES}
+    assert len(rows) >= 20
+    for model, gpus, words, *figures in rows:
+        cluster, given = cluster_of(int(gpus.replace(",", "")) // 8), dict(word.split("=") for word in words.split())
+        sizes = {name.removeprefix("strategy."): json.loads(v) for name, v in given.items() if "strategy." in name}
+        cfg = runs[model]
+        batch = dataclasses.replace(cfg.batch, micro=int(given["batch.micro"]))
+        cfg = dataclasses.replace(cfg, strategy=STRATEGIES[given["strategy"]](**sizes), batch=batch)
+        shape = cfg.model.architecture(cfg.model.vocab_size)
+        refused = cfg.pipeline.validate_layout(batch, cfg.strategy.mesh, cluster.ranks)
+        assert [*cfg.validate_division(shape), *refused] == [], (model, gpus)
+        again = Recompute(given["model.activation_checkpointing"])
+        spread = dataclasses.replace(cfg.layout(shape, cluster.ranks, cuda=True), recompute=again)
+        timed = step_time(shape, spread, peak=cluster.peak, utilisation=cluster.utilisation, links=cluster.links)
+        need = memory(shape, spread).total
+        choice = Choice("", spread, need, timed)
+        expected = [f"{need / 1e9:.0f} GB", f"{timed.total:.2f} s", f"{utilisation(shape, choice, cluster):.0%}"]
+        assert figures == expected, f"{model} on {gpus}: print the table again with python -m scripts.mesh_table"
+        assert need <= 0.8 * 80e9

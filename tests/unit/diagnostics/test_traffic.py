@@ -65,6 +65,8 @@ def test_ranks_of_an_axis_are_as_near_as_their_numbers():
     who = groups(rows(64, expert=16), 8)
     assert (who["data"], who["expert"], who["expert data"]) == (Group(64, 8), Group(16, 8), Group(4, 1))
     assert groups(rows(64, tensor=8), 8)["data"] == Group(8, 1)
+    # Two replicas of two stages of two ranks are on a node.
+    assert groups(rows(64, tensor=2, pipeline=2), 8)["data"] == Group(16, 2)
 
 
 @pytest.mark.parametrize(
