@@ -170,6 +170,7 @@ WITH_ALL = [
 """Evaluations, texts, checkpoints and exports."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_continues_on_one_rank_and_one_of_one_rank_on_every_axis(mesh, world, monkeypatch):
     monkeypatch.chdir(world)

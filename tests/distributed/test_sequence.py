@@ -10,10 +10,12 @@ import torch
 from tests.cuda.emulated_varlen import emulated
 from tests.mixtures import SMALL
 from tests.ranks import on_ranks, session_of
+from trainer.batch import Documents
 from trainer.data.rows import Segment, collate
 from trainer.diagnostics.guard import Guard, GuardSettings
-from trainer.functional import cross_entropy
+from trainer.functional import cross_entropy, logprobs_at
 from trainer.loop import train_step
+from trainer.models.actor_critic import ActorCritic, ValueHead, values_at
 from trainer.models.adapter import Adapter, Full
 from trainer.models.architecture import Architecture, Layer, Rope
 from trainer.models.balance import Balancer, BalanceRates
@@ -23,9 +25,10 @@ from trainer.models.recompute import Recompute
 from trainer.models.transformer import Transformer
 from trainer.optim import AdamW
 from trainer.parallel import distributed
+from trainer.parallel.cuts import cuts_of
 from trainer.parallel.ddp import DDP
 from trainer.parallel.fsdp import FSDP
-from trainer.parallel.mesh import Mesh, MeshShape
+from trainer.parallel.mesh import UNDIVIDED, Mesh, MeshShape
 from trainer.parallel.precision import Precision
 from trainer.pipelines.base import Models
 from trainer.pipelines.pretrain import Pretrain
@@ -33,9 +36,9 @@ from trainer.tracking.throughput import Stopwatch
 
 ROWS, LENGTH = 8, 31
 """Two rows of 31 tokens are 62: of four ranks two have spare tokens."""
-STEPS = {"adapters": 20, "tied, one key head": 20}
-FEW = 3
-"""Steps of other cases: what differs in their gradients shows at once."""
+STEPS, FEW = 20, 3
+LONG = ["adapters", "tied, one key head"]
+"""Cases that go through all steps once; what differs in a gradient shows in a few."""
 ROPE = Rope(10000.0)
 DENSE: dict[str, Any] = {
     **SMALL, "experts": 0, "num_attention_heads": 8, "head_dim": 4, "layers": (Layer(rope=ROPE),) * 2,
@@ -71,7 +74,7 @@ def rows_of(step: int, numbers: list[int]) -> Any:
     return collate(rows, numbers, LENGTH, 0)
 
 
-def curve(case: str, strategy: Any) -> np.ndarray:
+def curve(case: str, strategy: Any, steps: int) -> np.ndarray:
     """Loss, gradient norm and what routers counted in every step."""
     features, adapter, recompute = CASES[case]
     with strategy.construction():
@@ -87,7 +90,7 @@ def curve(case: str, strategy: Any) -> np.ndarray:
     models = Models(engine.model, None, balancer=balancer if balancer.routers else None)  # type: ignore[arg-type]
     guard, watch, data = Guard(GuardSettings(), engine.device), Stopwatch(engine.device), distributed.world().data
     lines = []
-    for step in range(STEPS.get(case, FEW)):
+    for step in range(steps):
         mine = data.share(list(range(ROWS)))
         half = len(mine) // 2
         parts = [rows_of(step, mine[n : n + half]) for n in (0, half)]
@@ -97,26 +100,94 @@ def curve(case: str, strategy: Any) -> np.ndarray:
     return np.array(lines)
 
 
-def curves(sequence: int, tensor: int) -> dict[str, np.ndarray]:
-    with session_of(sequence * tensor):
-        return {
-            case: curve(case, FSDP(sequence=sequence, tensor=tensor))
-            for case in CASES
-            # Tensor ranks cannot divide the heads of a gated delta rule, nor three key heads.
-            if tensor == 1 or case not in ("gated delta rule", "windows, sinks, gates, bounds")
-        }
+Layout = tuple[int, int, int, list[str]]
+"""Sequence ranks, tensor ranks, steps, cases."""
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, np.ndarray]:
-    return {case: curve(case, DDP()) for case in CASES}
+def layouts(every: list[Layout]) -> list[dict[str, np.ndarray]]:
+    curves = []
+    for sequence, tensor, steps, cases in every:
+        with session_of(sequence * tensor):
+            curves.append({case: curve(case, FSDP(sequence=sequence, tensor=tensor), steps) for case in cases})
+    return curves
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param([(2, 1, FEW, list(CASES))], id="with two data ranks"),
+        pytest.param(
+            [(2, 1, STEPS, LONG), (2, 2, STEPS, LONG), (4, 1, FEW, list(CASES)), (2, 2, FEW, ["experts"])],
+            id="others",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_divided_tokens_follow_the_curve_of_one_rank(every):
+    """On four ranks."""
+    ranks = on_ranks(4, layouts, every, joined=False)
+    for number, (_, _, steps, cases) in enumerate(every):
+        for case in cases:
+            lines, label = ranks[0][number][case], f"{every[number]}, {case}"
+            # Float32 sums in another order.
+            np.testing.assert_allclose(lines, curve(case, DDP(), steps), rtol=1e-5, atol=1e-6, err_msg=label)
+            assert all(np.array_equal(of_rank[number][case], lines) for of_rank in ranks), label
+
+
+def scored(kind: str, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Gradients of scores, or of values and log-probabilities, of a single row; of this rank's blocks, over all tokens."""
+    architecture = Architecture(**{**DENSE, "scores": kind == "scores"})
+    model: Any = Transformer(architecture)
+    if kind == "value head":
+        model = ActorCritic(architecture)
+        model.critic = ValueHead(architecture.hidden_size)
+        model.critic.divide(mesh)
+    model.divide(mesh)
+    for name, cut in cuts_of(model, mesh).items():
+        draw = torch.Generator().manual_seed(len(name))
+        values = 0.2 * torch.randn(cut.shape, generator=draw)
+        model.get_parameter(name).data = values[tuple(slice(*span) for span in cut.box)]
+    places, tokens = torch.tensor([3, 9, 9, 16]), torch.arange(17)[None] * 5 % 101
+    documents, read = Documents.from_lengths([10, 7], 1), values_at(places)
+    if kind == "scores":
+        objective = model(tokens, documents, read).square().sum()
+    else:
+        (logprobs, _), scores = model(tokens, documents, logprobs_at(places, places), read)
+        objective = scores.square().sum() - logprobs.sum()
+    objective.backward()
+    gradients = {n: p.grad.to_dense() if p.grad.is_sparse else p.grad for n, p in model.named_parameters()}
+    return {name: mesh.sequence.sum(gradient) for name, gradient in gradients.items()}
+
+
+def scores_compared() -> list[str]:
+    """The gradients that are not those of a model that nothing divides."""
+    wrong = []
+    with session_of(4):
+        mesh, whole = Mesh.of(MeshShape(sequence=2, tensor=2)), Mesh(*[UNDIVIDED] * 7)
+        for kind in ("scores", "value head"):
+            divided, alone = scored(kind, mesh), scored(kind, whole)
+            axis = mesh.tensor
+            for name, gradient in divided.items():
+                wanted = alone[name]
+                for dim, (mine, all_of) in enumerate(zip(gradient.shape, wanted.shape, strict=True)):
+                    if mine != all_of:
+                        first, last = axis.span(all_of)
+                        wanted = wanted.narrow(dim, first, last - first)
+                # Float32 sums in another order.
+                if (gradient - wanted).abs().max() > 1e-5 * wanted.abs().max():
+                    wrong.append(f"{kind}: {name}: {(gradient - wanted).abs().max() / wanted.abs().max():.1e}")
+    return wrong
+
+
+def test_what_all_ranks_read_alike_has_the_gradient_of_one():
+    assert on_ranks(4, scores_compared, joined=False) == [[]] * 4
 
 
 def compiled() -> list[float]:
     """The largest difference of a gradient through compiled blocks and one through blocks as they are, by the largest."""
     errors = []
     with session_of(2), emulated():
-        for recompute in Recompute:
+        for recompute in (Recompute.none, Recompute.selective):
             gradients = []
             for compiles in (False, True):
                 model = Transformer(Architecture(**{**DENSE, "head_dim": 8}), recompute).train()
@@ -140,17 +211,3 @@ def test_blocks_compile_in_one_graph_with_their_exchanges():
     """As CUDA's branch: with its kernel for packed documents a break in the graph would raise."""
     # bfloat16 has 8 bits, and compiled blocks round less often on the way.
     assert max(max(errors) for errors in on_ranks(2, compiled, joined=False)) < 0.05
-
-
-def layouts(*sizes: tuple[int, int]) -> list[dict[str, np.ndarray]]:
-    return [curves(*size) for size in sizes]
-
-
-def test_divided_tokens_follow_the_curve_of_one_rank(alone):
-    """Two data ranks of two sequence ranks each; four sequence ranks; two, of two tensor ranks each."""
-    every = on_ranks(4, layouts, (2, 1), (4, 1), (2, 2), joined=False)
-    for number, layout in enumerate(every[0]):
-        for case, lines in layout.items():
-            # Float32 sums in another order.
-            np.testing.assert_allclose(lines, alone[case], rtol=1e-5, atol=1e-6, err_msg=f"{case}, {number}")
-            assert all(np.array_equal(of_rank[number][case], lines) for of_rank in every)
