@@ -80,31 +80,32 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], log: Path,
 
 
 class Attempts:
-    """A run on two ranks that is started again and again in the same ``run_dir``."""
+    """A run on ``size`` ranks, half of them on each node, that is started again and again in the same ``run_dir``."""
 
-    def __init__(self, run_dir: Path, logs: Path, arguments: Sequence[str], nodes: Nodes | None) -> None:
-        self.run_dir, self.logs, self.arguments, self.nodes = run_dir, logs, list(arguments), nodes
+    def __init__(self, run_dir: Path, logs: Path, arguments: Sequence[str], nodes: Nodes | None, size: int = 2) -> None:
+        self.run_dir, self.logs, self.arguments, self.nodes, self.size = run_dir, logs, list(arguments), nodes, size
         self.ranks: list[Rank] = []
         self.number = 0
         self.resumed = 0
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, *more: str) -> None:
-        """Start both ranks; notes the checkpoint that they have to continue from."""
+        """Start all ranks; notes the checkpoint that they have to continue from."""
         self.number += 1
         self.resumed = self.newest_whole()
         port = next(PORTS)
         master = self.nodes.addresses[0] if self.nodes else "127.0.0.1"
         self.ranks = []
-        for rank in range(2):
+        for rank in range(self.size):
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": master,
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size), "MASTER_ADDR": master,
                 "MASTER_PORT": str(port),
             }  # fmt: skip
+            node = 2 * rank // self.size
             if self.nodes:
-                environment["GLOO_SOCKET_IFNAME"] = self.nodes.interfaces[rank]
+                environment["GLOO_SOCKET_IFNAME"] = self.nodes.interfaces[node]
             log = self.logs / f"attempt-{self.number:03d}-rank-{rank}.log"
-            namespace = self.nodes.names[rank] if self.nodes else None
+            namespace = self.nodes.names[node] if self.nodes else None
             arguments = [*self.arguments, f"run_dir={self.run_dir}", *more]
             self.ranks.append(Rank(arguments, environment, log, namespace))
 

@@ -1,6 +1,6 @@
-"""Random faults against a run on two ranks, and what became of it.
+"""Random faults against a run on two or four ranks, and what became of it.
 
-    python -m tests.faults.campaign FOLDER --faults 26 --seed 1 --strategies ddp zero3
+    python -m tests.faults.campaign FOLDER --faults 26 --seed 1 --strategies ddp zero3 fsdp-tensor
 
 For every strategy an undisturbed run is made first. Then another one is struck by fault after fault and started again, until
 all have struck and it finishes. After each: the run continues from the newest checkpoint that is whole, nothing is lost but
@@ -30,7 +30,12 @@ from tests.faults.attempts import Attempts, nodes, small_disk
 from tests.faults.kinds import LOCAL, Fault, Injector, planned
 from trainer.checkpoint.folder import folder_name, read_manifest
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = {
+    "ddp": (2, ["strategy=ddp"]), "zero1": (2, ["strategy=zero1"]), "zero2": (2, ["strategy=zero2"]),
+    "zero3": (2, ["strategy=zero3"]), "fsdp": (2, ["strategy=fsdp"]),
+    "fsdp-tensor": (4, ["strategy=fsdp", "strategy.tensor=2"]),
+}  # fmt: skip
+"""Ranks and settings of what runs are tried on."""
 EVERY = 5
 """Steps between checkpoints."""
 STEPS = 100
@@ -49,6 +54,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=25, help="for each strategy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--kinds", nargs="+", help="of faults; all that are possible here, unless given")
     parser.add_argument("--watchdog", type=float, default=20.0, help="watchdog.seconds of the runs")
     parser.add_argument(
         "--minutes", type=float, default=1e6, help="after which no further fault strikes a run; it then finishes"
@@ -64,19 +70,22 @@ def main() -> None:
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the ranks would rightly ignore it
     for strategy in a.strategies:
-        campaign = Campaign(a.folder.resolve() / strategy, strategy, a.seed, a.faults, a.watchdog)
+        campaign = Campaign(a.folder.resolve() / strategy, strategy, a.seed, a.faults, a.watchdog, a.kinds)
         campaign.carry_out(a.folder / "faults.jsonl", a.minutes)
 
 
 class Campaign:
     """One strategy's undisturbed run, and the one that faults strike."""
 
-    def __init__(self, folder: Path, strategy: str, seed: int, faults: int, watchdog: float) -> None:
-        self.folder, self.strategy, self.seed, self.faults = folder, strategy, seed, faults
+    def __init__(
+        self, folder: Path, strategy: str, seed: int, faults: int, watchdog: float, kinds: list[str] | None = None
+    ) -> None:
+        self.folder, self.strategy, self.seed, self.faults, self.wanted = folder, strategy, seed, faults, kinds
+        self.ranks, settings = STRATEGIES[strategy]
         self.limit = watchdog + SLACK
         self.cache = folder / "cache"
         self.arguments = [
-            *TINY, f"strategy={strategy}", f"steps={STEPS * faults + 2 * EVERY}", f"checkpoint.every={EVERY}",
+            *TINY, *settings, f"steps={STEPS * faults + 2 * EVERY}", f"checkpoint.every={EVERY}",
             "checkpoint.keep=2", "optimizer.lr=0.003", f"data.cache={self.cache}", f"watchdog.seconds={watchdog}",
             "evaluation.every=0",
         ]  # fmt: skip
@@ -84,20 +93,26 @@ class Campaign:
     def carry_out(self, results: Path, minutes: float) -> None:
         """Strike, check and write a line a fault to ``results``."""
         with nodes() as two, small_disk(self.folder / "disk", 48) as own_disk:
-            whole = Attempts(self.folder / "undisturbed", self.folder / "logs-undisturbed", self.arguments, two)
+            whole = Attempts(
+                self.folder / "undisturbed", self.folder / "logs-undisturbed", self.arguments, two, self.ranks
+            )
             whole.start()
             whole.wait_end(900)
-            assert [rank.code for rank in whole.ranks] == [0, 0], whole.said()
+            assert [rank.code for rank in whole.ranks] == [0] * self.ranks, whole.said()
             self.expected = logged(whole.run_dir)
-            run = Attempts(self.folder / "disk" / "run", self.folder / "logs", self.arguments, two)
+            run = Attempts(self.folder / "disk" / "run", self.folder / "logs", self.arguments, two, self.ranks)
             injector = Injector(run, self.cache, self.limit, own_disk)
-            possible = [kind for kind, why in injector.kinds().items() if why is None]
+            possible = [
+                kind for kind, why in injector.kinds().items() if why is None and kind in (self.wanted or [kind])
+            ]
             for kind, why in injector.kinds().items():
                 if why:
                     print(f"{kind}: skipped, {why}", flush=True)
             try:
                 end = time.monotonic() + 60 * minutes
-                for number, fault in enumerate(planned(f"{self.seed} {self.strategy}", self.faults, possible)):
+                for number, fault in enumerate(
+                    planned(f"{self.seed} {self.strategy}", self.faults, possible, self.ranks)
+                ):
                     if time.monotonic() > end:
                         print(f"{self.strategy}: {minutes:g} minutes are over after {number} faults", flush=True)
                         break
@@ -114,7 +129,7 @@ class Campaign:
                 run.wait_end(900)
             finally:
                 run.kill()
-            assert [rank.code for rank in run.ranks] == [0, 0], run.said()
+            assert [rank.code for rank in run.ranks] == [0] * self.ranks, run.said()
             self.check(run)
             same_files(whole.run_dir, run.run_dir)
 

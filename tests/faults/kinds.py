@@ -33,14 +33,21 @@ class Fault:
     draw: float
 
 
-def planned(seed: str, count: int, kinds: list[str]) -> list[Fault]:
+def planned(seed: str, count: int, kinds: list[str], ranks: int = 2) -> list[Fault]:
     """``count`` faults: all kinds equally often, in an order and with details that depend on ``seed`` alone."""
     chance = random.Random(f"campaign {seed}")
     order: list[str] = []
     while len(order) < count:
         order += chance.sample(kinds, len(kinds))
     return [
-        Fault(kind, chance.choice(MOMENTS), chance.randint(1, 7), chance.random(), chance.randrange(2), chance.random())
+        Fault(
+            kind,
+            chance.choice(MOMENTS),
+            chance.randint(1, 7),
+            chance.random(),
+            chance.randrange(ranks),
+            chance.random(),
+        )
         for kind in order[:count]
     ]
 

@@ -1,4 +1,4 @@
-"""Six seeded faults of the campaign: three against DDP, three against ZeRO-3."""
+"""Seeded faults of the campaign: three against DDP, three against ZeRO-3, three against FSDP with blocks of matrices."""
 
 import json
 import subprocess
@@ -9,12 +9,25 @@ import pytest
 from tests.command import ROOT, environment
 
 
+def struck(folder, *arguments):
+    """The faults of a campaign that all checks have passed."""
+    command = [sys.executable, "-m", "tests.faults.campaign", str(folder), "--faults", "3", "--watchdog", "15"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_a_run_that_faults_strike_ends_as_if_none_had(tmp_path):
-    command = [sys.executable, "-m", "tests.faults.campaign", str(tmp_path), "--faults", "3", "--seed", "7"]
-    command += ["--strategies", "ddp", "zero3", "--watchdog", "15"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    struck = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
-    assert [fault["strategy"] for fault in struck] == ["ddp"] * 3 + ["zero3"] * 3
-    assert len({fault["kind"] for fault in struck}) >= 3
+    faults = struck(tmp_path, "--seed", "7", "--strategies", "ddp", "zero3")
+    assert [fault["strategy"] for fault in faults] == ["ddp"] * 3 + ["zero3"] * 3
+    assert len({fault["kind"] for fault in faults}) >= 3
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_replica_killed_or_stopped_and_a_block_damaged_cost_nothing(tmp_path):
+    kinds = ["kill", "stop", "damaged checkpoint"]
+    faults = struck(tmp_path, "--seed", "45", "--strategies", "fsdp-tensor", "--kinds", *kinds)
+    assert sorted(fault["kind"] for fault in faults) == sorted(kinds)
