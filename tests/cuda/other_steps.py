@@ -5,6 +5,7 @@ Prints, as JSON, what each asked of the device. Run by `test_other_steps.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
@@ -112,7 +113,7 @@ class Exchanged:
 
 
 EXCHANGES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "barrier", "broadcast",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "barrier", "broadcast",
     "reduce_scatter_single", "reduce_scatter_tensor",
 )  # fmt: skip
 
@@ -131,8 +132,23 @@ def pretend_another_rank() -> None:
             return made(*args, **kwargs)
 
     DeviceMesh.from_group = mesh  # type: ignore[method-assign, assignment]
-    Mesh.of(MeshShape())  # which counts its ranks; it is there when a strategy asks for it
+    lay_out(MeshShape())
     pretend_deepspeed()
+
+
+def lay_out(shape: MeshShape) -> None:
+    """Divide the two ranks. A mesh counts them, so it is made before tensors have no memory."""
+    distributed._world = dataclasses.replace(distributed.world(), replica=shape.replica)
+    Mesh.of(shape)
+
+
+def divided(**axes: int) -> dict[str, Any]:
+    """A step on two ranks that divide one model."""
+    strategy = FSDP(**axes)
+    lay_out(strategy.mesh)
+    asked = step(Pretrain(), rows, strategy=strategy)
+    lay_out(MeshShape())
+    return asked
 
 
 def pretend_deepspeed() -> None:
@@ -176,6 +192,8 @@ def main() -> None:
         "fsdp_whole": step(Pretrain(), rows, strategy=FSDP(reshard=False)),
         "fsdp_twin": step(DPO(), pairs, strategy=FSDP()),
         "fsdp_lora": step(SFT(), rows, lora, strategy=FSDP()),
+        "fsdp_tensor": divided(tensor=2),
+        "fsdp_sequence": divided(sequence=2),
     }
     done["offloaded"] = step(Pretrain(), rows, strategy=FSDP(offload=Offload.parameters))
     # Few rows, so that weights and their gradients are most of what lives there.

@@ -10,6 +10,7 @@ DECODING = {"greedy": 125, "sampled": 157, "filtered": 179}
 SHARDED = {
     "zero1_bf16": 565, "zero1_fp16": 636, "zero2_bf16": 608, "zero2_fp16": 658, "zero3_bf16": 655, "zero3_fp16": 729,
     "fsdp_bf16": 544, "fsdp_fp16": 620, "fsdp_whole": 540, "fsdp_twin": 960, "fsdp_lora": 769,
+    "fsdp_tensor": 784, "fsdp_sequence": 666,
 }  # fmt: skip
 """Launches of a step of two micro-batches of two layers on one of two ranks, without those of the exchanges."""
 # The gather of small parameters after a step.
