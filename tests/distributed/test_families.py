@@ -38,7 +38,7 @@ def losses_of(folder: Path, strategy: Strategy) -> list[float]:
         ModelLoader(Model(path=str(folder)), strategy, 0, 96, longest=30).load(), AdamW(lr=0.01), Precision()
     )
     row = TOKENS[distributed.world().data.share([0, 1])]
-    documents = Documents.from_lengths(LENGTHS, 1)
+    documents = Documents.from_lengths(LENGTHS * len(row), len(row))
     sums: list[torch.Tensor] = []
 
     def loss_of(batch: Row) -> tuple[torch.Tensor, Metrics]:
@@ -68,6 +68,17 @@ def in_all(folders: Path) -> dict[str, list[list[float]]]:
     }
 
 
+def divided(folders: Path) -> dict[str, list[float]]:
+    """By family what two ranks learn that divide each matrix."""
+    with distributed.session(timeout=120, replica=2):
+        kinds = sorted(OWN.keys() - UNDIVIDED)
+        return {kind: losses_of(folders / kind, FSDP(tensor=2)) for kind in kinds}
+
+
+UNDIVIDED = {"qwen3_5_text"}
+"""Families that ranks cannot divide the matrices of: gated delta rules."""
+
+
 @pytest.mark.slow
 def test_every_family_learns_the_same_in_shards_as_in_copies(tmp_path):
     for kind in OWN:
@@ -76,3 +87,7 @@ def test_every_family_learns_the_same_in_shards_as_in_copies(tmp_path):
     for kind, (copies, *others) in losses.items():
         assert others == [pytest.approx(copies, rel=1e-5)] * len(others), kind
         assert copies[1] < copies[0], kind
+    # Of two ranks the same, of one replica the sum of what two copies read.
+    for of_rank in on_ranks(2, divided, tmp_path, joined=False):
+        for kind, found in of_rank.items():
+            assert found == pytest.approx(losses[kind][0], rel=1e-5), kind
