@@ -18,7 +18,9 @@ from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.generation.pretrained import RewardModel
 from trainer.generation.scoring import score
+from trainer.parallel.mesh import MeshShape
 from trainer.rl.experience import Experience
+from trainer.rl.settings import RolloutEngine
 from trainer.run import run as start
 
 PROMPTS = [
@@ -313,3 +315,14 @@ def test_what_cannot_work_is_refused(overrides, said, base, tmp_path, monkeypatc
     with pytest.raises(ConfigError) as refused:
         compose(arguments(base, tmp_path, *overrides), name="run")
     assert said in str(refused.value)
+
+
+def test_ranks_that_must_have_the_same_completions_do_not_sample_by_vllm(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    pipeline = compose(arguments(base, tmp_path), name="run").pipeline
+    assert list(pipeline.validate_mesh(MeshShape(tensor=2))) == []
+    pipeline.rollout.engine = RolloutEngine.vllm  # not by name: the package need not be here
+    assert list(pipeline.validate_mesh(MeshShape())) == []
+    [sentence] = pipeline.validate_mesh(MeshShape(tensor=2))
+    assert sentence.startswith("pipeline.rollout.engine=vllm samples on each rank by itself")

@@ -84,6 +84,11 @@ class FSDP(Strategy):
                 f"model.compile=true does not work with strategy.expert={self.expert}, where every layer waits for how many "
                 "tokens go where; use model.compile=false"
             )
+        if self.tensor > 1:
+            yield (
+                f"model.compile=true has not been run with strategy.tensor={self.tensor}, which adds up over ranks inside of "
+                "blocks; use model.compile=false"
+            )
 
     def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
         if isinstance(optimizer, Muon) and self.tensor > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.parallel import distributed
-from trainer.parallel.distributed import Ranks
+from trainer.parallel.distributed import Json, Ranks
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ def lacks(shape: MeshShape, ranks: int) -> str | None:
     if (readers := ranks // shape.replica * shape.sequence) % shape.expert:
         return f"{given} needs a multiple of {shape.expert} ranks with other tokens, and there are {readers}; use fewer"
     return None
+
+
+def run_on_leaders(action: Callable[[], Json]) -> Json:
+    """Run ``action`` on the rank that leads each replica, and give its result to all ranks of the replica.
+
+    Raises:
+        InputError, RunError, RankError: as `run_on_all_ranks`, if it failed on one; where each rank leads, what it raised.
+    """
+    world = distributed.world()
+    if world.replica == 1:
+        return action()
+    every = distributed.run_on_all_ranks(lambda: action() if world.leads else None)
+    return every[world.rank - world.rank % world.replica]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

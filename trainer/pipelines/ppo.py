@@ -44,6 +44,7 @@ from trainer.models.load import ModelLoader
 from trainer.models.quantized_base import validate_base
 from trainer.parallel import distributed
 from trainer.parallel.engine import Engine
+from trainer.parallel.mesh import MeshShape
 from trainer.pipelines.base import Models, Pipeline, Plan, Source
 from trainer.pipelines.reference import ADAPTERS_OFF, OWN_REFERENCE, REFERENCE_REMEDY
 from trainer.rl.actor import Actor, Sampler
@@ -108,6 +109,14 @@ class PPO(PolicyGradientSettings, Pipeline):
             yield (
                 f"pipeline.rollout.tokens={self.rollout.tokens} leaves no room for a prompt in batch.length={batch.length}; "
                 f"use batch.length={2 * self.rollout.tokens} or fewer tokens"
+            )
+
+    def validate_mesh(self, shape: MeshShape) -> Iterator[str]:
+        yield from super().validate_mesh(shape)
+        if self.rollout.engine is RolloutEngine.vllm and shape.replica > 1:
+            yield (
+                "pipeline.rollout.engine=vllm samples on each rank by itself, and the ranks of a replica must have the same "
+                "completions; use pipeline.rollout.engine=own"
             )
 
     def validate_tokenizer(self, tokenizer: Tokenizer) -> Iterator[str]:

@@ -20,7 +20,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.generation.completion import Response
 from trainer.models.load import ModelLoader
 from trainer.rl.functions import RETRIED
-from trainer.rl.rewards import Reward, RewardError, Scorer
+from trainer.rl.rewards import Reward, RewardError, Scorer, asked_once
 
 LONGEST_ANSWER = 1 << 20
 """Bytes of an answer; a verdict has a few hundred."""
@@ -191,7 +191,7 @@ class JudgeReward(Endpoint, Reward):
                 )
             return grades
 
-        return scorer
+        return asked_once(scorer)
 
     def grade(self, text: str | None) -> float | None:
         """The grade in a verdict, 0 to 1; None where there is none, it is out of range, or there are several that differ."""

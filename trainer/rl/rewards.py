@@ -30,6 +30,7 @@ from trainer.generation.scoring import score
 from trainer.models.adapter import Full
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel import distributed
+from trainer.parallel.mesh import run_on_leaders
 from trainer.rl.functions import load_reward, may_pass
 
 FAILURES = (Exception, SystemExit)
@@ -48,6 +49,11 @@ class Scorer(Protocol):
     """Scores responses of this rank, None for one that has no score; collective."""
 
     def __call__(self, responses: Sequence[Response]) -> list[float | None]: ...
+
+
+def asked_once(scorer: Callable[[Sequence[Response]], list[float | None]]) -> Scorer:
+    """A scorer that each replica asks once: a model, or a function with a clock, may answer its ranks differently."""
+    return lambda responses: run_on_leaders(lambda: scorer(responses))
 
 
 @dataclass
@@ -165,7 +171,7 @@ class FunctionReward(Reward):
             yield f"the reward's function={self.function} does not take (prompts, completions, rows) and arguments ({error})"
 
     def open(self, load: ModelLoader, tokenizer: Tokenizer) -> Scorer:
-        return self.scorer()
+        return asked_once(self.scorer())
 
     def scorer(self) -> Scorer:
         """The function, with every failure of it as an error that names the row."""

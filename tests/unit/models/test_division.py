@@ -9,6 +9,7 @@ from trainer.models.architecture import Architecture, Layer, Rope
 from trainer.models.division import validate_mesh
 from trainer.models.linear import FakeQuantizer
 from trainer.models.qlora import QLoRA
+from trainer.optim import Muon
 from trainer.parallel.fsdp import FSDP
 from trainer.parallel.mesh import MeshShape
 
@@ -39,8 +40,15 @@ def test_experts_that_are_packed_as_one_are_not_divided():
 
 def test_blocks_whose_experts_are_elsewhere_are_not_compiled():
     assert list(FSDP().validate_compiled()) == []
-    [sentence] = FSDP(expert=2).validate_compiled()
-    assert sentence.endswith("use model.compile=false")
+    for strategy in (FSDP(expert=2), FSDP(tensor=2)):
+        [sentence] = strategy.validate_compiled()
+        assert sentence.endswith("use model.compile=false")
+
+
+def test_muon_which_needs_whole_matrices_is_refused_where_ranks_divide_them():
+    assert list(FSDP().validate_optimizer(Muon())) == []
+    [sentence] = FSDP(tensor=2).validate_optimizer(Muon())
+    assert sentence.endswith("use strategy.tensor=1, or optimizer=adamw")
 
 
 def test_tokens_are_divided_among_ranks_that_divide_the_query_heads():

@@ -16,6 +16,7 @@ from trainer.checkpoint.folder import CheckpointError
 from trainer.config import InputError, RunError
 from trainer.metrics import Metrics
 from trainer.parallel import distributed
+from trainer.parallel.mesh import run_on_leaders
 
 
 def test_a_process_group_outlives_its_session_because_its_death_can_hang_the_rank():
@@ -63,7 +64,7 @@ def divided() -> list:
         metrics.maximum("stopping", torch.tensor(float(world.rank == 3)))
         values = metrics.reduced(distributed.stack, replica=world.replica)
         return [
-            [world.data.rank, world.data.size, world.leads],
+            [world.data.rank, world.data.size, world.leads, run_on_leaders(lambda: world.rank)],
             distributed.sum_over_data(torch.tensor([0.1, 10.0**world.rank])).tolist(),
             distributed.gather_over_data(world.rank),
             distributed.stack_over_data(torch.tensor([world.rank])).tolist(),
@@ -73,7 +74,7 @@ def divided() -> list:
 
 def test_each_replica_counts_once_and_all_ranks_know_the_same():
     ranks = on_ranks(4, divided, joined=False)
-    assert [own for own, *_ in ranks] == [[0, 2, True], [0, 2, False], [1, 2, True], [1, 2, False]]
+    assert [own for own, *_ in ranks] == [[0, 2, True, 0], [0, 2, False, 0], [1, 2, True, 2], [1, 2, False, 2]]
     [(total, gathered, stacked, values)] = {repr(rest): rest for _, *rest in ranks}.values()
     assert total == [pytest.approx(0.2), 101.0]
     assert gathered == [0, 2]
