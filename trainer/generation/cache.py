@@ -13,7 +13,7 @@ from trainer.batch import Documents
 from trainer.generation.recurrent import DeltaStates, PromptRows
 from trainer.models.architecture import Architecture
 from trainer.models.attention import Scores, attend, attend_plainly, attend_seen
-from trainer.models.cpu_kernels import attend_blocks
+from trainer.models.cpu_kernels import block_weights
 from trainer.models.delta import DeltaInputs, Pass
 
 BLOCK = 64
@@ -178,9 +178,9 @@ class ChunkedPrefill:
 
 
 class BlockDecode:
-    """One token of each of ``active`` slots, on CPU: attention block by block over the blocks in use, then merged.
+    """One token of each of ``active`` slots, on CPU: attention block by block over the blocks in use, then added up.
 
-    A block's query attends to that block alone; the log of each block's normaliser then weighs what it gave
+    A block's query attends to that block alone; the log of each block's normaliser then says its share of the sequence
     (Flash-Decoding, Dao et al. 2023).
     """
 
@@ -192,12 +192,16 @@ class BlockDecode:
         tables = [cache.blocks_of[slot] for slot in active]
         self.positions = torch.from_numpy(lengths)[:, None]
         self.places = torch.from_numpy(cache.rows(np.array([blocks[-1] for blocks in tables]), lengths))
-        owner, first = np.empty(cache.used, np.int64), np.empty(cache.used, np.int64)
-        table = np.full((len(tables), max(map(len, tables))), cache.used)
+        owner, first, column = (np.empty(cache.used, np.int64) for _ in range(3))
+        most = max(map(len, tables))
+        table = np.full((len(tables), most), cache.used)
         for row, blocks in enumerate(tables):
             owner[blocks], first[blocks] = row, np.arange(len(blocks)) * BLOCK
             table[row, : len(blocks)] = blocks
-        self.owner, self.table = torch.from_numpy(owner), torch.from_numpy(table)
+            column[blocks] = row * most + np.arange(len(blocks))
+        self.owner, self._table, self._column = (torch.from_numpy(part) for part in (owner, table, column))
+        self._by_sequence = torch.from_numpy(np.concatenate(tables))
+        self._ends = torch.from_numpy(np.cumsum([0, *map(len, tables)]))
         self._own = torch.from_numpy(lengths[owner])[:, None]
         self._places = torch.from_numpy(first)[:, None] + torch.arange(BLOCK)
         self._masks: dict[int | None, Tensor] = {}
@@ -210,21 +214,25 @@ class BlockDecode:
         keys, values = self.cache.write(layer, self.places, k[:, 0], v[:, 0])
         rows, _, heads, size = q.shape
         groups, blocks = k.shape[2], self.cache.used
-        queries = q.view(rows, groups, heads // groups, size)[self.owner]
+        queries = q.view(rows, groups, heads // groups, size).index_select(0, self.owner)
         mask = self._mask(scores.window)
-        out, normalisers = attend_blocks(queries, keys[:blocks], values[:blocks], mask, scores.scale, scores.cap)
-        out = out.view(blocks, heads, size)
-        if self.table.shape[1] == 1 and scores.sinks is None:
-            return out[self.table[:, 0], None]
-        none = normalisers.new_full((1, heads), -torch.inf)
-        columns = torch.cat([normalisers.reshape(blocks, heads), none])[self.table]
-        if scores.sinks is not None:
-            # One more column, which has no value.
-            sink = scores.sinks.to(columns.dtype).expand(rows, 1, heads)
-            columns = torch.cat([columns, sink], 1)
-        weights = columns.softmax(1)[:, : self.table.shape[1]]
-        parts = out[self.table.clamp(max=blocks - 1)].float()
-        return parts.mul_(weights[..., None]).sum(1, keepdim=True).to(q.dtype)
+        weights, normalisers = block_weights(queries, keys[:blocks], mask, scores.scale, scores.cap)
+        if self._table.shape[1] > 1 or scores.sinks is not None:
+            weights.view(blocks, heads, -1).mul_(self._shares(normalisers, scores.sinks)[..., None])
+        out = torch.bmm(weights.to(values.dtype), values[:blocks].flatten(0, 1)).view(blocks, -1)
+        # The sum of each sequence's blocks, in their order.
+        out = F.embedding_bag(self._by_sequence, out, self._ends, mode="sum", include_last_offset=True)
+        return out.view(q.shape)
+
+    def _shares(self, normalisers: Tensor, sinks: Tensor | None) -> Tensor:
+        """Each block's part of its sequence's attention, ``(blocks, H)``; a sink has a part that no block has."""
+        none = normalisers.new_full((1, normalisers.shape[1]), -torch.inf)
+        rows, most = self._table.shape
+        columns = torch.cat([normalisers, none]).index_select(0, self._table.view(-1)).view(rows, most, -1)
+        if sinks is not None:
+            columns = torch.cat([columns, sinks.to(columns.dtype).expand(rows, 1, -1)], 1)
+        shares = columns.softmax(1)[:, :most]
+        return shares.reshape(rows * most, -1).index_select(0, self._column)
 
     def _mask(self, window: int | None) -> Tensor:
         """0 or `HIDDEN` for every place of every block, ``(blocks, BLOCK)``."""

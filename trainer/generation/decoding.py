@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.functional import At, logits
+from trainer.functional import At, Head, logits
 from trainer.generation.cache import BlockDecode, Cache, ChunkedPrefill, PackedPrefill
 from trainer.generation.completion import RunningSequence
 from trainer.generation.decode_graph import open_decoder
 from trainer.generation.sampling import Sampling, choose, key_bits, uniform
 from trainer.models.architecture import Architecture
 from trainer.models.linear import rounded_once
+from trainer.models.rearranged import rearranged_weights
 
 CHUNK = 2048
 """Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
+REARRANGED_FROM = 16
+"""Tokens of a completion from which rearranging the weights takes less time than it spares."""
 
 
 class Decoding:
@@ -56,6 +59,7 @@ class Decoding:
         self.waiting = deque(sequence for group in groups.values() for sequence in group)
         self.running: dict[int, RunningSequence] = {}
         self._first: dict[tuple[int, ...], Tensor] = {}
+        self._read: Callable[[Tensor, Head], Tensor] = logits
         slots = max(1, min(max_concurrent, len(prompts)))
         longest = max(map(len, groups), default=0) + sampling.tokens
         architecture: Architecture = model.architecture  # type: ignore[assignment]
@@ -73,8 +77,12 @@ class Decoding:
         # A few free slots are filled at once: one prompt alone reads all the weights for its few tokens.
         enough = max(1, self.cache.slots // 16)
         try:
-            # A graph that is retained must find the weights themselves, where they are.
-            with nullcontext() if self._decoder is not None else rounded_once(self.model):
+            with ExitStack() as copies:
+                # A graph that is retained must find the weights themselves, where they are.
+                if self._decoder is None:
+                    copies.enter_context(rounded_once(self.model))
+                    if self.sampling.tokens >= REARRANGED_FROM:
+                        self._read = copies.enter_context(rearranged_weights(self.model))
                 while self.waiting or self.running:
                     if self.waiting and (not self.running or self.cache.slots - len(self.running) >= enough):
                         yield from self._append(*self._admit())
@@ -138,7 +146,7 @@ class Decoding:
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
         last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        scores = self._forward(tokens, PackedPrefill(self.cache, slots, lengths), At(last, logits))[0]
+        scores = self._forward(tokens, PackedPrefill(self.cache, slots, lengths), At(last, self._read))[0]
         self._first.update(zip(prompts, scores.float(), strict=True))
 
     def _prefill_long(self, slot: int) -> None:
@@ -147,7 +155,7 @@ class Decoding:
             tokens = torch.tensor([prompt[first : first + CHUNK]], device=self.device)
             last = torch.tensor([tokens.shape[1] - 1], device=self.device)
             chunk = ChunkedPrefill(self.cache, slot, first, first + tokens.shape[1])
-            scores = self._forward(tokens, chunk, At(last, logits))
+            scores = self._forward(tokens, chunk, At(last, self._read))
         self._first[prompt] = scores[0, 0].float()
 
     @torch.no_grad()
@@ -158,7 +166,7 @@ class Decoding:
             # Every slot goes to the host: choosing among them on the device would send it a list at every token.
             return slots, self._decoder.step(self.model, self.running).cpu()[:, slots]
         tokens = torch.tensor([[self.running[slot].ids[-1]] for slot in slots])
-        scores = self.model(tokens, BlockDecode(self.cache, slots), logits)[:, 0]
+        scores = self.model(tokens, BlockDecode(self.cache, slots), self._read)[:, 0]
         return slots, self._choose(scores.float(), slots)
 
     def _choose(self, scores: Tensor, slots: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.functional import working_dtype
+from trainer.models.cpu_kernels import rearranged_product
 from trainer.models.int_grid import fake
 from trainer.parallel.cuts import cut
 from trainer.parallel.mesh import UNDIVIDED, Axis
@@ -167,23 +168,35 @@ def cut_outputs(layer: nn.Module, axis: Axis) -> None:
         cut(layer, "bias", 0, axis)
 
 
-class BlockLinear(nn.Linear):
-    """``x W^T + b``, of the rounded W where there is an active ``fake_quantizer``.
+class WeightProduct(nn.Module):
+    """A layer that multiplies by a weight of its own.
 
     Attributes:
+        fake_quantizer: Rounds the weight in the forward; None = nothing does.
         inputs: Ranks that each multiply a part of the inputs (Shoeybi et al. 2019, arXiv:1909.08053).
+        rearranged: A copy of the weight that is multiplied faster, while there is one; it has no backward.
     """
 
+    weight: Any
+    bias: Any
     fake_quantizer: FakeQuantizer | None = None
     inputs: Axis = UNDIVIDED
+    rearranged: Tensor | None = None
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b``, of the rounded W where there is an active ``fake_quantizer``."""
+        if self.fake_quantizer is not None and self.fake_quantizer.active:
+            return self.fake_quantizer.product(x, self.weight, bias)
+        if self.rearranged is None or torch.is_grad_enabled():
+            return F.linear(x, self.weight, bias)
+        return rearranged_product(x, self.rearranged, bias)
+
+
+class BlockLinear(nn.Linear, WeightProduct):
+    """A linear layer of a block, with what `WeightProduct` says of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return summed(partial(self._product, x), self.bias, self.inputs)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.fake_quantizer is None or not self.fake_quantizer.active:
-            return F.linear(x, self.weight, bias)
-        return self.fake_quantizer.product(x, self.weight, bias)
+        return summed(partial(self.product, x), self.bias, self.inputs)
 
     def divide_outputs(self, axis: Axis) -> None:
         """Compute this rank's part of the outputs."""

@@ -24,7 +24,7 @@ from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
 from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
-from trainer.models.linear import FakeQuantizer, LowRank, cut_outputs, summed
+from trainer.models.linear import LowRank, WeightProduct, cut_outputs, summed
 from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
 from trainer.models.packed import PackedLinear
 from trainer.models.peft_format import AdapterFolder, Settings
@@ -243,21 +243,13 @@ class AdapterMatrix(nn.Linear):
         return F.linear(x, self.users.enter(self.weight))
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer's own weight, packed or not, and beside it the product of two trained matrices of ``rank``.
-
-    Attributes:
-        inputs: Ranks that each multiply a part of the inputs.
-    """
-
-    fake_quantizer: FakeQuantizer | None = None
-    inputs: Axis = UNDIVIDED
+class LoRALinear(WeightProduct):
+    """A frozen linear layer's own weight, packed or not, and beside it the product of two trained matrices of ``rank``."""
 
     def __init__(
         self, base: nn.Linear | PackedLinear, rank: int, scale: float, dropped: float = 0.0, place: str = ""
     ) -> None:
         super().__init__()
-        self.weight: nn.Module | Tensor
         self.weight, self.bias = base.weight, base.bias
         self.lora_A = AdapterMatrix(base.in_features, rank, bias=False)
         self.lora_B = AdapterMatrix(rank, base.out_features, bias=False)
@@ -280,21 +272,18 @@ class LoRALinear(nn.Module):
         quantizer, weight = self.fake_quantizer, self.weight
         if self.active and isinstance(weight, Tensor) and quantizer is not None and quantizer.active:
             return quantizer.adapted_product(x, weight, self.bias, self.lora_A, self.lora_B, self.scale, self.inputs)
-        out = summed(partial(self._product, x), self.bias, self.inputs)
+        out = summed(partial(self.product, x), self.bias, self.inputs)
         if not self.active:
             return out
         if self.training and self.dropped:
             x = dropout(x, self.dropped, self.place, self.inputs)
         return out + self.lora_B(self.inputs.leave(self.lora_A(x))) * self.scale  # type: ignore[no-any-return]
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Of the frozen weight alone."""
-        weight = self.weight
-        if isinstance(weight, nn.Module):
-            return weight(x, bias)  # type: ignore[no-any-return]
-        if self.fake_quantizer is not None and self.fake_quantizer.active:
-            return self.fake_quantizer.product(x, weight, bias)
-        return F.linear(x, weight, bias)
+        if isinstance(self.weight, nn.Module):
+            return self.weight(x, bias)  # type: ignore[no-any-return]
+        return super().product(x, bias)
 
 
 @contextmanager

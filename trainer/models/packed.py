@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -179,7 +179,7 @@ def widened(model: nn.Module) -> Iterator[None]:
         return
     dtype = working_dtype(next(p for p in model.parameters() if p.is_floating_point()))
     if lack := _lack(weights.values(), dtype):
-        _warn_once(f"sampling unpacks the NF4 weights at every token: {lack}")
+        warn_once(f"sampling unpacks the NF4 weights at every token: {lack}")
         yield
         return
     with _wide(weights, lambda name: unpack(weights[name].packed, weights[name].shape, dtype)):
@@ -203,8 +203,12 @@ def on_original(model: nn.Module, start: Callable[[str], Tensor], dtype: torch.d
 
 def _lack(weights: Iterable[PackedWeight], dtype: torch.dtype) -> str:
     """What is missing of the memory that copies of packed weights need; empty where there is enough."""
-    device = next(iter(weights)).codes.device
-    needed, free = dtype.itemsize * sum(math.prod(weight.shape) for weight in weights), _free_bytes(device)
+    return lack_of_memory([weight.shape for weight in weights], dtype, next(iter(weights)).codes.device)
+
+
+def lack_of_memory(shapes: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> str:
+    """What is missing of the memory that copies of weights need on a device; empty where there is enough."""
+    needed, free = dtype.itemsize * sum(math.prod(shape) for shape in shapes), _free_bytes(device)
     return f"a copy needs {needed / 1e9:.1f} GB of {free / 1e9:.1f}" if needed > USABLE * free else ""
 
 
@@ -230,7 +234,8 @@ def _free_bytes(device: torch.device) -> float:
 
 
 @cache
-def _warn_once(sentence: str) -> None:
+def warn_once(sentence: str) -> None:
+    """Log it, unless that was done before."""
     log.warning("%s", sentence)
 
 
