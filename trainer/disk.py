@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,11 +12,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +30,8 @@ LARGE = 64_000_000
 """Bytes from which on a file's digest is remembered."""
 SETTLED = 2.0
 """Seconds after which a file that changes again has another time of change on every file system."""
+MAKER = "maker.lock"
+"""In a folder that is not complete yet; locked by who makes it."""
 
 
 class DiskError(RunError):
@@ -84,11 +87,20 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder of this name elsewhere, to be made and filled: ``folder`` appears when all of it is on the disk, or never."""
+    """A folder of this name elsewhere, to be made and filled: ``folder`` appears when all of it is on the disk, or never.
+
+    What a process that was killed left of it is removed by whoever makes it next.
+    """
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
+        if _abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     inside = partial / folder.name
+    lock = FileLock(partial / MAKER)
     try:
+        with suppress(OSError, NotImplementedError):  # a file system without locks: nothing is removed there
+            lock.acquire()
         yield inside
         for path in [*inside.iterdir(), inside]:
             sync(path)
@@ -96,6 +108,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether the process that made a partial folder is gone: the system then takes its lock away."""
+    if not (partial / MAKER).is_file():
+        return False
+    try:
+        with FileLock(partial / MAKER, timeout=0):
+            return True
+    except (Timeout, OSError, NotImplementedError):
+        return False
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from tests.chats import byte_tokenizer
 from tests.command import ROOT
 from trainer.config import InputError
 from trainer.data.templates import open_template
-from trainer.disk import AccessError, DiskError, disk_error, read_text, save_tensors, write_text, writing
+from trainer.disk import (
+    AccessError,
+    DiskError,
+    disk_error,
+    new_folder,
+    read_text,
+    save_tensors,
+    write_text,
+    writing,
+)
 from trainer.jobs.recipe import Recipe
 
 
@@ -67,6 +77,28 @@ def test_what_a_killed_process_left_beside_a_file_neither_stops_the_next_nor_is_
     write_text(tmp_path / "config.yaml", "a")
     assert (tmp_path / "config.yaml").read_text() == "a"
     assert (tmp_path / "other").read_text() == "other"
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next_that_makes_it(tmp_path):
+    folder = tmp_path / "export[1]"
+    if not (child := os.fork()):
+        with new_folder(folder) as inside:
+            inside.mkdir()
+            (inside / "half").write_text("x")
+            os._exit(9)  # as a signal ends it: nothing is cleaned up
+    os.waitpid(child, 0)
+    [left] = tmp_path.glob("*.tmp-*")
+    assert (left / folder.name / "half").is_file()
+    (tmp_path / "export[1]2.tmp-0").mkdir()  # of another folder, and of nobody who is known
+    with new_folder(folder) as inside:
+        inside.mkdir()
+        assert not left.exists()
+        with suppress(KeyError), new_folder(folder):
+            raise KeyError  # another who makes it, and gives up
+        assert inside.is_dir()
+        (inside / "all").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export[1]", "export[1]2.tmp-0"]
+    assert [path.name for path in folder.iterdir()] == ["all"]
 
 
 def test_a_text_that_is_not_utf_8_is_refused_in_a_sentence(tmp_path):

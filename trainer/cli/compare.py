@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import statistics
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -31,7 +30,7 @@ from trainer.data.row_formats import read_rows
 from trainer.data.sources import DataSource
 from trainer.data.templates import TOOL_USE, TemplateError, open_template
 from trainer.data.tokenizer import open_tokenizer
-from trainer.disk import write_text
+from trainer.disk import new_folder, write_text
 from trainer.generation.completion import Response
 from trainer.generation.pretrained import ChatModel, RewardModel
 from trainer.generation.sampling import Sampling
@@ -64,12 +63,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"two models have one name ({', '.join(names)}); give each its own")
     questions = list(islice(read_rows(DataSource(a.prompts), PROMPT_FORMATS, "prompt", mixed=True), a.rows))
     written = compared([chat for _, chat, _ in questions], [dict(row) for _, _, row in questions], a)
-    partial = a.out.with_name(f"{a.out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    write_text(partial / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
     metrics = {name: measured(written, name) for name in names}
-    write_text(partial / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    partial.rename(a.out)
+    with new_folder(a.out) as folder:
+        folder.mkdir()
+        write_text(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     for name, values in metrics.items():
         print(f"{name:12} " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
     return 0

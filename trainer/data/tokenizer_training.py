@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from enum import StrEnum, auto
 from pathlib import Path
@@ -13,7 +11,7 @@ import sentencepiece
 
 from trainer.data.sentencepiece_format import definition_of
 from trainer.data.tokenizer import Tokenizer, open_tokenizer
-from trainer.disk import write_bytes
+from trainer.disk import new_folder, write_bytes
 
 
 class ModelType(StrEnum):
@@ -69,16 +67,11 @@ def train(
         )
     except RuntimeError as error:
         raise ValueError(f"vocab_size={vocab_size} does not fit this text: {str(error).rpartition(') ')[2]}") from None
-    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
+        partial.mkdir()
         write_bytes(partial / "tokenizer.model", model.getvalue())
         definition, settings = definition_of(partial / "tokenizer.model")
         Tokenizer(definition, settings).save(partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return open_tokenizer(out)
 
 

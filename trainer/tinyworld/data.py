@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +80,5 @@ class TinyWorldData(Data):
         """
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; name another folder")
-        partial_folder = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-        try:
-            texts = self._documents(2 * HELDOUT, TOKENIZER["documents"])
-            train(texts, partial_folder, vocab_size=TOKENIZER["vocab_size"], specials=CHAT_SPECIALS)
-            partial_folder.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            raise
+        texts = self._documents(2 * HELDOUT, TOKENIZER["documents"])
+        train(texts, folder, vocab_size=TOKENIZER["vocab_size"], specials=CHAT_SPECIALS)
