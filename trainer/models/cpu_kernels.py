@@ -90,7 +90,7 @@ def rearranged_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 @cache
 def _pointwise() -> Callable[..., Any]:
     """The operator, looked up once: by name takes as long as a small product."""
-    return torch.ops.mkldnn._linear_pointwise.default  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def has_fast_attention(q: Tensor) -> bool:
