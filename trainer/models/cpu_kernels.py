@@ -67,10 +67,10 @@ def has_rearranged_products() -> bool:
     draw = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=draw).bfloat16() for shape in ((5, 2, 96), (48, 96), (48,)))
     try:
-        found = rearranged_product(x, rearranged(weight), bias)
+        product = rearranged_product(x, rearranged(weight), bias)
     except (AttributeError, RuntimeError):  # NotImplementedError is one, too
         return False
-    return torch.equal(found, F.linear(x, weight, bias))
+    return torch.equal(product, F.linear(x, weight, bias))
 
 
 def rearranged(weight: Tensor) -> Tensor:
