@@ -127,7 +127,8 @@ def layouts_of(
     used: set[str] = set()
     for strategy in filter(wish.allows, strategies(a, cluster)):
         problems = [
-            *strategy.validate_optimizer(cfg.optimizer), *cfg.pipeline.validate_mesh(strategy.mesh),
+            *strategy.problems(), *strategy.validate_optimizer(cfg.optimizer), *cfg.pipeline.validate_mesh(strategy.mesh),
+            *(strategy.validate_compiled() if cfg.model.compile else ()),
             *dataclasses.replace(cfg, strategy=strategy).validate_division(a),
         ]  # fmt: skip
         axes = strategy.mesh.axes

@@ -15,7 +15,7 @@ from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.diagnostics.links import Links
 from trainer.diagnostics.memory import memory
-from trainer.diagnostics.mesh_plan import Choice, Cluster, utilisation
+from trainer.diagnostics.mesh_plan import AXES, Choice, Cluster, utilisation
 from trainer.diagnostics.step_time import step_time
 from trainer.models.recompute import Recompute
 from trainer.parallel.ddp import DDP
@@ -88,6 +88,14 @@ def test_what_fits_nowhere_says_what_would(tmp_path):
     assert "nothing fits: strategy=fsdp" in errors
     assert "nodes=" in errors
     assert "would fit it: strategy=" in errors
+
+
+def test_nothing_is_proposed_that_the_strategy_itself_refuses():
+    together = FSDP(pipeline=2, tensor=2)
+    assert list(together.problems())
+    spread = [layout for _, layout in layouts_of(compose(RUN), SEVEN, EIGHT, wish(), {})]
+    assert all(not list(FSDP(**{axis: getattr(layout, axis) for axis in AXES}).problems()) for layout in spread)
+    assert any(layout.pipeline == 2 for layout in spread)
 
 
 def test_a_batch_that_no_mesh_divides_is_refused_with_sizes_that_do():
