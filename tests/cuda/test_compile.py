@@ -15,6 +15,7 @@ from trainer.generation.generate import generate
 from trainer.generation.sampling import Sampling
 from trainer.models.recompute import Recompute
 from trainer.parallel import distributed, sharding
+from trainer.parallel.mesh import Mesh, MeshShape
 
 
 class Graphs:
@@ -86,7 +87,7 @@ def test_blocks_in_shards_are_compiled_as_whole_ones_are():
     torch._dynamo.reset()
     with distributed.session():
         graphs, plain, model = Graphs(), built(), built(activation_checkpointing=Recompute.full)
-        sharding.shard(model, model.model.layers, dtype=None, reshard=True, offload=False)
+        sharding.shard(model, model.model.layers, Mesh.of(MeshShape()), dtype=None, reshard=True, offload=False)
         model.compile_blocks(graphs)
         counts = []
         with torch.autocast("cpu", torch.bfloat16), emulated():
