@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.registries import registries, restored
 from trainer.cli import VERBS
 from trainer.compose import compose
 from trainer.config import ConfigError, offer_schemas
+from trainer.parallel.environment import imagined
 from trainer.run import run
 
 README = ROOT / "README.md"
@@ -172,7 +174,11 @@ def check(words: list[str], monkeypatch) -> None:
             (n for n, word in enumerate(rest) if word == "-m" or word.endswith(".py") or word == "python"), None
         )
         assert start is not None, f"{' '.join(words)} starts nothing"
-        return check(rest[start:] if rest[start] == "python" else ["python", *rest[start:]], monkeypatch)
+        started = rest[start:] if rest[start] == "python" else ["python", *rest[start:]]
+        ranks = re.search(r"--nproc-per-node[ =](\d+)", " ".join(rest[:start]))
+        # On as many ranks as it starts: a batch must be a multiple of them.
+        with imagined(int(ranks[1])) if ranks else nullcontext():
+            return check(started, monkeypatch)
     if program.startswith("launch/") and program.endswith(".sh"):
         assert (ROOT / program).is_file()
         return composes(rest[rest.index("--") + 1 :])
