@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_sentence_and_no_mistake(desk, room, tmp_path, clean_
         assert "(File too large); free space there, then run again" in errors
 
 
-TRACED = {"RankError", "OutOfLanguageError", "WorkLimitError", "MalformedError"}
+TRACED = {"RankError", "OutOfLanguageError", "WorkLimitError", "MalformedError", "LeftStageError"}
 """What a fault of the program raises, or what is always caught."""
 
 
