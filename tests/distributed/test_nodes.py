@@ -92,7 +92,7 @@ def test_a_rank_that_hangs_between_the_laps_of_a_step_ends_too(tmp_path, monkeyp
 
 
 SLOW = '''
-"""Pretraining whose rank 1 works longer in every forward."""
+"""Pretraining whose rank 1 works longer inside of every forward."""
 import os, time
 from dataclasses import dataclass
 from trainer.config import schema
@@ -109,7 +109,7 @@ class Slow(Pretrain):
     def models(self, *arguments):
         models = super().models(*arguments)
         if os.environ["RANK"] == "1":
-            models.trained.register_forward_pre_hook(work)
+            models.trained.model.norm.register_forward_pre_hook(work)
         return models
 '''
 
