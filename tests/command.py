@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -122,6 +123,17 @@ class Command:
             process.kill()
         for process in self.processes:
             process.communicate()
+
+    def kill_one(self, run: Path) -> None:
+        """SIGKILL the second of two ranks once they take steps; the first one must end by itself, and soon."""
+        end = time.monotonic() + 90
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        self.processes[1].kill()
+        died = time.monotonic()
+        self.processes[0].communicate(timeout=60)
+        assert self.processes[0].returncode not in (0, None)
+        assert time.monotonic() - died < 30
 
     def _outputs(self, timeout: float) -> list[str]:
         try:

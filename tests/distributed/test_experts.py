@@ -11,7 +11,7 @@ import torch
 from tests.layouts import LAYOUTS
 from tests.mixtures import small
 from tests.ranks import on_ranks
-from trainer.data.rows import Segment, collate
+from tests.uneven_rows import uneven_rows
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.loop import train_step
 from trainer.models.balance import Balancer, BalanceRates
@@ -46,14 +46,7 @@ ROWS, LENGTH, STEPS = 8, 16, 6
 ADAMW = AdamW(lr=3e-3)
 
 
-def batch_of(step: int, numbers: list[int]):
-    """Rows of a step, the last of which are mostly padding, so that micro-batches weigh unequally."""
-    rows = []
-    for number in numbers:
-        draw = np.random.default_rng(100 * step + number)
-        sizes = [LENGTH + 1 - 2 * number] if number else [9, 8]
-        rows.append([Segment(draw.integers(0, 101, size).astype(np.int64)) for size in sizes])
-    return collate(rows, numbers, LENGTH, 0)
+batch_of = partial(uneven_rows, length=LENGTH, less=2, first=[9, 8])
 
 
 def nothing(step: int, engine: Engine) -> None:

@@ -10,8 +10,8 @@ import torch
 from tests.cuda.emulated_varlen import emulated
 from tests.mixtures import SMALL
 from tests.ranks import on_ranks, session_of
+from tests.uneven_rows import uneven_rows
 from trainer.batch import Documents
-from trainer.data.rows import Segment, collate
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.functional import cross_entropy, logprobs_at
 from trainer.loop import train_step
@@ -64,14 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], Adapter, Recompute]] = {
 }  # fmt: skip
 
 
-def rows_of(step: int, numbers: list[int]) -> Any:
-    """Rows of a step, the last of which are mostly padding, so that ranks and micro-batches weigh unequally."""
-    rows = []
-    for number in numbers:
-        draw = np.random.default_rng(100 * step + number)
-        sizes = [LENGTH + 1 - 3 * number] if number else [20, 12]
-        rows.append([Segment(draw.integers(0, 101, size).astype(np.int64)) for size in sizes])
-    return collate(rows, numbers, LENGTH, 0)
+rows_of = partial(uneven_rows, length=LENGTH, less=3, first=[20, 12])
 
 
 def curve(case: str, strategy: Any, steps: int) -> np.ndarray:

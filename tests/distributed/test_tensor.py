@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.ranks import free_port, on_ranks
-from trainer.data.rows import Segment, collate
+from tests.uneven_rows import uneven_rows
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.loop import train_step
 from trainer.models.adapter import Adapter, Full
@@ -51,14 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], Adapter]] = {
 }  # fmt: skip
 
 
-def rows_of(step: int, numbers: list[int]) -> Any:
-    """Rows of a step, the last of which are mostly padding, so that ranks and micro-batches weigh unequally."""
-    rows = []
-    for number in numbers:
-        draw = np.random.default_rng(100 * step + number)
-        sizes = [LENGTH + 1 - 3 * number] if number else [20, 13]
-        rows.append([Segment(draw.integers(0, 101, size).astype(np.int64)) for size in sizes])
-    return collate(rows, numbers, LENGTH, 0)
+rows_of = partial(uneven_rows, length=LENGTH, less=3, first=[20, 13])
 
 
 class Loader(ModelLoader):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from trainer.batch import Branches, Documents
 from trainer.functional import VocabularyPart
 from trainer.models.attention import Scores, attend
 from trainer.models.delta import DeltaInputs, Pass, recur_packed
-from trainer.parallel.mesh import Axis, Mesh
+from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 
 class Context(Protocol):
@@ -133,11 +132,10 @@ def vocabulary_part(rows: int, mesh: Mesh, *, joined: bool) -> VocabularyPart | 
     if axis.size == 1:
         return None
     of_tensor = [mesh.tensor.span(rows, rank) for rank in range(mesh.tensor.size)]
-    parts = mesh.sequence.size if joined else 1
-    spans = [part for n in range(parts) for part in (_part_of_span(span, n, parts) for span in of_tensor)]
+    readers = mesh.sequence if joined else UNDIVIDED
+    spans = []
+    for number in range(readers.size):
+        for first, last in of_tensor:
+            begin, end = readers.span(last - first, number)
+            spans.append((first + begin, first + end))
     return VocabularyPart(tuple(spans), axis.rank, axis)
-
-
-def _part_of_span(span: Sequence[int], number: int, parts: int) -> tuple[int, int]:
-    first, last = span
-    return first + (last - first) * number // parts, first + (last - first) * (number + 1) // parts

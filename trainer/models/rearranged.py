@@ -27,26 +27,23 @@ def rearranged_weights(model: nn.Module) -> Iterator[Logits]:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     some = next(p for p in parameters.values() if p.is_floating_point())
-    layers = {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, WeightProduct) and _rearranges(name, part)
-    }
     if some.device.type != "cpu" or working_dtype(some) is not torch.bfloat16 or not has_rearranged_products():
         yield logits
         return
+    named = model.named_modules()
+    layers = [part for name, part in named if isinstance(part, WeightProduct) and _rearranges(name, part)]
     head = parameters.get("lm_head.weight")
-    shapes = [*(layer.weight.shape for layer in layers.values()), *([] if head is None else [head.shape])]
+    shapes = [*(layer.weight.shape for layer in layers), *([] if head is None else [head.shape])]
     if lack := lack_of_memory(shapes, torch.bfloat16, some.device):
         warn_once(f"sampling rearranges the weights at every token: {lack}")
         yield logits
         return
     try:
-        for layer in layers.values():
+        for layer in layers:
             layer.rearranged = rearranged(layer.weight.bfloat16())
         yield logits if head is None else partial(_logits, rearranged(head.bfloat16()))
     finally:
-        for layer in layers.values():
+        for layer in layers:
             layer.rearranged = None
 
 

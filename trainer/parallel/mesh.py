@@ -123,13 +123,6 @@ class Axis(Ranks):
             dist.all_reduce(x, group=self.group)
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
-        """The largest of every element over the axis; without a gradient."""
-        x = x.detach().clone(memory_format=torch.contiguous_format)
-        if self.size > 1:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
-        return x
-
 
 UNDIVIDED = Axis(0, 1)
 """The axis of what is on one rank alone."""
@@ -290,5 +283,5 @@ class _Exchanged(torch.autograd.Function):
 def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
     out = rows.new_empty(sum(received), *rows.shape[1:])
     as_bytes = out.view(torch.uint8), rows.contiguous().view(torch.uint8)
-    dist.all_to_all_single(*as_bytes, list(received), list(sent), group=axis.group)
+    dist.all_to_all_single(*as_bytes, received, sent, group=axis.group)
     return out

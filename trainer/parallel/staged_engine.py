@@ -45,16 +45,7 @@ class StagedEngine(ShardedEngine):
 
     model: StagedModel
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        precision: Precision,
-        mesh: Mesh,
-        *,
-        low_precision: bool,
-        reshard: bool,
-    ) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, mesh: Mesh, **how: bool) -> None:
         own = [[n, sharding.cut_of(p).shape, str(p.dtype), p.requires_grad] for n, p in module.named_parameters()]
         every: list[Any] = distributed.gather(own)
         self.stages = [
@@ -67,7 +58,7 @@ class StagedEngine(ShardedEngine):
                 f"strategy.pipeline={len(self.stages)}: no weight of stage {', '.join(idle)} (counted from 0) is trained; "
                 "let adapter.targets name layers of every stage, or use fewer stages"
             )
-        super().__init__(module, optimizer, precision, mesh, low_precision=low_precision, reshard=reshard)
+        super().__init__(module, optimizer, precision, mesh, **how)
         self.links = StageLinks(mesh.pipeline)
         self.model = StagedModel(module, self.links)
 
