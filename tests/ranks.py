@@ -48,6 +48,7 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     results: Any,
+    finished: Any,
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0])
@@ -57,6 +58,8 @@ def _rank(
     try:
         with distributed.session(timeout=120) if joined else nullcontext():
             results.put((rank, True, function(*args)))
+            # The store lives and dies with rank 0: others may still be making a group by it.
+            finished.wait(timeout=120)
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise
@@ -90,10 +93,11 @@ def on_ranks(
     ``joined``: whether the ranks are in a session already, or know their places only (`session_of`).
     """
     context = forkserver()
-    results = context.Queue()
+    results, finished = context.Queue(), context.Event()
     ports = [free_port() for _ in range(1 if joined else 1 + SESSIONS)]
     processes = [
-        context.Process(target=_rank, args=(rank, size, ports, joined, function, args, results)) for rank in range(size)
+        context.Process(target=_rank, args=(rank, size, ports, joined, function, args, results, finished))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -111,6 +115,7 @@ def on_ranks(
             assert fine, f"rank {rank} failed:\n{value}"
             gathered[rank] = value
     finally:
+        finished.set()
         for process in processes:
             process.join(timeout=20)
             process.kill()
