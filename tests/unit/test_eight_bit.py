@@ -191,7 +191,7 @@ def test_what_this_machine_lacks_is_refused_by_name(monkeypatch):
     with pytest.raises(ConfigError, match="paged8bit pages the memory of a GPU, and this machine has none; use opt"):
         AdamW(lr=1.0, state="paged8bit").check_machine()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"8bit needs the package bitsandbytes; pip install 'onecurve\[quant\]'"):
+    with pytest.raises(ConfigError, match=r"8bit needs the package bitsandbytes: pip install 'onecurve\[quant\]'"):
         AdamW(lr=1.0, state="8bit").check_machine()
     AdamW(lr=1.0).check_machine()
 

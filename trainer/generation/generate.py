@@ -48,5 +48,6 @@ def stream(
     key: tuple[int, ...] = (0, 0),
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is known."""
-    for sequence in Decoding(model, [prompt], sampling, stops=stops, keys=[key], max_concurrent=1):
-        yield sequence.ids[-1]
+    with widened(model):
+        for sequence in Decoding(model, [prompt], sampling, stops=stops, keys=[key], max_concurrent=1):
+            yield sequence.ids[-1]

@@ -7,9 +7,6 @@ used: on a CPU one evaluation repacks its weight for a kernel that has no backwa
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -19,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.config import ConfigError
+from trainer.functional.bitsandbytes import library
 from trainer.models.grouped import grouped_product
 
-PACKAGE = "bitsandbytes"
 BLOCK, NESTED = 64, 256
 """Weights that share a maximum, and maxima that share a scale."""
 BITS = 4 + 8 / BLOCK + 32 / (BLOCK * NESTED)
@@ -56,30 +52,10 @@ def packed_sizes(elements: int) -> Packed:
     return Packed(*(torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes))
 
 
-def absent_library() -> str | None:
-    """What is missing to pack and unpack, with the remedy; None where all is there."""
-    if importlib.util.find_spec(PACKAGE) is not None:
-        return None
-    return f"NF4 needs the package {PACKAGE}: pip install 'onecurve[quant]'"
-
-
-@cache
-def _library() -> Any:
-    """``bitsandbytes.functional``, which takes seconds to import, without its plea for the package ``kernels``.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    if absent := absent_library():
-        raise ConfigError([absent])
-    logging.getLogger(f"{PACKAGE}.backends.cpu.ops").setLevel(logging.ERROR)
-    return importlib.import_module(f"{PACKAGE}.functional")
-
-
 @cache
 def levels(device: torch.device) -> Tensor:
     """The 256 values of a maximum's 8 bits."""
-    values: Tensor = _library().create_dynamic_map().float().to(device)
+    values: Tensor = library("NF4").create_dynamic_map().float().to(device)
     return values
 
 
@@ -90,8 +66,7 @@ def pack(weight: Tensor) -> Packed:
     Raises:
         ConfigError: if bitsandbytes is not installed.
     """
-    library = _library()
-    codes, state = library.quantize_4bit(
+    codes, state = library("NF4").quantize_4bit(
         weight.detach().contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
     )
     numbers = torch.cat([state.state2.absmax.float().flatten(), state.offset.float().reshape(1)])
@@ -104,7 +79,7 @@ def unpack(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _unpack(codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    _library()
+    library("NF4")
     operators = torch.ops.bitsandbytes
     # A part of a gathered buffer may begin at an address where no float32 can be read.
     scales = numbers.clone().view(torch.float32)

@@ -19,9 +19,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from trainer.config import RunError
 from trainer.functional import working_dtype
+from trainer.functional.bitsandbytes import PACKAGE
 from trainer.models.grouped import GroupedLinear, grouped_product
 from trainer.models.linear import BlockLinear
-from trainer.models.nf4 import PACKAGE, FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
+from trainer.models.nf4 import FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
 from trainer.parallel import distributed
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from trainer.config import schema, setting
+from trainer.functional.bitsandbytes import absent_library
 from trainer.models.adapter import Adapter
 from trainer.models.architecture import Architecture
 from trainer.models.lora import LoRA, matches
-from trainer.models.nf4 import BITS, absent_library
+from trainer.models.nf4 import BITS
 from trainer.models.packed import pack_layers, packed_weights, packing
 from trainer.models.sizes import parameters_of
 from trainer.models.transformer import TokenEmbedding, Transformer, VocabularyProjection
@@ -79,7 +80,7 @@ class QLoRA(LoRA):
         yield from super().problems()
         if self.merges_onto_original and not self.merge:
             yield "adapter.merge_onto=original has no effect beside adapter.merge=false, which merges nothing; leave it out"
-        if absent := absent_library():
+        if absent := absent_library("NF4"):
             yield f"adapter=qlora: {absent}"
 
     def construction(self) -> AbstractContextManager[object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, Node, schema, setting
+from trainer.functional.bitsandbytes import absent_library
 from trainer.optim.eight_bit import BLOCK, SMALLEST, EightBitAdamW
 from trainer.optim.muon import BatchedMuon, Replicas
 
@@ -108,10 +108,8 @@ class AdamW(Optimizer):
 
     def check_machine(self) -> None:
         problems = []
-        if self.state != "fp32" and importlib.util.find_spec("bitsandbytes") is None:
-            problems.append(
-                f"optimizer.state={self.state} needs the package bitsandbytes; pip install 'onecurve[quant]'"
-            )
+        if self.state != "fp32" and (absent := absent_library(f"optimizer.state={self.state}")):
+            problems.append(absent)
         if self.state == "paged8bit" and not torch.cuda.is_available():
             problems.append(
                 "optimizer.state=paged8bit pages the memory of a GPU, and this machine has none; use optimizer.state=8bit"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainer.functional.bitsandbytes import library
 
 BLOCK = 256
 """Elements that share a factor: bitsandbytes' own."""
@@ -135,7 +136,7 @@ class EightBitAdamW(torch.optim.AdamW):
             parameter.grad.div_(self.grad_scale)  # type: ignore[union-attr]
         first, second = state["exp_avg"], state["exp_avg_sq"]
         for moment in (first, second) if getattr(first.codes, "is_paged", False) else ():
-            _functional().prefetch_tensor(moment.codes)
+            library("optimizer.state=8bit").prefetch_tensor(moment.codes)
         weight, gradient = parameter.detach().view(-1), parameter.grad.view(-1)  # type: ignore[union-attr]
         piece = PIECE[parameter.device.type]
         for at in range(0, weight.numel(), piece):
@@ -149,23 +150,14 @@ class EightBitAdamW(torch.optim.AdamW):
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """bitsandbytes' values of a byte for moments of either sign and for squares; also loads its kernels."""
         if device not in self._tables:
-            make = _functional().create_dynamic_map
+            make = library("optimizer.state=8bit").create_dynamic_map
             self._tables[device] = (make(signed=True).to(device), make(signed=False).to(device))
         return self._tables[device]
 
     def _codes(self, parameter: Tensor) -> Tensor:
         if not self.paged or parameter.numel() < PAGED:
             return torch.zeros_like(parameter, dtype=torch.uint8)
-        library = _functional()
-        pages: Tensor = library.get_paged(*parameter.shape, dtype=torch.uint8, device=parameter.device)
-        library.fill(pages, 0)
+        pages_of = library("optimizer.state=8bit")
+        pages: Tensor = pages_of.get_paged(*parameter.shape, dtype=torch.uint8, device=parameter.device)
+        pages_of.fill(pages, 0)
         return pages
-
-
-def _functional() -> Any:
-    """bitsandbytes' functions, imported where they are needed: it takes seconds."""
-    # It looks for kernels of another package and says at length that it does without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from bitsandbytes import functional
-
-    return functional

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from trainer.config import ConfigError
-from trainer.models import nf4
+from trainer.functional import bitsandbytes
 from trainer.models.nf4 import BITS, FrozenProduct, Packed, pack, packed_sizes, unpack
 
 pytest.importorskip("bitsandbytes")
@@ -81,12 +81,12 @@ def test_a_frozen_product_and_its_gradient_are_those_of_the_unpacked_weight(dtyp
 
 
 def test_without_the_library_it_is_refused_with_the_extra_s_name(monkeypatch):
-    monkeypatch.setattr(nf4, "PACKAGE", "no_such_package")
-    nf4._library.cache_clear()
+    monkeypatch.setattr(bitsandbytes, "PACKAGE", "no_such_package")
+    bitsandbytes.library.cache_clear()
     with pytest.raises(ConfigError, match=r"NF4 needs the package .*: pip install 'onecurve\[quant\]'"):
         pack(weight((4, 4)))
     monkeypatch.undo()
-    nf4._library.cache_clear()
+    bitsandbytes.library.cache_clear()
 
 
 def test_the_library_asks_nobody_for_more_packages():

@@ -12,10 +12,11 @@ from trainer.batch import Documents
 from trainer.config import ConfigError
 from trainer.export.nf4_folder import write_nf4
 from trainer.export.peft import export_adapter, merged_policy, merged_weights
+from trainer.functional import bitsandbytes as library
 from trainer.functional import cross_entropy, logits
-from trainer.generation.generate import generate
+from trainer.generation.generate import generate, stream
 from trainer.generation.sampling import Sampling
-from trainer.models import nf4, packed
+from trainer.models import packed
 from trainer.models.hf_format import write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.models.lora import LoRA, adapters_off
@@ -265,6 +266,8 @@ def test_sampling_reads_wide_copies_that_are_gone_afterwards_and_draws_the_same(
     weight = packed_weights(model)[UP]
     weight.register_forward_pre_hook(lambda layer, _: wide.append(layer.wide is not None))
     answers = generate(model, prompts, Sampling(6, 0.0), stops=[])
+    streamed = list(stream(model, prompts[0], Sampling(6, 0.0), stops=[]))
+    assert streamed == answers[0].ids
     assert wide
     assert all(wide)
     assert weight.wide is None
@@ -322,7 +325,7 @@ def test_experts_are_packed_stack_by_stack(mixture):
 
 
 def test_without_the_library_the_choice_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(nf4, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(library, "PACKAGE", "no_such_package")
     assert [p for p in QLoRA().problems() if "pip install 'onecurve[quant]'" in p]
 
 
