@@ -1,4 +1,4 @@
-"""What torch's functions for CUDA take, version by version: those of versions that are not installed here lie in a file.
+"""What torch's functions for CUDA and for ranks take, version by version: those of versions not installed here lie in a file.
 
 ``python -m tests.cuda.signatures`` adds the installed version to it.
 """
@@ -13,13 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 HERE = Path(__file__).parent
 FILE = HERE / "signatures.json"
 MODULES = (
     "torch.cuda", "torch.cuda.memory", "torch.cuda.graphs", "torch.nn.attention", "torch.nn.attention.varlen",
-    "torch.backends.cuda",
+    "torch.backends.cuda", "torch.distributed", "torch.distributed.device_mesh", "torch.distributed.fsdp",
+    "torch.distributed.fsdp._fully_shard._fsdp_common", "torch.distributed.rendezvous", "torch.distributed.tensor",
+    "torch.nn.functional", "torch.nn.parallel", "torch.utils", "torch.utils.checkpoint",
 )  # fmt: skip
+FSDP = "torch.distributed.fsdp.FSDPModule"
+CLASSES = ("torch.distributed.device_mesh.DeviceMesh", FSDP)
+UNIT_METHODS = vars(FSDPModule).keys()
 MARKS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -30,6 +36,12 @@ def installed() -> dict[str, str | None]:
         for name, value in vars(importlib.import_module(module)).items():
             if callable(value) and str(getattr(value, "__module__", "")).startswith("torch"):
                 names[f"{module}.{name}"] = _written(value)
+    for path in CLASSES:
+        module, _, name = path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        names.update(
+            {f"{path}.{method}": _written(getattr(kind, method)) for method in vars(kind) if method[:2] != "__"}
+        )
     return names
 
 
@@ -70,20 +82,27 @@ def bind(written: str, positional: int, keywords: list[str]) -> None:
 
 
 def calls(file: Path) -> Iterator[tuple[str, int, list[str]]]:
-    """(full name, positional arguments, keywords) of the calls in a file whose names lie in `MODULES`."""
+    """(full name, positional arguments, keywords) of the calls in a file whose names lie in `MODULES` or `CLASSES`."""
     tree = ast.parse(file.read_text())
-    imported = {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
-        for alias in node.names
-    }
+    imported = dict(_imported(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and not any(isinstance(argument, ast.Starred) for argument in node.args):
             head, _, rest = ast.unparse(node.func).partition(".")
             name = ".".join(filter(None, (imported.get(head, head), rest)))
-            if name.rpartition(".")[0] in MODULES:
-                yield name, len(node.args), [k.arg for k in node.keywords if k.arg is not None]
+            given = len(node.args), [k.arg for k in node.keywords if k.arg is not None]
+            if name.rpartition(".")[0] in (*MODULES, *CLASSES):
+                yield name, *given
+            elif FSDP in imported.values() and (method := name.rpartition(".")[2]) in UNIT_METHODS:
+                yield f"{FSDP}.{method}", given[0] + 1, given[1]  # of an object, itself the first argument
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """By the name that a file calls it, what it imports of torch."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.asname, alias.name) for alias in node.names if alias.asname is not None)
 
 
 if __name__ == "__main__":

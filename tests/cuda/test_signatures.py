@@ -1,16 +1,20 @@
-"""What the code calls on CUDA alone, which no test here runs, exists in every version of torch and takes what it is given."""
+"""What no test here runs, on CUDA alone or with a torch that is not installed, exists there and takes what it is given."""
 
 import json
 import re
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from tests.command import ROOT
 from tests.cuda.signatures import FILE, bind, calls, installed
+from trainer.parallel.fsdp import FSDP
 
 VERSIONS = json.loads(FILE.read_text())
 CALLS = [(file, *call) for file in sorted((ROOT / "trainer").rglob("*.py")) for call in calls(file)]
+ABSENT = {"2.11.0": {"torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult"}}
+"""What only strategy.expert calls, which is refused with that torch."""
 
 
 def test_the_oldest_torch_that_is_allowed_is_among_them():
@@ -31,16 +35,26 @@ def test_the_installed_torch_is_as_the_file_says():
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_call_for_cuda_exists_and_takes_what_it_is_given(version):
-    assert {"torch.nn.attention.varlen.varlen_attn", "torch.cuda.Event"} <= {name for _, name, _, _ in CALLS}
+def test_every_call_exists_and_takes_what_it_is_given(version):
+    assert {
+        "torch.nn.attention.varlen.varlen_attn", "torch.cuda.Event", "torch.distributed.isend",
+        "torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms",
+    } <= {name for _, name, _, _ in CALLS}  # fmt: skip
     wrong = []
     for file, name, positional, keywords in CALLS:
         try:
-            if VERSIONS[version][name] is not None:
+            if name not in ABSENT.get(version, ()) and VERSIONS[version][name] is not None:
                 bind(VERSIONS[version][name], positional, keywords)
         except (KeyError, TypeError) as error:
             wrong.append(f"{file.relative_to(ROOT)}: {name}: {error}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_torch_lacks_is_refused_with_it(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    refused = [f"strategy.expert=2 needs torch 2.12 or later, and this is {version}; use 1"]
+    assert list(FSDP(expert=2).problems()) == (refused if version in ABSENT else [])
 
 
 def test_an_argument_that_only_a_newer_torch_has_is_seen():
