@@ -90,6 +90,13 @@ class DividedContext:
             real = torch.ones(self.shape, dtype=torch.bool, device=self.packed.positions.device)
         return None if real is None else self.own(real)
 
+    def times_read(self, places: Tensor) -> Tensor:
+        """``(1, n)``: how often each of this rank's tokens is read at ``places`` of the micro-batch; padding never is."""
+        times = torch.zeros(self.total, device=places.device).index_add_(0, places, torch.ones_like(places).float())
+        real = self.packed.documents.real
+        times = times if real is None else times * real.flatten()
+        return self.own(times.view(self.shape))
+
     def own(self, x: Tensor) -> Tensor:
         """This rank's part ``(1, n, ...)`` of ``x`` ``(B, T, ...)``; spare tokens are zeros."""
         return self._padded(x.reshape(1, self.total, *x.shape[2:]))[:, slice(*self.span)]

@@ -72,8 +72,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """``(B, T, d)`` to ``(B, T, d)``; of a single row to ``(1, n, d)`` where only ``places`` ``(n,)`` are wanted.
 
-        ``real`` ``(B, T)``: the tokens that experts are counted for, None = all. ``run``: calls `compute`, compiled or to be
-        recomputed; so what a strategy does around a block (gather its weights) is around that, too.
+        ``real`` ``(B, T)``: how often experts are counted for a token, None = once. ``run``: calls `compute`, compiled or to
+        be recomputed; so what a strategy does around a block (gather its weights) is around that, too.
         """
         inputs = x, turned, context, places, real
         return self.compute(*inputs) if run is None else run(self, *inputs)
@@ -280,17 +280,19 @@ class Transformer(nn.Module):
         run = self._in_training(x) if learns else None
         real = getattr(divided or documents, "real", None) if self.architecture.experts else None
         *blocks, last = self.model.layers
-        places = None
+        places, of_last = None, real
         if divided is None and isinstance(read, At):
             # The last block computes nothing of other tokens. Divided, all ranks must compute equally many.
             places, read = read.places, read.read
-        elif learns and divided is not None:
+        elif divided is not None and isinstance(read, At) and self.architecture.experts:
+            of_last = divided.times_read(read.places)
+        if learns and divided is not None:
             dropout.divide(divided.shape, divided.span)
         for block, own in zip(blocks, turned, strict=True):
             x = block(x, own, context, None, real, run)
         if learns:
             dropout.narrow_to(places)
-        x = self.model.norm(last(x, last_turned, context, places, real, run))
+        x = self.model.norm(last(x, last_turned, context, places, of_last, run))
         head = self.score if self.architecture.scores else self.lm_head
         return head(x, read) if divided is None else head(divided.joined(x), read, joined=True)
 

@@ -26,6 +26,15 @@ def test_spare_tokens_and_padding_are_not_real():
     assert DividedContext(PackedContext(WITHOUT_PADDING), (2, 7), Axis(0, 2)).real is None
 
 
+def test_experts_count_a_token_as_often_as_it_is_read_and_padding_never():
+    places = torch.tensor([3, 4, 4, 5, 7, 13])
+    assert part(1, WITHOUT_PADDING).times_read(places).tolist() == [[2, 1, 0, 1]]
+    real = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+    padded = Documents(**{**vars(WITHOUT_PADDING), "real": real})
+    assert part(1, padded).times_read(places).tolist() == [[2, 0, 0, 1]]
+    assert part(3, padded).times_read(places).tolist() == [[0, 1, 0, 0]]  # and nobody reads spare tokens
+
+
 def test_each_tensor_rank_s_rows_of_the_vocabulary_are_divided_among_the_sequence_ranks():
     def mesh(s: int, t: int) -> Mesh:
         return Mesh(UNDIVIDED, Axis(s, 2), Axis(t, 2), UNDIVIDED, Axis(s, 2), Axis(s, 2), Axis(2 * s + t, 4))
