@@ -200,15 +200,6 @@ def test_a_run_that_was_killed_continues_bitwise(kind, base, reference, tmp_path
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
-def test_a_run_in_the_middle_of_an_iteration_continues_on_another_layout(base, reference, tmp_path):
-    for steps, strategy, ranks in ((6, "zero3", 2), (11, "ddp", 1), (20, "zero2", 2)):
-        found = run(base, tmp_path, *KINDS["gae"], f"steps={steps}", f"strategy={strategy}", ranks=ranks)
-    losses = [line["loss"] for line in found if "loss" in line]
-    wanted = [line["loss"] for line in reference("gae")[0] if "loss" in line]
-    np.testing.assert_allclose(losses, wanted, rtol=1e-4, atol=1e-5)
-
-
 def test_the_export_is_the_policy_alone(base, reference):
     before = load_file(base / "run" / "export" / "model.safetensors")
     after = weights(reference("gae")[2])
