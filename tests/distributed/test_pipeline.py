@@ -1,6 +1,7 @@
 """Layers divided among ranks: the curve, the weights and the checkpoint are those of one rank, whatever the schedule."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tests.command import TINY, Command, metrics
 from tests.mixtures import small
 from tests.ranks import on_ranks
 from trainer.checkpoint import Checkpointer, Checkpoints
+from trainer.checkpoint.folder import folder_name
 from trainer.compose import compose
 from trainer.config import ConfigError
 from trainer.data.rows import Segment, collate
@@ -176,8 +178,11 @@ def test_every_stage_gives_the_curve_and_the_weights_of_one_rank(ranks, layouts,
 
 
 def continued(folder: str) -> list[list[tuple[float, float]]]:
-    """Steps 4 to 6: uninterrupted, continued in stages, continued there from one rank, and continued without stages."""
-    curves = []
+    """Steps 4 to 6: uninterrupted, continued in stages, continued there from one rank, and continued without stages.
+
+    Last, in bfloat16: uninterrupted, and continued.
+    """
+    curves, low = [], []
     with session(0, {"pipeline": 2}) as strategy:
         run = Trained("tied", strategy)
         run.steps(1, 3)
@@ -187,11 +192,19 @@ def continued(folder: str) -> list[list[tuple[float, float]]]:
             run = Trained("tied", strategy)
             assert run.checkpointer(f"{folder}/{source}").restore() == 3
             curves.append(run.steps(4, 6))
+        strategy.autocast = False
+        run = Trained("tied", strategy, Compute.bf16)
+        run.steps(1, 3)
+        run.checkpointer(f"{folder}/low").save(3)
+        low.append(run.steps(4, 6))
+        run = Trained("tied", strategy, Compute.bf16)
+        assert run.checkpointer(f"{folder}/low").restore() == 3
+        low.append(run.steps(4, 6))
     with session(1, {}) as strategy:
         run = Trained("tied", strategy)
         assert run.checkpointer(f"{folder}/staged").restore() == 3
         curves.append(run.steps(4, 6))
-    return curves
+    return [*curves, *low]
 
 
 def test_a_checkpoint_of_stages_continues_anywhere_and_any_continues_on_stages(tmp_path):
@@ -199,8 +212,9 @@ def test_a_checkpoint_of_stages_continues_anywhere_and_any_continues_on_stages(t
     one.steps(1, 3)
     one.checkpointer(str(tmp_path / "one")).save(3)
     expected = one.steps(4, 6)
-    for uninterrupted, same, of_one, on_fsdp in on_ranks(2, continued, str(tmp_path), joined=False):
+    for uninterrupted, same, of_one, on_fsdp, *low in on_ranks(2, continued, str(tmp_path), joined=False):
         assert same == uninterrupted
+        assert low[0] == low[1]
         for curve in (uninterrupted, of_one, on_fsdp):
             np.testing.assert_allclose(curve, expected, rtol=1e-5)  # float32 sums in another order
     again = Trained("tied", DDP())
@@ -208,7 +222,7 @@ def test_a_checkpoint_of_stages_continues_anywhere_and_any_continues_on_stages(t
     np.testing.assert_allclose(again.steps(4, 6), expected, rtol=1e-5)
 
 
-RUN = [*TINY, "steps=8", "checkpoint.every=3", "optimizer.lr=0.003", "batch.micro=2"]
+RUN = [*TINY, "steps=8", "checkpoint.every=3", "optimizer.lr=0.003", "schedule=constant", "batch.micro=2"]
 STAGED = ["strategy=fsdp", "strategy.pipeline=2"]
 SAMPLED = ["evaluation.samples=2", "evaluation.sample_tokens=5", "evaluation.temperature=0"]
 
@@ -224,30 +238,46 @@ def same_export(a: Path, b: Path) -> bool:
     return all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_in_stages_logs_samples_and_exports_what_one_rank_does(tmp_path):
-    Command(tmp_path, "run_dir=one", *RUN, *SAMPLED).finish()
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run on one rank."""
+    folder = tmp_path_factory.mktemp("one")
+    Command(folder, "run_dir=run", *RUN, *SAMPLED).finish()
+    return folder / "run"
+
+
+def test_a_run_in_stages_logs_samples_and_exports_what_one_rank_does(one, tmp_path):
     Command(tmp_path, "run_dir=two", *RUN, *SAMPLED, *STAGED, ranks=2).finish()
-    for ours, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
+    for ours, theirs in zip(curve(tmp_path / "two"), curve(one), strict=True):
         assert ours == pytest.approx(theirs, rel=5e-5)  # float32 sums in another order, through 8 steps of Adam
     # What is likeliest does not change with the last bits.
-    assert (tmp_path / "two" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
-    ours, theirs = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("two", "one"))
+    assert (tmp_path / "two" / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+    ours, theirs = (load_file(run / "export" / "model.safetensors") for run in (tmp_path / "two", one))
     assert list(ours) == list(theirs)
     assert max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) < 1e-4
 
 
 @pytest.mark.slow
-def test_stages_that_are_killed_go_on_with_the_same_bits(tmp_path):
-    run = [*RUN, *STAGED, "precision=bf16", "strategy.autocast=false"]
-    Command(tmp_path, "run_dir=never", *run, ranks=2).finish()
-    command = Command(tmp_path, "run_dir=once", *run, ranks=2)
-    latest = tmp_path / "once" / "checkpoints" / "latest"
-    while not latest.exists() and command.processes[0].poll() is None:
+def test_a_run_goes_from_fsdp_onto_stages_is_killed_there_and_ends_on_one_rank(one, tmp_path):
+    never, once = ([*RUN, f"run_dir={name}"] for name in ("never", "once"))
+    Command(tmp_path, *never, "strategy=fsdp", "steps=2", ranks=2).finish()
+    shutil.copytree(tmp_path / "never", tmp_path / "once")
+    Command(tmp_path, *never, *STAGED, "steps=7", ranks=2).finish()
+    command = Command(tmp_path, *once, *STAGED, "steps=7", ranks=2)
+    while not (tmp_path / "once" / "checkpoints" / folder_name(3)).exists():
+        assert command.processes[0].poll() is None
         time.sleep(0.005)
     command.kill()
-    assert "continuing after step" in Command(tmp_path, "run_dir=once", *run, ranks=2).finish()
+    assert "continuing after step" in Command(tmp_path, *once, *STAGED, "steps=7", ranks=2).finish()
     assert same_export(tmp_path / "once", tmp_path / "never")
     assert curve(tmp_path / "once") == curve(tmp_path / "never")
+    Command(tmp_path, *once).finish()
+    steps = [
+        [(line["loss"], line["grad_norm"]) for line in metrics(run) if "loss" in line]
+        for run in (tmp_path / "once", one)
+    ]
+    # Float32 sums in another order, through 8 steps of Adam; a norm is of gradients.
+    np.testing.assert_allclose(*steps, rtol=5e-5)
 
 
 @pytest.mark.slow
