@@ -29,11 +29,13 @@ from tests.command import TINY
 from tests.faults.attempts import Attempts, nodes, small_disk
 from tests.faults.kinds import LOCAL, Fault, Injector, planned
 from trainer.checkpoint.folder import folder_name, read_manifest
+from trainer.parallel.watchdog import EXIT_CODE
 
 STRATEGIES = {
     "ddp": (2, ["strategy=ddp"]), "zero1": (2, ["strategy=zero1"]), "zero2": (2, ["strategy=zero2"]),
     "zero3": (2, ["strategy=zero3"]), "fsdp": (2, ["strategy=fsdp"]),
     "fsdp-tensor": (4, ["strategy=fsdp", "strategy.tensor=2"]),
+    "fsdp-pipeline": (2, ["strategy=fsdp", "strategy.pipeline=2", "batch.micro=2"]),
 }  # fmt: skip
 """Ranks and settings of what runs are tried on."""
 EVERY = 5
@@ -152,6 +154,9 @@ class Campaign:
         ended = not run.running
         assert ended or fault.kind in ("pause", "network pause"), run.said()
         reached, codes = run.step(), [rank.code for rank in run.ranks]
+        if fault.kind == "stop":
+            assert EXIT_CODE in codes, run.said()
+            assert "(watchdog.seconds); stacks of all threads follow" in run.said(10**6), run.said()
         if ended:
             # Half of the attempts write their checkpoints in the background.
             run.start(f"checkpoint.asynchronous={str(fault.draw < 0.5).lower()}")
