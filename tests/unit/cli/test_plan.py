@@ -122,6 +122,21 @@ def test_the_links_of_a_command_line_replace_those_of_the_device(tmp_path):
     assert "links of a device 300 GB/s within and 3 GB/s between nodes, 100% of them reached" in out
 
 
+PLANS = [
+    words
+    for page in ("README.md", "docs/scale.md")
+    for words in re.findall(r"^onecurve (estimate --plan .+)$", (ROOT / page).read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", PLANS)
+def test_what_the_documentation_plans_fits(words, tmp_path):
+    code, out, problem = onecurve(tmp_path, *words.split())
+    assert code == 0, problem
+    assert "| best |" in out
+
+
 ROW = re.compile(r"^\| (\w+) \| ([\d,]+) \| `(.+?)` \| (\d+ GB) \| ([\d.]+ s) \| (\d+%) \|$", re.MULTILINE)
 STRATEGIES = {kind().name: kind for kind in (DDP, Zero1, Zero2, FSDP)}
 
