@@ -18,7 +18,7 @@ STACK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Replicas:
-    """Ranks that hold the same parameters and gradients.
+    """Ranks that hold the same parameters and gradients, or parts of the same.
 
     Args:
         rank: This one's number.
@@ -38,12 +38,12 @@ class Replicas:
         """The shape of the matrix that a parameter, or what is here of it, belongs to."""
         return parameter.shape
 
-    def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        """Updates ``(n, *shape)`` of matrices, of which those of the rows that are here are given; collective."""
+    def joined(self, updates: Tensor) -> Tensor:
+        """Updates ``(n, *shape)`` of matrices, of which those of what is here are given; collective."""
         return updates
 
-    def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        """What of updates ``(n, *shape)`` is for the rows that are here."""
+    def own(self, updates: Tensor) -> Tensor:
+        """What of updates ``(n, *shape)`` is for what is here."""
         return updates
 
 
@@ -98,8 +98,8 @@ class BatchedMuon(torch.optim.Muon):
             # Momentum that meets itself stays what it is, whatever the gradient was.
             gradients = torch.where(skipped, torch.stack(buffers), gradients)
         torch._foreach_lerp_(buffers, list(gradients.unbind()), 1 - momentum)
-        directions = replicas.joined(gradients.lerp_(torch.stack(buffers), momentum), shape)
-        updates = replicas.own(_orthogonal(directions, group, replicas), shape)
+        directions = replicas.joined(gradients.lerp_(torch.stack(buffers), momentum))
+        updates = replicas.own(_orthogonal(directions, group, replicas))
         if skipped is not None:
             updates = updates.masked_fill(skipped, 0)
             decay = torch.where(skipped, 1.0, torch.full_like(skipped, decay, dtype=torch.float32))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +66,31 @@ class Cut:
         matrices, (top, _), *inner = self.box
         return (matrices, (top + first, top + last), *inner), 0
 
-    def own(self, values: Tensor) -> Tensor:
-        """This rank's rows of the logical tensor's ``values``, a view."""
-        block = values[tuple(slice(*span) for span in self.box)]
-        first, last = self.rows
-        return block.narrow(self.dim, first, last - first)
+    @property
+    def of_matrices(self) -> Cut:
+        """The cut of the matrix that this rank has a part of; of a stack without the axes whose ranks have other matrices."""
+        outer = len(self.shape) - 2
+        along = tuple((dim, axis) for dim, axis in self.along if dim >= outer)
+        return replace(self, shape=(*self.block[:outer], *self.shape[outer:]), along=along)
 
-    def joined(self, own: Tensor) -> Tensor:
-        """The logical tensor, of which every rank has its rows; collective."""
+    def own(self, values: Tensor, stacked: int = 0) -> Tensor:
+        """This rank's rows of the logical tensor's ``values``, a view.
+
+        ``stacked``: dimensions in front of the tensor's: of many tensors that are cut alike.
+        """
+        block = values[(*(slice(None),) * stacked, *(slice(*span) for span in self.box))]
+        first, last = self.rows
+        return block.narrow(stacked + self.dim, first, last - first)
+
+    def joined(self, own: Tensor, stacked: int = 0) -> Tensor:
+        """The logical tensor, of which every rank has its rows; collective. ``stacked``: as for `own`."""
         assert self.shards is not None
-        values = joined_rows(own, self.block[self.dim], self.dim, self.shards)
+        rows = self.block[self.dim]
+        parts = (_part(rows, self.shards, rank) for rank in range(self.shards.size))
+        values = _joined(own, stacked + self.dim, self.shards, parts)
         for dim, axis in reversed(self.along):
-            spans = (axis.span(self.shape[dim], rank) for rank in range(axis.size))
-            values = _joined(values, dim, axis, [last - first for first, last in spans])
+            parts = (axis.span(self.shape[dim], rank) for rank in range(axis.size))
+            values = _joined(values, stacked + dim, axis, parts)
         return values.contiguous()
 
     def on(self, mesh: Mesh) -> Cut:
@@ -89,19 +102,14 @@ class Cut:
         return Cut(self.shape, self.along, mesh.shards if self.shards is None else self.shards, copies)
 
 
-def joined_rows(own: Tensor, count: int, dim: int, shards: Axis) -> Tensor:
-    """A tensor of ``count`` rows along a dimension, of which every rank has those of `Cut.rows`; collective."""
-    parts = (_part(count, shards, rank) for rank in range(shards.size))
-    return _joined(own, dim, shards, [last - first for first, last in parts])
-
-
 def _part(count: int, shards: Axis, rank: int) -> tuple[int, int]:
     each = -(-count // shards.size)
     return min(each * rank, count), min(each * (rank + 1), count)
 
 
-def _joined(own: Tensor, dim: int, axis: Axis, sizes: list[int]) -> Tensor:
-    """The ranks' parts, so many rows each along ``dim``, end to end."""
+def _joined(own: Tensor, dim: int, axis: Axis, spans: Iterable[tuple[int, int]]) -> Tensor:
+    """The ranks' parts, their ``spans`` along ``dim``, end to end."""
+    sizes = [last - first for first, last in spans]
     rows = own.movedim(dim, 0)
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)].copy_(rows)

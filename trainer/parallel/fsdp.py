@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import schema, setting
-from trainer.optim import Muon, Optimizer
+from trainer.optim import Optimizer
 from trainer.parallel import distributed
 from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Engine
@@ -90,11 +90,6 @@ class FSDP(Strategy):
                 "blocks; use model.compile=false"
             )
 
-    def validate_optimizer(self, optimizer: Optimizer) -> Iterator[str]:
-        if isinstance(optimizer, Muon) and self.tensor > 1:
-            rule = f"needs whole matrices, and strategy.tensor={self.tensor} divides them"
-            yield f"optimizer=muon {rule}; use strategy.tensor=1, or optimizer=adamw"
-
     def validate_device(self, *, cuda: bool) -> Iterator[str]:
         if self.offload is not Offload.none and not cuda:
             yield "strategy.offload=parameters needs a GPU to compute on; use none"
@@ -135,8 +130,10 @@ class FSDP(Strategy):
         from trainer.parallel.staged_engine import StagedEngine
 
         low = self.low_precision_weights(precision, cuda=distributed.world().device.type == "cuda")
-        kind = StagedEngine if self.pipeline > 1 else ShardedEngine
-        return kind(module, optimizer, precision, Mesh.of(self.mesh), low_precision=low, reshard=self.reshard)
+        how = {"low_precision": low, "reshard": self.reshard}
+        if self.pipeline > 1:
+            return StagedEngine(module, optimizer, precision, self.stages, **how)
+        return ShardedEngine(module, optimizer, precision, **how)
 
     def freeze(self, module: nn.Module, precision: Precision) -> nn.Module:
         from trainer.parallel import sharding

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +16,8 @@ from trainer.optim import Optimizer, gradient_norm
 from trainer.optim.muon import Replicas
 from trainer.optim.state import create_state, elements
 from trainer.parallel import distributed, sharding
-from trainer.parallel.cuts import Cut, joined_rows
+from trainer.parallel.cuts import Cut
 from trainer.parallel.engine import Fragment, Outcome, digest_of, owned_spans, saved_buffers
-from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 from trainer.parallel.native import NativeEngine
 from trainer.parallel.precision import Precision
 
@@ -33,42 +31,60 @@ class Joinable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class RowShards(Replicas):
-    """Ranks that have rows of the same matrices, which one of them orthogonalises.
+class MatrixParts(Replicas):
+    """Ranks that have parts of the same matrices, or the same part: each orthogonalises some of them.
 
     Args:
-        cuts: Of the matrices, or stacks of them, by what this rank has of them.
-        shards: The ranks.
+        cut: Of every one of the matrices, or stacks of them.
     """
 
-    cuts: Mapping[Tensor, Cut] = field(default_factory=dict)
-    shards: Axis = UNDIVIDED
+    cut: Cut = field(kw_only=True)
 
     @classmethod
-    def on(cls, axis: Axis, cuts: Mapping[Tensor, Cut]) -> RowShards:
-        """Those of an axis."""
-        return cls(axis.rank, axis.size, axis.stack, cuts, axis)
+    def of_cut(cls, cut: Cut) -> MatrixParts:
+        """Those of matrices that are cut so."""
+        assert cut.shards is not None
+        axes = [cut.shards, *(axis for _, axis in cut.along), cut.copies]
+        rank, size = 0, 1
+        for axis in axes:
+            rank, size = rank + size * axis.rank, size * axis.size
 
-    def of(self, parameter: Tensor) -> Replicas:
-        shards = self.cuts[parameter].shards
-        return self if shards is None or shards is self.shards else self._others[shards]
+        def stack(mine: Tensor) -> Tensor:
+            every = mine[None]
+            for axis in axes:
+                every = axis.stack(every).flatten(0, 1)
+            return every
 
-    @cached_property
-    def _others(self) -> Mapping[Axis, RowShards]:
-        axes = {cut.shards for cut in self.cuts.values() if cut.shards is not None}
-        return {axis: RowShards.on(axis, self.cuts) for axis in axes}
+        return cls(rank, size, stack, cut=cut)
 
     def shape_of(self, parameter: Tensor) -> torch.Size:
-        return torch.Size(self.cuts[parameter].block)
+        return torch.Size(self.cut.shape)
 
-    def joined(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        cut = Cut(tuple(shape), shards=self.shards)
-        return joined_rows(updates, shape[cut.dim], cut.dim + 1, self.shards).contiguous()
+    def joined(self, updates: Tensor) -> Tensor:
+        return self.cut.joined(updates, stacked=1)
 
-    def own(self, updates: Tensor, shape: torch.Size) -> Tensor:
-        cut = Cut(tuple(shape), shards=self.shards)
-        first, last = cut.rows
-        return updates.narrow(cut.dim + 1, first, last - first)
+    def own(self, updates: Tensor) -> Tensor:
+        return self.cut.own(updates, stacked=1)
+
+
+@dataclass(frozen=True, eq=False)
+class DividedMatrices(Replicas):
+    """The ranks that have parts of the same matrices, for every parameter.
+
+    Args:
+        parts: By what this rank has of a parameter.
+    """
+
+    parts: Mapping[Tensor, Replicas] = field(kw_only=True)
+
+    @classmethod
+    def of_cuts(cls, cuts: Mapping[Tensor, Cut]) -> DividedMatrices:
+        """Of matrices, or stacks of them, by what this rank has of them."""
+        by_cut = {cut: MatrixParts.of_cut(cut) for cut in {cut.of_matrices for cut in cuts.values()}}
+        return cls(parts={part: by_cut[cut.of_matrices] for part, cut in cuts.items()})
+
+    def of(self, parameter: Tensor) -> Replicas:
+        return self.parts[parameter]
 
 
 class ShardedEngine(NativeEngine):
@@ -78,7 +94,6 @@ class ShardedEngine(NativeEngine):
     gathered, in memory of their own, and what is written there is lost.
 
     Args:
-        mesh: The axes that the ranks are laid out on.
         low_precision: Weights are gathered in the compute format; else they are float32, and autocast casts them.
         reshard: Gradients are exchanged with every micro-batch, instead of being added up whole until the last one.
 
@@ -91,7 +106,6 @@ class ShardedEngine(NativeEngine):
         module: nn.Module,
         optimizer: Optimizer,
         precision: Precision,
-        mesh: Mesh,
         *,
         low_precision: bool,
         reshard: bool,
@@ -110,7 +124,7 @@ class ShardedEngine(NativeEngine):
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["params"] = [self.parts[p] for p in group["params"]]
         cuts: dict[Tensor, Cut] = {part: sharding.cut_of(p) for p, part in self.parts.items()}
-        optimizer.share_work(self.optimizers, RowShards.on(mesh.shards, cuts))
+        optimizer.share_work(self.optimizers, DividedMatrices.of_cuts(cuts))
 
     def autocast(self) -> AbstractContextManager[Any]:
         # Without its cache, which would keep a cast of every weight to the end of the step.

@@ -15,7 +15,7 @@ from trainer.config import InputError
 from trainer.optim import Optimizer
 from trainer.parallel import distributed, sharding
 from trainer.parallel.engine import LossOf, Report
-from trainer.parallel.mesh import Mesh
+from trainer.parallel.mesh import Axis
 from trainer.parallel.precision import Precision
 from trainer.parallel.sharded_engine import ShardedEngine
 from trainer.parallel.stages import LeftStageError, MicroBatch, StagedModel, StageLinks, one_forward_one_backward
@@ -45,12 +45,12 @@ class StagedEngine(ShardedEngine):
 
     model: StagedModel
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, mesh: Mesh, **how: bool) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, axis: Axis, **how: bool) -> None:
         own = [[n, sharding.cut_of(p).shape, str(p.dtype), p.requires_grad] for n, p in module.named_parameters()]
         every: list[Any] = distributed.gather(own)
         self.stages = [
             [StagedParameter(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in every[rank]]
-            for rank in mesh.pipeline.members
+            for rank in axis.members
         ]
         idle = [str(n) for n, parameters in enumerate(self.stages) if not any(p.trained for p in parameters)]
         if idle:
@@ -58,8 +58,8 @@ class StagedEngine(ShardedEngine):
                 f"strategy.pipeline={len(self.stages)}: no weight of stage {', '.join(idle)} (counted from 0) is trained; "
                 "let adapter.targets name layers of every stage, or use fewer stages"
             )
-        super().__init__(module, optimizer, precision, mesh, **how)
-        self.links = StageLinks(mesh.pipeline)
+        super().__init__(module, optimizer, precision, **how)
+        self.links = StageLinks(axis)
         self.model = StagedModel(module, self.links)
 
     def accumulate(self, loss_of: LossOf[Report], micro_batches: Sequence[Batch], weight: Tensor) -> list[Report]:

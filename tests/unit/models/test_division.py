@@ -9,7 +9,6 @@ from trainer.models.architecture import Architecture, Layer, Rope
 from trainer.models.division import validate_mesh
 from trainer.models.linear import FakeQuantizer
 from trainer.models.qlora import QLoRA
-from trainer.optim import Muon
 from trainer.parallel.fsdp import FSDP
 from trainer.parallel.mesh import MeshShape
 
@@ -43,12 +42,6 @@ def test_blocks_whose_experts_are_elsewhere_are_not_compiled():
     for strategy in (FSDP(expert=2), FSDP(tensor=2)):
         [sentence] = strategy.validate_compiled()
         assert sentence.endswith("use model.compile=false")
-
-
-def test_muon_which_needs_whole_matrices_is_refused_where_ranks_divide_them():
-    assert list(FSDP().validate_optimizer(Muon())) == []
-    [sentence] = FSDP(tensor=2).validate_optimizer(Muon())
-    assert sentence.endswith("use strategy.tensor=1, or optimizer=adamw")
 
 
 def test_tokens_are_divided_among_ranks_that_divide_the_query_heads():
