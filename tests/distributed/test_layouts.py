@@ -33,7 +33,7 @@ LAYOUTS: dict[str, Any] = {
     "ddp": DDP, "zero1": Zero1, "zero2": Zero2, "zero3": partial(Zero3, deepspeed=NOTHING_PERSISTS), "fsdp": FSDP,
     "tensor-2": partial(FSDP, tensor=2), "tensor-4": partial(FSDP, tensor=4), "sequence-2": partial(FSDP, sequence=2),
     "sequence-2-tensor-2": partial(FSDP, sequence=2, tensor=2, reshard=False), "expert-2": partial(FSDP, expert=2),
-    "pipeline-2": partial(FSDP, pipeline=2),
+    "pipeline-2": partial(FSDP, pipeline=2), "pipeline-2-tensor-2": partial(FSDP, pipeline=2, tensor=2),
 }  # fmt: skip
 """On four ranks: what is not divided is data."""
 DENSE: dict[str, Any] = {
@@ -42,7 +42,7 @@ DENSE: dict[str, Any] = {
 }  # fmt: skip
 SHAPES = {"dense": DENSE, "mixture": {**DENSE, "family": "mixtral", "experts": 4}}
 TRIED = {
-    "dense": [name for name in LAYOUTS if "expert" not in name],
+    "dense": [name for name in LAYOUTS if "expert" not in name and name != "pipeline-2"],
     "mixture": ["ddp", "zero3", "fsdp", "tensor-2", "sequence-2", "expert-2"],
 }
 CASES = [

@@ -197,9 +197,10 @@ class VocabularyProjection(nn.Module):
         elif mesh.tensor.size > 1:
             cut(self, "weight", 0, mesh.tensor)
 
-    def forward(self, hidden: Tensor, read: Read, joined: bool = False) -> Any:
+    def forward(self, hidden: Tensor, read: Read, divided: DividedContext | None = None) -> Any:
+        hidden = hidden if divided is None else divided.joined(hidden)
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
-        alone, part = self.parts[0], self.parts[joined]
+        alone, part = self.parts[0], self.parts[divided is not None]
         if part is None:
             return read(hidden, Head(self.weight, self.cap))
         first = 0 if alone is None else alone.span[0]
@@ -220,7 +221,8 @@ class ScoreProjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, a.hidden_size))
 
-    def forward(self, hidden: Tensor, read: Read, joined: bool = False) -> Any:
+    def forward(self, hidden: Tensor, read: Read, divided: DividedContext | None = None) -> Any:
+        hidden = hidden if divided is None else divided.joined(hidden)
         return read(self.sequence.even(hidden), Head(self.sequence.even(self.weight)))
 
 
@@ -294,7 +296,7 @@ class Transformer(nn.Module):
             dropout.narrow_to(places)
         x = self.model.norm(last(x, last_turned, context, places, of_last, run))
         head = self.score if self.architecture.scores else self.lm_head
-        return head(x, read) if divided is None else head(divided.joined(x), read, joined=True)
+        return head(x, read, divided)
 
     def _context(
         self, tokens: Tensor, documents: Documents | Branches | Context

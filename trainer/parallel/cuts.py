@@ -124,7 +124,7 @@ def cut(module: nn.Module, name: str, dim: int, axis: Axis, shards: Axis | None 
     """
     parameter = module.get_parameter(name)
     before = cuts(module).get(name, Cut(tuple(parameter.shape)))
-    after = Cut(before.shape, (*before.along, (dim, axis)), before.shards if shards is None else shards)
+    after = replace(before, along=(*before.along, (dim, axis)), shards=before.shards if shards is None else shards)
     block = parameter.detach().new_empty(after.block)
     setattr(module, name, nn.Parameter(block, requires_grad=parameter.requires_grad))
     module.cuts = {**cuts(module), name: after}  # type: ignore[assignment]

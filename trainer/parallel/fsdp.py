@@ -72,11 +72,8 @@ class FSDP(Strategy):
             yield "strategy.offload=optimizer needs strategy=zero1, zero2 or zero3; use parameters, which takes all with it"
         if self.expert > 1 and torch.__version__ < "2.12":
             yield f"strategy.expert={self.expert} needs torch 2.12 or later, and this is {torch.__version__}; use 1"
-        if self.pipeline > 1:
-            others = [f"strategy.{name}={size}" for name, size in self.mesh.axes.items() if name != "pipeline"]
-            others += [f"strategy.offload={self.offload.value}"] if self.offload is Offload.parameters else []
-            if others:
-                yield f"strategy.pipeline={self.pipeline} is not built to go with {' and '.join(others)}; use one of them"
+        if self.pipeline > 1 and self.offload is Offload.parameters:
+            yield f"strategy.pipeline={self.pipeline} is not built to go with strategy.offload=parameters; use one of them"
 
     def validate_compiled(self) -> Iterator[str]:
         if self.expert > 1:

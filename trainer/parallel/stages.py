@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch
 from trainer.parallel import distributed
-from trainer.parallel.cuts import Cut
-from trainer.parallel.mesh import Axis
+from trainer.parallel.cuts import Cut, cut
+from trainer.parallel.mesh import Axis, Mesh
 
 STREAMS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Formats that hidden states may travel in."""
@@ -35,15 +35,18 @@ class PassThrough(nn.Module):
 
 
 class Received(nn.Module):
-    """In the embedding's place: gives the hidden states ``(B, T, d)`` that the stage before has sent.
+    """In the embedding's place: gives the hidden states ``(B, T, d)`` that the stage before has sent, of this rank's tokens.
 
     Args:
         width: d.
         tied: The table, on the last stage of a model that reads it again as its output embedding.
 
     Attributes:
-        hidden: What the next forward gives.
+        links: By which they come.
+        hidden: What the last forward gave.
     """
+
+    links: StageLinks
 
     def __init__(self, width: int, tied: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -54,9 +57,14 @@ class Received(nn.Module):
             # Both ends of a pipeline have it; the first one counts and writes it.
             self.cuts = {"weight": Cut(tuple(tied.shape), copies=Axis(1, 2))}
 
+    def divide(self, mesh: Mesh) -> None:
+        """Divide the table as the first stage divides it."""
+        if self.weight is not None:
+            cut(self, "weight", 0, mesh.tensor)
+
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden, self.hidden = self.hidden, None
-        assert hidden is not None
+        hidden = self.links.receive((*tokens.shape, self.width)).requires_grad_(torch.is_grad_enabled())
+        self.hidden = hidden
         return hidden
 
 
@@ -264,6 +272,9 @@ class StagedModel(nn.Module):
     def __init__(self, module: nn.Module, links: StageLinks) -> None:
         super().__init__()
         self.module, self.links = module, links
+        self._entries = [part for part in module.modules() if isinstance(part, Received)]
+        for entry in self._entries:
+            entry.links = links
         self._passing: MicroBatch | None = None
         self._called = False
 
@@ -305,12 +316,10 @@ class StagedModel(nn.Module):
 
     def _compute(self, tokens: Tensor, *inputs: Any) -> tuple[Tensor | None, Any]:
         """What this stage was sent, and what it makes of it, which is sent on."""
-        received = None
-        if not self.links.first:
-            entry = next(part for part in self.module.modules() if isinstance(part, Received))
-            received = self.links.receive((*tokens.shape, entry.width)).requires_grad_(torch.is_grad_enabled())
-            entry.hidden = received
         out = self.module(tokens, *inputs)
+        received = None
+        for entry in self._entries:
+            received, entry.hidden = entry.hidden, None
         if not self.links.last:
             self.links.send(out)
         return received, out

@@ -90,12 +90,10 @@ def test_what_fits_nowhere_says_what_would(tmp_path):
     assert "would fit it: strategy=" in errors
 
 
-def test_nothing_is_proposed_that_the_strategy_itself_refuses():
-    together = FSDP(pipeline=2, tensor=2)
-    assert list(together.problems())
+def test_a_pipeline_is_tried_beside_other_axes_and_nothing_that_is_refused():
     spread = [layout for _, layout in layouts_of(compose(RUN), SEVEN, EIGHT, wish(), {})]
     assert all(not list(FSDP(**{axis: getattr(layout, axis) for axis in AXES}).problems()) for layout in spread)
-    assert any(layout.pipeline == 2 for layout in spread)
+    assert any(layout.pipeline == layout.tensor == layout.sequence == 2 for layout in spread)
 
 
 def test_a_batch_that_no_mesh_divides_is_refused_with_sizes_that_do():
