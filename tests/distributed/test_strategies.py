@@ -282,18 +282,20 @@ def test_what_cannot_work_is_refused_by_name(overrides, said, tmp_path):
 HANG = """
 import torch, time
 from trainer.parallel import distributed
+from trainer.parallel.mesh import Mesh, MeshShape
+from trainer.parallel.stages import StageLinks
 from trainer.parallel.watchdog import Watchdog, WatchdogSettings
-with distributed.session() as world, Watchdog(WatchdogSettings(seconds=3)) as watchdog:
-    watchdog.step = 7
+with distributed.session() as world, Watchdog(WatchdogSettings(seconds=3 + world.rank)) as watchdog:
+    watchdog.step, links = 7, StageLinks(Mesh.of(MeshShape(pipeline=2)).pipeline)
     with watchdog.phase("forward_backward"):
         if world.rank == 0:
-            distributed.sum_over_data(torch.ones(1))
+            links.receive_gradient(torch.ones(1))
         else:
             time.sleep(60)
 """
 
 
-def test_a_collective_that_hangs_ends_the_run_with_rank_phase_step_and_stack():
+def test_an_exchange_that_hangs_ends_the_run_with_ranks_phase_step_and_stack():
     port, started = free_port(), time.monotonic()
     processes = [
         subprocess.Popen(
@@ -302,11 +304,13 @@ def test_a_collective_that_hangs_ends_the_run_with_rank_phase_step_and_stack():
         for rank in range(2)
     ]
     said = [p.communicate(timeout=60)[1] for p in processes]
-    assert all(p.returncode not in (0, None) for p in processes)
-    assert EXIT_CODE in [p.returncode for p in processes]
+    assert [p.returncode for p in processes] == [EXIT_CODE, EXIT_CODE]
     assert time.monotonic() - started < 40
-    assert any("after step 7, phase forward_backward: no progress in 3 s (watchdog.seconds)" in s for s in said)
-    assert any("sum_over_data" in s or "sleep" in s or "<string>" in s for s in said)
+    where = "after step 7, phase forward_backward"
+    assert f"rank 0, {where}, waiting for rank 1: no progress in 3 s (watchdog.seconds)" in said[0]
+    assert "in receive_gradient" in said[0]
+    assert f"rank 1, {where}: no progress in 4 s (watchdog.seconds)" in said[1]
+    assert 'File "<string>", line 13' in said[1]
 
 
 def test_a_rank_that_dies_ends_the_others_within_seconds(tmp_path):

@@ -19,6 +19,7 @@ from trainer.batch import Batch
 from trainer.parallel import distributed
 from trainer.parallel.cuts import Cut, cut
 from trainer.parallel.mesh import Axis, Mesh
+from trainer.parallel.watchdog import awaiting
 
 STREAMS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Formats that hidden states may travel in."""
@@ -229,7 +230,8 @@ class StageLinks:
 
     def _receive(self, memory: Tensor, group: dist.ProcessGroup, stage: int) -> Tensor:
         if memory.numel() and (work := dist.irecv(memory, group=group, group_src=stage)) is not None:
-            work.wait()
+            with awaiting(self.axis.members[stage]):
+                work.wait()
         return memory
 
 

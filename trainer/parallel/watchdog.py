@@ -21,6 +21,20 @@ EXIT_CODE = 75
 """What a process that hung exits with (EX_TEMPFAIL: trying again may help)."""
 
 
+_awaited: int | None = None
+
+
+@contextmanager
+def awaiting(rank: int) -> Iterator[None]:
+    """What happens inside is held up by one ``rank`` alone: a watchdog that ends this one names it."""
+    global _awaited
+    _awaited = rank
+    try:
+        yield
+    finally:
+        _awaited = None
+
+
 class DivergenceError(RunError):
     """Replicas that should be equal are not; the message names the ranks."""
 
@@ -99,6 +113,7 @@ class Watchdog:
             phase = self._phase
             if phase is not None and time.monotonic() > phase.until:
                 where = f"rank {distributed.world().rank}, after step {self.step}, phase {phase.name}"
+                where += "" if _awaited is None else f", waiting for rank {_awaited}"
                 limit = f"no progress in {self.settings.seconds:g} s (watchdog.seconds)"
                 print(f"onecurve: {where}: {limit}; stacks of all threads follow", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
