@@ -105,14 +105,14 @@ class Command:
 
     def finish(self, timeout: float = 300) -> str:
         """Wait for every rank; all must succeed. Gives rank 0's output."""
-        outputs = self._outputs(timeout)
+        outputs = self.outputs(timeout)
         codes = [process.returncode for process in self.processes]
         assert codes == [0] * len(codes), f"exit codes {codes}:\n" + "\n".join(outputs)
         return outputs[0]
 
     def fail(self, timeout: float = 120) -> tuple[int, str]:
         """Wait for every rank; gives rank 0's exit code, which is not 0, and its output."""
-        outputs = self._outputs(timeout)
+        outputs = self.outputs(timeout)
         code = self.processes[0].returncode
         assert code not in (0, None), outputs[0]
         return code, outputs[0]
@@ -135,7 +135,8 @@ class Command:
         assert self.processes[0].returncode not in (0, None)
         assert time.monotonic() - died < 30
 
-    def _outputs(self, timeout: float) -> list[str]:
+    def outputs(self, timeout: float) -> list[str]:
+        """Wait for every rank, however it ends; none is left running after ``timeout`` seconds."""
         try:
             return [process.communicate(timeout=timeout)[0] for process in self.processes]
         except subprocess.TimeoutExpired:

@@ -48,11 +48,12 @@ def test_a_killed_run_continues_with_the_same_bits(ranks, axes, tmp_path):
     assert all(np.array_equal(whole[name], continued[name]) for name in whole)
 
 
-@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+@pytest.mark.parametrize("axis", ["tensor", "sequence", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_a_signal_to_any_rank_of_a_replica_stops_all_after_the_same_step(axis, tmp_path):
     run = tmp_path / "run"
     endless = [
         *TINY,
+        "batch.micro=2",
         "steps=100000",
         "checkpoint.every=100000",
         "evaluation.every=0",
@@ -62,7 +63,7 @@ def test_a_signal_to_any_rank_of_a_replica_stops_all_after_the_same_step(axis, t
     command = Command(tmp_path, "run_dir=run", *endless, ranks=2)
     wait_for(command, (run / "metrics.jsonl").exists)
     command.processes[1].send_signal(signal.SIGTERM)  # it does not lead its replica
-    outputs = [process.communicate(timeout=60)[0] for process in command.processes]
+    outputs = command.outputs(60)
     assert [process.returncode for process in command.processes] == [75, 75], outputs
     [saved] = steps_in(run / "checkpoints")
     assert metrics(run)[-1]["step"] == saved, outputs

@@ -20,7 +20,7 @@ from tests.ranks import on_ranks
 from trainer.checkpoint import Checkpointer, Checkpoints
 from trainer.checkpoint.folder import folder_name
 from trainer.compose import compose
-from trainer.config import ConfigError
+from trainer.config import ConfigError, InputError
 from trainer.data.rows import Segment, collate
 from trainer.diagnostics.guard import Guard, GuardSettings
 from trainer.loop import train_step
@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reshard": False,
     },
     # Dropout is drawn again in a backward that other micro-batches' forwards precede.
+    "first": {"adapter": LoRA(rank=4, targets=["model.layers.0.*"])},
     "lora": {"adapter": LoRA(rank=4, dropout=0.2), "pipeline": SFT(), "recompute": Recompute.selective},
 }
 
@@ -194,6 +195,10 @@ def continued(folder: str) -> list[list[tuple[float, float]]]:
     """
     curves, low = [], []
     with session(0, {"pipeline": 2}) as strategy:
+        with pytest.raises(
+            InputError, match=r"no weight of stage 1 \(counted from 0\) is trained; let adapter.targets"
+        ):
+            Trained("first", strategy)
         run = Trained("tied", strategy)
         run.steps(1, 3)
         run.checkpointer(f"{folder}/staged").save(3)
