@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
+from trainer.parallel.fsdp import FSDP
+
 Layout = tuple[int, str]
 LAYOUTS: list[Layout] = [(2, "zero3"), (2, "fsdp"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (1, "zero3")]
+
+
+DIVIDES_EXPERTS = not list(FSDP(expert=2).problems())
+PACKS_UNDER_FSDP = not list(FSDP().validate_packed())
+"""Not with every torch that is allowed."""
+needs_divided_experts = pytest.mark.skipif(not DIVIDES_EXPERTS, reason="strategy.expert is refused with this torch")
 
 
 def overrides(strategy: str) -> list[str]:

@@ -106,9 +106,10 @@ class Run(Node):
         yield from self.pipeline.validate_layout(self.batch, self.strategy.mesh, distributed.ranks())
 
     def validate_division(self, a: Architecture) -> Iterator[str]:
-        """One sentence for everything of a model, and of those that go with it, that the strategy's mesh cannot divide."""
+        """One sentence for everything of a model, and of those that go with it, that the strategy cannot divide."""
         auxiliary, packed = [model for model, _ in self.pipeline.auxiliary_models(a)], self.adapter.packed(a)
         quantizer = self.qat.fake_quantizer(a)
+        yield from self.strategy.validate_packed() if packed else ()
         yield from validate_mesh(self.strategy.mesh, a, self.batch.length, packed, auxiliary, quantizer)
 
     @property

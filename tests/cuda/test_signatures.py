@@ -9,6 +9,7 @@ from torch.torch_version import TorchVersion
 
 from tests.command import ROOT
 from tests.cuda.signatures import FILE, bind, calls, installed
+from trainer.compose import compose
 from trainer.parallel.fsdp import FSDP
 
 VERSIONS = json.loads(FILE.read_text())
@@ -53,8 +54,13 @@ def test_every_call_exists_and_takes_what_it_is_given(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_a_torch_lacks_is_refused_with_it(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    refused = [f"strategy.expert=2 needs torch 2.12 or later, and this is {version}; use 1"]
+    lack = f"needs torch 2.12 or later, and this is {version}"
+    refused = [f"strategy.expert=2 {lack}; use 1"]
     assert list(FSDP(expert=2).problems()) == (refused if version in ABSENT else [])
+    refused = [f"adapter=qlora under strategy=fsdp {lack}; use strategy=zero3, or adapter=lora"]
+    run = compose(["data=tinyworld", "adapter=qlora", "strategy=fsdp", "steps=1"])
+    problems = list(run.validate_division(run.model.architecture(64)))
+    assert problems == (refused if version in ABSENT else [])
 
 
 def test_an_argument_that_only_a_newer_torch_has_is_seen():

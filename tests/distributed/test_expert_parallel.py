@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.test_experts import ADAMW, ROWS, begun, compare, curve, steps
+from tests.layouts import needs_divided_experts
 from tests.mixtures import mixture
 from tests.ranks import on_ranks, session_of
 from trainer.batch import Documents
@@ -19,6 +20,7 @@ from trainer.parallel.engine import Engine
 from trainer.parallel.mesh import Mesh, MeshShape
 from trainer.pipelines.base import Models
 
+pytestmark = needs_divided_experts
 STEPS = 20
 TOKENS = torch.arange(24).view(2, 12) * 7 % 101
 PACKED = Documents.from_lengths([12, 12], 2)

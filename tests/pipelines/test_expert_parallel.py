@@ -10,11 +10,13 @@ from safetensors.numpy import load_file
 
 from tests.chats import write_jsonl
 from tests.command import TINY, metrics
+from tests.layouts import needs_divided_experts
 from tests.pipelines import test_dpo, test_ppo, test_sft
 from tests.ranks import on_ranks, to_another_port
 from trainer.compose import compose
 from trainer.run import run
 
+pytestmark = needs_divided_experts
 EXPERTS = ["model.family=mixtral", "model.experts=4", "model.intermediate_size=32"]
 QUIET = ["tracking.report=false", "schedule=constant"]
 ON_TWO = ["strategy=fsdp", "strategy.expert=2"]

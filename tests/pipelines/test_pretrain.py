@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.command import TINY, Command, metrics
+from tests.layouts import needs_divided_experts
 
 RUN = [*TINY, "steps=30", "checkpoint.every=4", "checkpoint.keep=3", "evaluation.every=10", "optimizer.lr=0.003"]
 VOLATILE = ("tokens_per_second", "mfu", "memory_gb")
@@ -100,7 +101,10 @@ def _wait_for_step(run, step: int, command: Command) -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    [["strategy=zero3"], pytest.param(["strategy=fsdp", "strategy.expert=2"], marks=pytest.mark.slow)],
+    [
+        ["strategy=zero3"],
+        pytest.param(["strategy=fsdp", "strategy.expert=2"], marks=[pytest.mark.slow, needs_divided_experts]),
+    ],
     ids=["zero3", "divided"],
 )
 def test_experts_killed_on_two_ranks_end_with_the_same_bits_and_go_on_on_one(strategy, tmp_path):

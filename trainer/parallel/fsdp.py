@@ -70,8 +70,8 @@ class FSDP(Strategy):
     def problems(self) -> Iterator[str]:
         if self.offload is Offload.optimizer:
             yield "strategy.offload=optimizer needs strategy=zero1, zero2 or zero3; use parameters, which takes all with it"
-        if self.expert > 1 and torch.__version__ < "2.12":
-            yield f"strategy.expert={self.expert} needs torch 2.12 or later, and this is {torch.__version__}; use 1"
+        if self.expert > 1 and (lack := _needs("2.12")):
+            yield f"strategy.expert={self.expert} {lack}; use 1"
         if self.pipeline > 1 and self.offload is Offload.parameters:
             yield f"strategy.pipeline={self.pipeline} is not built to go with strategy.offload=parameters; use one of them"
 
@@ -86,6 +86,11 @@ class FSDP(Strategy):
                 f"model.compile=true has not been run with strategy.tensor={self.tensor}, which adds up over ranks inside of "
                 "blocks; use model.compile=false"
             )
+
+    def validate_packed(self) -> Iterator[str]:
+        # Before, `fully_shard` made a parameter that has a gradient of every tensor, which bytes cannot be.
+        if lack := _needs("2.12"):
+            yield f"adapter=qlora under strategy=fsdp {lack}; use strategy=zero3, or adapter=lora"
 
     def validate_device(self, *, cuda: bool) -> Iterator[str]:
         if self.offload is not Offload.none and not cuda:
@@ -143,6 +148,12 @@ class FSDP(Strategy):
         """Whether weights are gathered in bfloat16; this rank's rows are float32 all the same."""
         autocast = not cuda if self.autocast is None else self.autocast
         return precision.compute is Compute.bf16 and not autocast
+
+
+def _needs(version: str) -> str:
+    """What an installed torch that is older than that lacks, the end of a sentence; empty where it is not."""
+    old = torch.__version__ < version
+    return f"needs torch {version} or later, and this is {torch.__version__}" if old else ""
 
 
 @contextmanager

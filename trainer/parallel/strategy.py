@@ -66,6 +66,10 @@ class Strategy(Node):
         """One sentence for why compiled blocks do not work under this strategy."""
         yield from ()
 
+    def validate_packed(self) -> Iterator[str]:
+        """One sentence for why frozen weights in four bits do not work under this strategy."""
+        yield from ()
+
     def validate_device(self, *, cuda: bool) -> Iterator[str]:
         """One sentence for everything that needs another device."""
         yield from ()
