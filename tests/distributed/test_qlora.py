@@ -1,7 +1,8 @@
 """A packed base on several ranks: the same losses under every strategy, bytes in shards, and one reference everywhere."""
 
+import dataclasses
 import gc
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -40,9 +41,16 @@ STRATEGIES = {
     "fsdp bf16 autocast": (FSDP(autocast=True, reshard=False), Compute.bf16),
     "zero2 bf16": (Zero2(autocast=False), Compute.bf16),
     "zero3 bf16": (Zero3(autocast=False, deepspeed=SHARDS), Compute.bf16),
+    "tensor": (FSDP(tensor=2), Compute.fp32),
+    "tensor mixture": (FSDP(tensor=2), Compute.fp32),
+    "expert mixture": (FSDP(expert=2), Compute.fp32),
 }
-STRATEGIES = {name: each for name, each in STRATEGIES.items() if PACKS_UNDER_FSDP or not name.startswith("fsdp")}
-QUICK = ("ddp", "zero2", "zero3", *["fsdp"][:PACKS_UNDER_FSDP])
+WIDE = dataclasses.replace(SHAPE, num_key_value_heads=2, head_dim=64, intermediate_size=128)
+"""Of whose matrices each of two ranks has blocks as a whole."""
+MIXTURE = dataclasses.replace(WIDE, family="qwen3_moe", experts=4, expert_size=16)
+SHAPES = {"tensor": WIDE, "tensor mixture": MIXTURE, "expert mixture": MIXTURE} if PACKS_UNDER_FSDP else {}
+STRATEGIES = {name: each for name, each in STRATEGIES.items() if PACKS_UNDER_FSDP or not isinstance(each[0], FSDP)}
+QUICK = ("ddp", "zero2", "zero3", *["fsdp"][:PACKS_UNDER_FSDP], *SHAPES)
 
 
 class Row:
@@ -56,9 +64,14 @@ class Row:
 
 
 def learnt(name: str) -> dict:
-    """Three steps on a row a rank, and what else reads the base."""
+    """Three steps on a row a replica, and what else reads the base."""
     strategy, compute = STRATEGIES[name]
-    load = ModelLoader(SHAPE, strategy, 0, 50, QLoRA(rank=4), precision=Precision(compute))
+    # Ranks that start without a mesh take the places of this one.
+    world = distributed.world()
+    distributed._world = dataclasses.replace(world, replica=strategy.mesh.replica if world.size > 1 else 1)
+    if world.size == 1:
+        strategy = DDP()
+    load = ModelLoader(SHAPES.get(name, SHAPE), strategy, 0, 50, QLoRA(rank=4), precision=Precision(compute))
     engine = strategy.wrap(load.load(), AdamW(lr=0.02), load.precision)
     documents, row = Documents.from_lengths([24], 1), TOKENS[distributed.world().data.share([0, 1])]
     losses: list[float] = []
@@ -103,8 +116,14 @@ def every(names: list[str]) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return learnt("ddp")
+def alone_with():
+    """What one rank learns of the model of a strategy."""
+    return cache(learnt)
+
+
+@pytest.fixture(scope="module")
+def alone(alone_with):
+    return alone_with("ddp")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +137,8 @@ def others():
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_every_strategy_learns_the_same_over_a_packed_base(name, together, alone):
+def test_every_strategy_learns_the_same_over_a_packed_base(name, together, alone_with):
+    alone = alone_with(name if name in SHAPES else "ddp")
     for rank in together:
         found = rank[name]
         # Sums in another order, through three steps of Adam.
@@ -136,11 +156,14 @@ def test_the_base_is_its_own_reference_and_bytes_under_every_strategy(name, toge
         assert rank[name]["kinds"] == ["torch.uint8"]
 
 
-def test_shards_hold_half_of_the_bytes_on_each_of_two_ranks(together, alone):
+def test_shards_hold_half_of_the_bytes_on_each_of_two_ranks(together, alone, alone_with):
     for rank in together:
         parts = 3 * len(alone["base"])
         assert alone["bytes"] / 2 <= rank["zero3"]["bytes"] <= alone["bytes"] / 2 + parts  # padding to an even split
-        if "fsdp" in rank:
+        if PACKS_UNDER_FSDP:
+            # Every tensor rank has the 8 bytes of each matrix's scales.
+            wide = alone_with("tensor")
+            assert rank["tensor"]["bytes"] == wide["bytes"] / 2 + 4 * len(wide["base"])
             assert alone["bytes"] / 2 - parts <= rank["fsdp"]["bytes"] <= alone["bytes"] / 2 + parts
         assert rank["zero2"]["bytes"] == alone["bytes"]
 

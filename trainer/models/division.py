@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from trainer.models.architecture import Architecture
 from trainer.models.linear import FakeQuantizer
+from trainer.models.nf4 import BLOCK, BlockSpan
 from trainer.models.sizes import linear_widths
 from trainer.parallel.mesh import MeshShape
+
+INPUTS = ("o_proj.weight", "down_proj.weight")
+"""Matrices whose inputs ranks divide; of the others it is the outputs, of stacks the matrices."""
+NOTHING: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 def validate_mesh(
     shape: MeshShape,
     a: Architecture,
     length: int,
-    packed: Collection[str] = (),
+    packed: Mapping[str, Sequence[int]] = NOTHING,
     auxiliary: Collection[Architecture] = (),
     quantizer: FakeQuantizer | None = None,
 ) -> Iterator[str]:
     """One sentence for everything of a model, in rows of ``length`` tokens, that a mesh cannot divide.
 
-    ``packed``: names of weights that are held in four bits. ``auxiliary``: models that are divided on the same mesh.
-    ``quantizer``: what rounds weights in the forward; None = nothing.
+    ``packed``: shapes of weights that are held in four bits, by name. ``auxiliary``: models that are divided on the same
+    mesh. ``quantizer``: what rounds weights in the forward; None = nothing.
     """
     if shape.tensor > 1:
         yield from dict.fromkeys(rule for model in (a, *auxiliary) for rule in _validate_tensor(shape.tensor, model))
-        yield from _validate_layers(shape.tensor, a, packed, quantizer)
+        yield from _validate_layers(shape.tensor, a, quantizer)
+        yield from _validate_packed(shape.tensor, a, packed)
     if shape.sequence > 1:
         yield from _validate_heads(shape, a, auxiliary)
     if shape.expert > 1:
-        yield from _validate_experts(shape.expert, a, packed, auxiliary)
+        yield from _validate_experts(shape.expert, a, auxiliary)
     if shape.pipeline > 1:
         yield from _validate_stages(shape.pipeline, a)
 
@@ -60,14 +67,34 @@ def _undivided(ranks: int, a: Architecture) -> Iterator[str]:
         yield "cannot divide a LayerNorm over all heads at once"
 
 
-def _validate_layers(
-    ranks: int, a: Architecture, packed: Collection[str], quantizer: FakeQuantizer | None
-) -> Iterator[str]:
-    if packed:
-        yield f"strategy.tensor={ranks} cannot divide weights in NF4; use strategy.tensor=1, or adapter=lora"
+def _validate_packed(ranks: int, a: Architecture, packed: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """Of a matrix whose blocks would be divided; what divides no matrix is no matter of blocks."""
+    lacking = [name for name, shape in packed.items() if not _divides_between_blocks(ranks, a, name, shape)]
+    if not lacking:
+        return
+    usable = [
+        str(n)
+        for n in range(1, ranks)
+        if not list(_undivided(n, a)) and all(_divides_between_blocks(n, a, *weight) for weight in packed.items())
+    ]
+    sizes = " x ".join(map(str, packed[lacking[0]]))
+    yield (
+        f"strategy.tensor={ranks} would divide blocks of {BLOCK} weights, which share a scale in NF4, of {lacking[0]} "
+        f"({sizes}); use strategy.tensor={' or '.join(usable)}, or adapter=lora"
+    )
+
+
+def _divides_between_blocks(ranks: int, a: Architecture, name: str, shape: Sequence[int]) -> bool:
+    if name.endswith(("k_proj.weight", "v_proj.weight")) and a.num_key_value_heads % ranks:
+        return True  # each rank has them all
+    dim = int(name.endswith(INPUTS) and len(shape) == 2)
+    return bool(shape[dim] % ranks) or BlockSpan(dim, 0, shape[dim] // ranks).fits(shape)
+
+
+def _validate_layers(ranks: int, a: Architecture, quantizer: FakeQuantizer | None) -> Iterator[str]:
     if quantizer is None:
         return
-    divided = {n: width for n, width in linear_widths(a).items() if n.endswith(("o_proj.weight", "down_proj.weight"))}
+    divided = {n: width for n, width in linear_widths(a).items() if n.endswith(INPUTS)}
     lacking = [name for name, width in divided.items() if not quantizer.group or width // ranks % quantizer.group]
     if lacking:
         group = f"groups of {quantizer.group} inputs" if quantizer.group else "whole rows"
@@ -75,17 +102,13 @@ def _validate_layers(
         yield f"qat.bits={quantizer.bits} {rule}; use strategy.tensor=1"
 
 
-def _validate_experts(
-    ranks: int, a: Architecture, packed: Collection[str], auxiliary: Collection[Architecture]
-) -> Iterator[str]:
+def _validate_experts(ranks: int, a: Architecture, auxiliary: Collection[Architecture]) -> Iterator[str]:
     given = f"strategy.expert={ranks}"
     if not a.experts:
         yield f"{given} divides the experts of a mixture, and the model has none; use 1"
     for experts in sorted({model.experts for model in (a, *auxiliary) if model.experts % ranks}):
         of = "the model's" if experts == a.experts else "another model's"
         yield f"{given} does not divide {of} {experts} experts; use {_divisors(experts)}"
-    if any(".experts." in name for name in packed):
-        yield f"{given} divides a layer's experts, which adapter=qlora packs as one; use adapter=lora or strategy.expert=1"
 
 
 def _validate_heads(shape: MeshShape, a: Architecture, auxiliary: Collection[Architecture]) -> Iterator[str]:

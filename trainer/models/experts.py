@@ -15,7 +15,8 @@ from trainer.functional import working_dtype
 from trainer.models.architecture import Architecture, Layer
 from trainer.models.grouped import Assignment, GroupedLinear
 from trainer.models.mlp import ACTIVATIONS, MLP
-from trainer.parallel.cuts import cut
+from trainer.models.packed import PackedWeight
+from trainer.parallel.cuts import cut, cuts
 from trainer.parallel.mesh import UNDIVIDED, Axis, Mesh
 
 
@@ -166,26 +167,33 @@ class Experts(nn.Module):
         self.axis = mesh.expert
         alone = mesh.expert.size == 1
         self.tensor = mesh.tensor if alone else UNDIVIDED
+        axes = (mesh.tensor, None) if alone else (mesh.expert, mesh.expert_shards)
         for layer in self.modules():
+            if isinstance(layer, PackedWeight):
+                layer.cut(0, *axes)
+                continue
             for name, _ in list(layer.named_parameters(recurse=False)):
-                if alone:
-                    cut(layer, name, 0, mesh.tensor)
-                else:
-                    cut(layer, name, 0, mesh.expert, mesh.expert_shards)
+                cut(layer, name, 0, *axes)
 
     @contextmanager
     def joined(self) -> Iterator[None]:
         """All experts on every rank for a while, so that forwards need not keep step; collective when it begins."""
-        owned = [(layer, *own) for layer in self.modules() for own in layer.named_parameters(recurse=False)]
         axis, self.axis = self.axis, UNDIVIDED
+        layers = list(self.modules()) if axis.size > 1 else []
+        owned = [(layer, name, layer.get_parameter(name)) for layer in layers for name in cuts(layer)]
+        spans = [(layer, layer.span) for layer in layers if isinstance(layer, PackedWeight)]
         try:
-            for layer, name, parameter in owned if axis.size > 1 else ():
+            for layer, name, parameter in owned:
                 setattr(layer, name, nn.Parameter(axis.stack(parameter).flatten(0, 1), requires_grad=False))
+            for weight, _ in spans:
+                weight.span = None
             yield
         finally:
             self.axis = axis
             for layer, name, parameter in owned:
                 setattr(layer, name, parameter)
+            for weight, span in spans:
+                weight.span = span
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Tokens ``(n, d)``, of which each goes through the ``chosen`` experts ``(n, k)`` and their results are added up."""

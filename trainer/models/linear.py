@@ -191,13 +191,6 @@ class WeightProduct(nn.Module):
             return F.linear(x, self.weight, bias)
         return rearranged_product(x, self.rearranged, bias)
 
-
-class BlockLinear(nn.Linear, WeightProduct):
-    """A linear layer of a block, with what `WeightProduct` says of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return summed(partial(self.product, x), self.bias, self.inputs)
-
     def divide_outputs(self, axis: Axis) -> None:
         """Compute this rank's part of the outputs."""
         cut_outputs(self, axis)
@@ -206,3 +199,10 @@ class BlockLinear(nn.Linear, WeightProduct):
         """Multiply this rank's part of the inputs, and add up what the ranks have computed."""
         cut(self, "weight", 1, axis)
         self.inputs = axis
+
+
+class BlockLinear(nn.Linear, WeightProduct):
+    """A linear layer of a block, with what `WeightProduct` says of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return summed(partial(self.product, x), self.bias, self.inputs)

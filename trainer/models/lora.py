@@ -24,7 +24,7 @@ from trainer.models.dropout import dropout
 from trainer.models.families import FAMILIES
 from trainer.models.grouped import GroupedLinear
 from trainer.models.hf_format import FormatError
-from trainer.models.linear import LowRank, WeightProduct, cut_outputs, summed
+from trainer.models.linear import LowRank, WeightProduct, summed
 from trainer.models.lora_experts import LoRAGroupedLinear, from_peft, to_peft
 from trainer.models.packed import PackedLinear
 from trainer.models.peft_format import AdapterFolder, Settings
@@ -257,16 +257,13 @@ class LoRALinear(WeightProduct):
         self.active = True
 
     def divide_outputs(self, axis: Axis) -> None:
-        """Compute this rank's part of the outputs."""
-        cut_outputs(self, axis)
+        super().divide_outputs(axis)
         self.lora_A.users = axis
         cut(self.lora_B, "weight", 0, axis)
 
     def divide_inputs(self, axis: Axis) -> None:
-        """Multiply this rank's part of the inputs, and add up what the ranks have computed."""
-        cut(self, "weight", 1, axis)
+        super().divide_inputs(axis)
         cut(self.lora_A, "weight", 1, axis)
-        self.inputs = axis
 
     def forward(self, x: Tensor) -> Tensor:
         quantizer, weight = self.fake_quantizer, self.weight

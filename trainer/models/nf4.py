@@ -45,6 +45,33 @@ class Packed(NamedTuple):
         return digest.hexdigest()
 
 
+class BlockSpan(NamedTuple):
+    """The part of a weight between two places of a dimension, where that is blocks as a whole."""
+
+    dim: int
+    first: int
+    last: int
+
+    def shape(self, of: Sequence[int]) -> tuple[int, ...]:
+        """The part's, of a weight of shape ``of``."""
+        return (*of[: self.dim], self.last - self.first, *of[self.dim + 1 :])
+
+    def fits(self, of: Sequence[int]) -> bool:
+        """Whether it begins and ends with a block."""
+        row = math.prod(of[self.dim + 1 :])
+        return self.first * row % BLOCK == 0 and self.last * row % BLOCK == 0 and of[self.dim] * row % BLOCK == 0
+
+    def blocks(self, of: Sequence[int]) -> tuple[int, int, int, int]:
+        """The weight's blocks as so many lines of so many, and (first, last) of each line that are the part's."""
+        row = math.prod(of[self.dim + 1 :])
+        return (
+            math.prod(of[: self.dim]),
+            of[self.dim] * row // BLOCK,
+            self.first * row // BLOCK,
+            self.last * row // BLOCK,
+        )
+
+
 def packed_sizes(elements: int) -> Packed:
     """Bytes of each part of a packed weight, as empty tensors without memory."""
     blocks = -(-elements // BLOCK)
@@ -73,47 +100,72 @@ def pack(weight: Tensor) -> Packed:
     return Packed(codes.flatten(), state.absmax.flatten(), numbers.view(torch.uint8))
 
 
-def unpack(packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The weight of ``shape`` that a packed one stands for: computed in float32 and rounded once to ``dtype``."""
-    return (_opaque_unpack if torch.compiler.is_compiling() else _unpack)(*packed, list(shape), dtype)
+def unpack(packed: Packed, shape: Sequence[int], dtype: torch.dtype, blocks: Sequence[int] = ()) -> Tensor:
+    """The weight of ``shape`` that a packed one stands for: computed in float32 and rounded once to ``dtype``.
+
+    ``blocks``: `BlockSpan.blocks` of a part of ``shape``, of which ``codes`` and ``maxima`` are; () = there are all.
+    """
+    return (_opaque_unpack if torch.compiler.is_compiling() else _unpack)(*packed, list(shape), dtype, list(blocks))
 
 
-def _unpack(codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _unpack(
+    codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int], dtype: torch.dtype, blocks: Sequence[int]
+) -> Tensor:
     library("NF4")
+    codes, maxima = codes.flatten(), maxima.flatten()
     operators = torch.ops.bitsandbytes
     # A part of a gathered buffer may begin at an address where no float32 can be read.
     scales = numbers.clone().view(torch.float32)
-    largest = operators.dequantize_blockwise(maxima, scales[:-1], levels(codes.device), NESTED, torch.float32)
+    if blocks:
+        largest = levels(codes.device)[maxima.int()] * scales[_numbers_of(blocks, codes.device) // NESTED]
+    else:
+        largest = operators.dequantize_blockwise(maxima, scales[:-1], levels(codes.device), NESTED, torch.float32)
     # As one row: its kernel for CPUs (0.50) begins a block with every row, so values are wrong where 64 does not divide it.
     flat = operators.dequantize_4bit(codes, largest + scales[-1], BLOCK, "nf4", [2 * len(codes)], dtype)
     return flat.flatten()[: math.prod(shape)].view(shape)  # type: ignore[no-any-return]
 
 
+def _numbers_of(blocks: Sequence[int], device: torch.device) -> Tensor:
+    """Of all blocks of a weight those of a part, in order."""
+    lines, length, first, last = blocks
+    starts = torch.arange(0, lines * length, length, device=device)
+    return (starts[:, None] + torch.arange(first, last, device=device)).flatten()
+
+
 # Compiled blocks do not look inside: the library's kernels for CPUs take addresses.
 _opaque_unpack = torch.library.custom_op(
     "onecurve::unpack_nf4", _unpack, mutates_args=(),
-    schema="(Tensor codes, Tensor maxima, Tensor numbers, SymInt[] shape, ScalarType dtype) -> Tensor",
+    schema="(Tensor codes, Tensor maxima, Tensor numbers, SymInt[] shape, ScalarType dtype, SymInt[] blocks) -> Tensor",
 )  # fmt: skip
 
 
 @_opaque_unpack.register_fake
-def _(codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor, maxima: Tensor, numbers: Tensor, shape: Sequence[int], dtype: torch.dtype, blocks: Sequence[int]
+) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """``x W^T + b`` of a packed W, unpacked in the format of x, in forward and again in backward: only bytes stay between."""
+    """``x W^T + b`` of a packed W, unpacked in the format of x, in forward and again in backward: only bytes stay between.
+
+    ``shape``, ``blocks``: as for `unpack`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, ...], *packed: Tensor) -> Tensor:
-        ctx.shape = shape
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, ...], blocks: tuple[int, ...], *packed: Tensor
+    ) -> Tensor:
+        ctx.form = shape, blocks
         ctx.save_for_backward(*packed)
-        return F.linear(x, unpack(Packed(*packed), shape, x.dtype), None if bias is None else bias.to(x.dtype))
+        weight = unpack(Packed(*packed), shape, x.dtype, blocks)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight = unpack(Packed(*ctx.saved_tensors), ctx.shape, gradients[0].dtype)
-        return gradients[0] @ weight, None, None, None, None, None
+        shape, blocks = ctx.form
+        weight = unpack(Packed(*ctx.saved_tensors), shape, gradients[0].dtype, blocks)
+        return gradients[0] @ weight, None, None, None, None, None, None
 
 
 class FrozenGroupedProduct(torch.autograd.Function):
@@ -123,13 +175,16 @@ class FrozenGroupedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, shape: tuple[int, ...], *packed: Tensor) -> Tensor:
-        ctx.shape = shape
+    def forward(
+        ctx: Any, x: Tensor, ends: Tensor, shape: tuple[int, ...], blocks: tuple[int, ...], *packed: Tensor
+    ) -> Tensor:
+        ctx.form = shape, blocks
         ctx.save_for_backward(ends, *packed)
-        return grouped_product(x, unpack(Packed(*packed), shape, x.dtype).mT, ends)
+        return grouped_product(x, unpack(Packed(*packed), shape, x.dtype, blocks).mT, ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ends, *packed = ctx.saved_tensors
-        weight = unpack(Packed(*packed), ctx.shape, gradients[0].dtype)
-        return grouped_product(gradients[0].contiguous(), weight, ends), None, None, None, None, None
+        shape, blocks = ctx.form
+        weight = unpack(Packed(*packed), shape, gradients[0].dtype, blocks)
+        return grouped_product(gradients[0].contiguous(), weight, ends), None, None, None, None, None, None

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
@@ -21,14 +21,18 @@ from trainer.config import RunError
 from trainer.functional import working_dtype
 from trainer.functional.bitsandbytes import PACKAGE
 from trainer.models.grouped import GroupedLinear, grouped_product
-from trainer.models.linear import BlockLinear
-from trainer.models.nf4 import FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
+from trainer.models.linear import BlockLinear, WeightProduct, summed
+from trainer.models.nf4 import BlockSpan, FrozenGroupedProduct, FrozenProduct, Packed, packed_sizes, unpack
 from trainer.parallel import distributed
+from trainer.parallel.cuts import cut
+from trainer.parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
 
 USABLE = 0.8
 """Part of the free memory that wide copies may take: keys and values need some, too."""
+DIVIDED = ("codes", "maxima")
+"""Parameters of a packed weight that ranks divide with it."""
 NAMED = 3
 """Matrices that a message names; the others are counted."""
 
@@ -40,7 +44,8 @@ class PackedWeight(nn.Module):
 
     Attributes:
         shape: Of the weight.
-        wide: The weight unpacked, while there is such a copy.
+        span: What of the weight is here; None = all. Of scales there are all in any case.
+        wide: What is here unpacked, while there is such a copy.
         digest: Of the bytes that it was filled with.
     """
 
@@ -48,6 +53,7 @@ class PackedWeight(nn.Module):
     maxima: Tensor
     numbers: Tensor
     wide: Tensor | None
+    span: BlockSpan | None = None
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -59,15 +65,50 @@ class PackedWeight(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """Its bytes."""
+        """The bytes that are here."""
         return Packed(self.codes, self.maxima, self.numbers)
+
+    @property
+    def form(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape of what is here, and which blocks that is, as for `unpack`."""
+        return (self.shape, ()) if self.span is None else (self.span.shape(self.shape), self.span.blocks(self.shape))
+
+    def cut(self, dim: int, axis: Axis, shards: Axis | None = None) -> None:
+        """Leave this rank's part along a dimension, as `cuts.cut` does.
+
+        Raises:
+            ValueError: if blocks would be divided.
+        """
+        self.span = BlockSpan(dim, *axis.span(self.shape[dim]))
+        if not self.span.fits(self.shape):
+            raise ValueError(f"{axis.size} ranks divide blocks of NF4 of a weight of {self.shape}")
+        for name in DIVIDED:
+            values = self.laid_out(name, self.get_parameter(name).detach())
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
+            cut(self, name, values.ndim - 1, axis, shards)
+
+    def laid_out(self, name: str, values: Tensor) -> Tensor:
+        """A part of the weight's bytes in the shape in which its parameter is divided."""
+        lines = 1 if self.span is None or name not in DIVIDED else self.span.blocks(self.shape)[0]
+        return values if lines == 1 else values.view(lines, -1)
+
+    def own(self, weight: Tensor) -> Tensor:
+        """What is here of a weight."""
+        return (
+            weight if self.span is None else weight.narrow(self.span.dim, self.span.first, self.form[0][self.span.dim])
+        )
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """What is here, unpacked."""
+        shape, blocks = self.form
+        return unpack(self.packed, shape, dtype, blocks)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b`` in the working format."""
         x = x.to(working_dtype(x))
         if self.wide is not None and self.wide.dtype is x.dtype:
             return F.linear(x, self.wide, bias)
-        return FrozenProduct.apply(x, bias, self.shape, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
+        return FrozenProduct.apply(x, bias, *self.form, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class PackedStack(PackedWeight):
@@ -80,10 +121,10 @@ class PackedStack(PackedWeight):
         """
         if self.wide is not None and self.wide.dtype is x.dtype:
             return grouped_product(x, self.wide.mT, ends)
-        return FrozenGroupedProduct.apply(x, ends, self.shape, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
+        return FrozenGroupedProduct.apply(x, ends, *self.form, *self.packed)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(WeightProduct):
     """A frozen linear layer whose weight is packed; its bias is not."""
 
     def __init__(self, base: nn.Linear) -> None:
@@ -92,7 +133,7 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = PackedWeight((base.out_features, base.in_features)), base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight(x, self.bias)  # type: ignore[no-any-return]
+        return summed(partial(self.weight, x), self.bias, self.inputs)
 
 
 @contextmanager
@@ -147,7 +188,7 @@ def fill_packed(
         packed = packed_of(name)
         weight.digest = packed.digest()
         for part, values in packed._asdict().items():
-            fill(weight.get_parameter(part), values)
+            fill(weight.get_parameter(part), weight.laid_out(part, values))
             filled.append(f"{name}.{part}")
     return frozenset(filled)
 
@@ -183,7 +224,7 @@ def widened(model: nn.Module) -> Iterator[None]:
         warn_once(f"sampling unpacks the NF4 weights at every token: {lack}")
         yield
         return
-    with _wide(weights, lambda name: unpack(weights[name].packed, weights[name].shape, dtype)):
+    with _wide(weights, lambda name: weights[name].unpacked(dtype)):
         yield
 
 
@@ -198,13 +239,13 @@ def on_original(model: nn.Module, start: Callable[[str], Tensor], dtype: torch.d
     if lack := next(lacks, None):
         yield lack
         return
-    with _wide(weights, lambda name: start(name).to(weights[name].codes.device, dtype)):
+    with _wide(weights, lambda name: weights[name].own(start(name)).to(weights[name].codes.device, dtype)):
         yield None
 
 
 def _lack(weights: Iterable[PackedWeight], dtype: torch.dtype) -> str:
     """What is missing of the memory that copies of packed weights need; empty where there is enough."""
-    return lack_of_memory([weight.shape for weight in weights], dtype, next(iter(weights)).codes.device)
+    return lack_of_memory([weight.form[0] for weight in weights], dtype, next(iter(weights)).codes.device)
 
 
 def lack_of_memory(shapes: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> str:

@@ -120,8 +120,12 @@ def _joined(own: Tensor, dim: int, axis: Axis, spans: Iterable[tuple[int, int]])
 def cut(module: nn.Module, name: str, dim: int, axis: Axis, shards: Axis | None = None) -> None:
     """Leave this rank's block along ``dim`` of a module's parameter, which has no values yet, and note it in ``cuts``.
 
-    ``shards``: ranks that are to have rows of the block, where they are not those of other weights.
+    A module in the parameter's place does so with its own. ``shards``: ranks that are to have rows of the block, where they
+    are not those of other weights.
     """
+    if isinstance(instead := getattr(module, name), nn.Module):
+        instead.cut(dim, axis, shards)  # type: ignore[operator]
+        return
     parameter = module.get_parameter(name)
     before = cuts(module).get(name, Cut(tuple(parameter.shape)))
     after = replace(before, along=(*before.along, (dim, axis)), shards=before.shards if shards is None else shards)

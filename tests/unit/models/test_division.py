@@ -30,13 +30,6 @@ def test_experts_that_ranks_cannot_divide_are_refused(
     assert list(validate_mesh(MeshShape(), a, 16, auxiliary=auxiliary)) == []
 
 
-def test_experts_that_are_packed_as_one_are_not_divided():
-    packed = QLoRA().packed(small())
-    assert list(validate_mesh(MeshShape(expert=2), small(), 16, packed, (PLAIN,))) == [
-        "strategy.expert=2 divides a layer's experts, which adapter=qlora packs as one; use adapter=lora or strategy.expert=1"
-    ]
-
-
 def test_blocks_whose_experts_are_elsewhere_are_not_compiled():
     assert list(FSDP().validate_compiled()) == []
     for strategy in (FSDP(expert=2), FSDP(tensor=2)):
@@ -99,15 +92,32 @@ def test_layers_that_cannot_be_divided_are_named(features, rule):
     assert refusals(2, **features) == [f"strategy.tensor=2 {rule}; use 1"]
 
 
-def test_packed_weights_and_scales_across_ranks_are_refused():
-    def lacks(tensor: int, packed: list[str], *grid: int) -> list[str]:
-        quantizer = FakeQuantizer(*grid) if grid else None
-        return list(validate_mesh(MeshShape(tensor=tensor), shape(head_dim=16), 32, packed, (), quantizer))
+def test_scales_across_ranks_are_refused():
+    def lacks(tensor: int, *grid: int) -> list[str]:
+        quantizer = FakeQuantizer(*grid)
+        return list(validate_mesh(MeshShape(tensor=tensor), shape(head_dim=16), 32, quantizer=quantizer))
 
-    assert lacks(1, ["a"], 8, 0) == []
-    assert lacks(2, ["a"]) == ["strategy.tensor=2 cannot divide weights in NF4; use strategy.tensor=1, or adapter=lora"]
+    assert lacks(1, 8, 0) == []
     # 192 inputs of o_proj and down_proj are 96 a rank: three groups of 32, one and a half of 64.
-    assert lacks(2, [], 4, 32) == []
+    assert lacks(2, 4, 32) == []
     of = "and strategy.tensor=2 divides those of model.layers.0.self_attn.o_proj.weight; use strategy.tensor=1"
-    assert lacks(2, [], 4, 64) == [f"qat.bits=4 rounds groups of 64 inputs by one scale, {of}"]
-    assert lacks(2, [], 8, 0) == [f"qat.bits=8 rounds whole rows by one scale, {of}"]
+    assert lacks(2, 4, 64) == [f"qat.bits=4 rounds groups of 64 inputs by one scale, {of}"]
+    assert lacks(2, 8, 0) == [f"qat.bits=8 rounds whole rows by one scale, {of}"]
+
+
+def test_packed_weights_whose_blocks_ranks_would_divide_are_refused():
+    def lacks(tensor: int, **sizes: int) -> list[str]:
+        a = shape(head_dim=16, **sizes)
+        return list(validate_mesh(MeshShape(tensor=tensor), a, 32, QLoRA().packed(a)))
+
+    # 192 inputs of o_proj and down_proj are three blocks of 64. Of 256 each of 4 ranks has one.
+    assert lacks(2, num_attention_heads=16, intermediate_size=256) == []
+    assert lacks(4, num_attention_heads=16, intermediate_size=256) == []
+    assert lacks(4, num_attention_heads=16) == [
+        "strategy.tensor=4 would divide blocks of 64 weights, which share a scale in NF4, of "
+        "model.layers.0.mlp.down_proj.weight (64 x 192); use strategy.tensor=1, or adapter=lora"
+    ]
+    # Outputs are rows of 66, of which 32 end with a block: 16 of a key head do not, unless ranks share them.
+    [sentence] = lacks(4, hidden_size=66, num_attention_heads=16, intermediate_size=256)
+    assert "self_attn.k_proj.weight (64 x 66); use strategy.tensor=1 or 2, or adapter=lora" in sentence
+    assert lacks(4, hidden_size=66, num_attention_heads=16, num_key_value_heads=2, intermediate_size=256) == []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 from trainer.config import ConfigError
 from trainer.functional import bitsandbytes
 from trainer.models.nf4 import BITS, FrozenProduct, Packed, pack, packed_sizes, unpack
+from trainer.models.packed import PackedWeight
+from trainer.parallel.cuts import cuts
+from trainer.parallel.mesh import UNDIVIDED, Axis
 
 pytest.importorskip("bitsandbytes")
 SHAPES = [(64, 64), (32, 48), (7, 10), (3, 5), (5, 7, 3), (576, 192)]
@@ -72,7 +76,7 @@ def test_a_frozen_product_and_its_gradient_are_those_of_the_unpacked_weight(dtyp
     packed, bias = pack(weight((48, 32))), weight((48,), seed=2).to(dtype)
     plain = unpack(packed, (48, 32), dtype)
     mine, theirs = (weight((6, 32), seed=1).to(dtype).requires_grad_() for _ in range(2))
-    ours = FrozenProduct.apply(mine, bias, (48, 32), *packed)
+    ours = FrozenProduct.apply(mine, bias, (48, 32), (), *packed)
     expected = F.linear(theirs, plain, bias)
     ours.square().sum().backward()
     expected.square().sum().backward()
@@ -93,3 +97,42 @@ def test_the_library_asks_nobody_for_more_packages():
     pack(weight((4, 4)))
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
     assert json.dumps(pack(weight((4, 4))).digest())
+
+
+def part_of(packed: Packed, shape: tuple[int, ...], dim: int, axis: Axis) -> PackedWeight:
+    """What a rank has of a packed weight."""
+    weight = PackedWeight(shape)
+    weight.cut(dim, axis)
+    for name, values in packed._asdict().items():
+        values = weight.laid_out(name, values)
+        if name in cuts(weight):
+            values = replace(cuts(weight)[name], shards=UNDIVIDED).own(values)
+        weight.get_parameter(name).copy_(values)
+    return weight
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((96, 1024), 0), ((96, 1024), 1), ((4, 96, 320), 0)])
+def test_ranks_have_parts_of_a_packed_weight_bit_for_bit(shape, dim):
+    # Each is 6 or 7.5 groups of 256 maxima; parts begin within some.
+    w = weight(shape)
+    packed = pack(w)
+    every = unpack(packed, shape, torch.float32)
+    for rank in range(4):
+        part = part_of(packed, shape, dim, Axis(rank, 4))
+        assert torch.equal(part.unpacked(torch.float32), every.chunk(4, dim)[rank])
+        assert torch.equal(part.own(w), w.chunk(4, dim)[rank])
+        assert part.codes.numel() * 8 == w.numel()
+    if w.ndim == 3:
+        return
+    inputs, bias = every.shape[1] // 4 if dim else every.shape[1], torch.randn(1)
+    x, other = (torch.randn(3, inputs, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    out, expected = part(x, bias), F.linear(other, every.chunk(4, dim)[3], bias)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(out, expected)
+    assert torch.equal(x.grad, other.grad)
+
+
+def test_a_part_that_would_divide_blocks_is_no_part():
+    with pytest.raises(ValueError, match="4 ranks divide blocks of NF4"):
+        PackedWeight((8, 128)).cut(1, Axis(0, 4))
