@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.batch import Documents
+from trainer.batch import Branches, Documents
 from trainer.generation.recurrent import DeltaStates, PromptRows
 from trainer.models.architecture import Architecture
 from trainer.models.attention import Scores, attend, attend_plainly, attend_seen
@@ -74,7 +74,9 @@ class Cache:
             self._tensors = k.new_empty(self._shape), v.new_empty(self._shape)
         self._wipe()
         keys, values = self.of(layer)
-        flat(keys)[places], flat(values)[places] = k, v
+        for tensor, new in ((keys, k), (values, v)):
+            # Rows at a time: indexing by a tensor looks for every number's place by itself, five times as slow on CPU.
+            flat(tensor).index_copy_(0, places.flatten(), new.flatten(0, 1))
         return keys, values
 
     def reserve(self, slot: int, length: int) -> None:
@@ -136,11 +138,24 @@ class Cache:
 
 
 class PackedPrefill:
-    """Whole prompts that pass through packed, and are written to their slots."""
+    """Whole prompts that pass through packed, and are written to their slots.
 
-    def __init__(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> None:
+    ``shared``: tokens that all of them begin with, which are in the row once, before what is left of each prompt.
+
+    Attributes:
+        last: The place ``(n,)`` in the row of each prompt's last token.
+    """
+
+    def __init__(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int], shared: int = 0) -> None:
         self.cache = cache
-        self.documents = Documents.from_lengths(list(lengths), 1).to(cache.device)
+        ends = np.cumsum([length - shared for length in lengths]) + shared
+        self.last = torch.tensor([end - 1 for end in ends], device=cache.device)
+        self.documents: Documents | Branches
+        if shared:
+            rests = [range(end - length + shared, end) for length, end in zip(lengths, ends, strict=True)]
+            self.documents = Branches.of([[*range(shared), *rest] for rest in rests], ends[-1]).to(cache.device)
+        else:
+            self.documents = Documents.from_lengths(list(lengths), 1).to(cache.device)
         self.places = torch.cat([cache.places(slot, 0, length) for slot, length in zip(slots, lengths, strict=True)])
         self.positions = self.documents.positions
         self._rows = PromptRows(slots, lengths, cache.device) if cache.states else None
@@ -150,7 +165,8 @@ class PackedPrefill:
         return self._rows.recur(self.cache.states, layer, passed, inputs)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-        self.cache.write(layer, self.places, k[0], v[0])
+        of_prompts = (t[0, self.documents.index] if isinstance(self.documents, Branches) else t[0] for t in (k, v))
+        self.cache.write(layer, self.places, *of_prompts)
         return attend(q, k, v, self.documents, scores)
 
 

@@ -21,6 +21,8 @@ from trainer.models.rearranged import rearranged_weights
 
 CHUNK = 2048
 """Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
+ATTENDED = 4 * CHUNK
+"""Tokens that prefill's attention looks at at once, at most, with those that prompts share counted for each."""
 REARRANGED_FROM = 16
 """Tokens of a completion from which rearranging the weights takes less time than it spares."""
 
@@ -127,26 +129,33 @@ class Decoding:
 
     def _prefill(self, slots: Sequence[int]) -> None:
         """Let prompts pass through, packed into chunks; keeps the logits behind each."""
-        chunk, size = list[int](), 0
+        chunk, size, shared = list[int](), 0, 0
         for slot in slots:
-            length = len(self.running[slot].prompt)
-            if length > CHUNK:
+            prompt = self.running[slot].prompt
+            if len(prompt) > CHUNK:
                 self._prefill_long(slot)
                 continue
-            if size + length > CHUNK:
-                self._prefill_chunk(chunk)
+            both = common_beginning(self.running[chunk[0]].prompt[:shared], prompt) if chunk else 0
+            if chunk and (size + len(prompt) > ATTENDED or size + len(prompt) - len(chunk) * both > CHUNK):
+                self._prefill_chunk(chunk, shared)
                 chunk, size = [], 0
+            shared = both if chunk else len(prompt)
             chunk.append(slot)
-            size += length
+            size += len(prompt)
         if chunk:
-            self._prefill_chunk(chunk)
+            self._prefill_chunk(chunk, shared)
 
-    def _prefill_chunk(self, slots: list[int]) -> None:
+    def _prefill_chunk(self, slots: list[int], shared: int) -> None:
+        """``shared``: tokens that all prompts begin with."""
         prompts = [self.running[slot].prompt for slot in slots]
         lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        scores = self._forward(tokens, PackedPrefill(self.cache, slots, lengths), At(last, self._read))[0]
+        # Recurrent layers go through each prompt from its beginning, and gathering a few tokens costs more than they do.
+        if self.cache.states or (len(slots) - 1) * shared <= sum(lengths) // 8:
+            shared = 0
+        packed = [*prompts[0][:shared], *(token for prompt in prompts for token in prompt[shared:])]
+        context = PackedPrefill(self.cache, slots, lengths, shared)
+        tokens = torch.tensor([packed], device=self.device)
+        scores = self._forward(tokens, context, At(context.last, self._read))[0]
         self._first.update(zip(prompts, scores.float(), strict=True))
 
     def _prefill_long(self, slot: int) -> None:
@@ -194,3 +203,8 @@ class Decoding:
             if self._decoder is not None:
                 self._decoder.stale = True
         yield from grown
+
+
+def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -61,8 +61,8 @@ def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> tuple[Tensor, T
     filters, under ``softmax(logits / temperature)``; at temperature 0 under ``softmax(logits)``. ``scores`` is overwritten.
     """
     if sampling.temperature == 0:
-        top, ids = scores.max(1)
-        return ids, -scores.sub_(top[:, None]).exp_().sum(1).log()
+        ids = _likeliest(scores)
+        return ids, scores.softmax(1).gather(1, ids[:, None]).log().squeeze(1)
     scores.sub_(scores.amax(1, keepdim=True))
     if sampling.temperature != 1:
         scores.div_(sampling.temperature)
@@ -74,6 +74,23 @@ def choose(scores: Tensor, sampling: Sampling, draws: Tensor) -> tuple[Tensor, T
         tiles = _tiles(mass)
     ids = _invert(mass, tiles, draws)
     return ids, scores.gather(1, ids[:, None]).squeeze(1) - total.log().float()
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """The first largest score's place ``(n,)``."""
+    count = scores.shape[1] // TILE
+    if scores.device.type != "cpu" or not count:
+        return scores.argmax(1)
+    # The largest of a row are found 16 times as fast as their places.
+    tiles = scores[:, : count * TILE].view(len(scores), count, TILE).amax(2)
+    tile = tiles.argmax(1)
+    start = (tile * TILE)[:, None]
+    ids = tile * TILE + scores.gather(1, start + torch.arange(TILE)).argmax(1)
+    rest = scores[:, count * TILE :]
+    if not rest.shape[1]:
+        return ids
+    best, place = rest.max(1)
+    return torch.where(best > tiles.amax(1), count * TILE + place, ids)
 
 
 def least_kept(scores: Tensor, mass: Tensor, sampling: Sampling) -> Tensor:

@@ -251,6 +251,38 @@ def test_equal_prompts_pass_through_once_and_are_continued_differently(model, pr
     assert [c.ids for c in copied[1:]] == [_until(c.ids, found[0].ids[2]) for c in found[1:]]
 
 
+def test_a_beginning_that_prompts_share_passes_through_once(model, prompts, monkeypatch):
+    beginning = prompts[4][:40]
+    # The first is the beginning itself; the last begins otherwise, and would leave nothing that all share.
+    group = [beginning, *([*beginning, *prompt] for prompt in prompts[:4]), prompts[4][1:]]
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    shared = generate(model, group[:5], Sampling(8), stops=())
+    # 40 tokens, and the rests of 1, 63, 64 and 65; then a token each.
+    assert seen == [40 + 0 + 1 + 63 + 64 + 65, *[5] * 7]
+    monkeypatch.setattr(decoding, "CHUNK", 140)
+    seen.clear()
+    generate(model, group[:5], Sampling(1), stops=())
+    # 40 + 0 + 1 + 63 fit; 64 and 65 more do not.
+    assert seen == [104, 40 + 64, 40 + 65]
+    monkeypatch.setattr(decoding, "CHUNK", 2048)
+    monkeypatch.setattr(decoding, "ATTENDED", 190)
+    seen.clear()
+    generate(model, group[:5], Sampling(1), stops=())
+    # Attention looks at 40 + 41 + 103 tokens, and with the next 104 at more than 190.
+    assert seen == [104, 104, 105]
+    seen.clear()
+    monkeypatch.setattr(decoding, "ATTENDED", 8192)
+    generate(model, group, Sampling(1), stops=())
+    assert seen == [sum(map(len, group))]
+    hook.remove()
+    alone = [generate(model, [prompt], Sampling(8), stops=(), keys=[(0, n)])[0] for n, prompt in enumerate(group[:5])]
+    assert ids(shared) == ids(alone)
+    for one, other in zip(shared, alone, strict=True):
+        # 1e-5: the last bits of sums over other shapes.
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_the_cache_is_bounded_by_what_is_decoded_together(model, prompts):
     steps = Decoding(model, prompts, Sampling(40), stops=STOPS, max_concurrent=3)
     # The longest prompt has 130 tokens: 170 with its completion, 3 blocks of 64.

@@ -117,6 +117,20 @@ def test_greedy_takes_the_likeliest_token_with_its_plain_probability():
     assert logprobs[0] == pytest.approx(scores.log_softmax(1)[0, 1].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [3, 256, 300, 512, 1000])
+def test_of_the_likeliest_tokens_greedy_takes_the_first(size):
+    # Four values only: every row has ties, in one tile, in several and behind the last full one.
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (50, size), generator=draw).float()
+    scores[:5], scores[:5, -1] = 0, 1
+    expected = [row.index(max(row)) for row in scores.tolist()]
+    logprobs = scores.log_softmax(1).max(1).values
+    ids, drawn = choose(scores.clone(), Sampling(temperature=0), torch.zeros(50, dtype=torch.float64))
+    assert ids.tolist() == expected
+    # 1e-6: sums of up to 1000 numbers in another order.
+    torch.testing.assert_close(drawn, logprobs, atol=1e-6, rtol=0)
+
+
 def test_settings_without_a_meaning_are_refused_together():
     with pytest.raises(ValueError, match=r"tokens=0 must be at least 1; .*top_p=0 must be above 0"):
         Sampling(tokens=0, top_p=0)
