@@ -7,7 +7,8 @@ Greedy, at most ``--tokens`` a completion, ``--together`` at once on both sides.
 end token at a length that both sides are told, evenly spread from a quarter of ``--tokens`` to all of it, in an order that
 says nothing about the prompt. ``--ends none``: every completion has ``--tokens``.
 
-vLLM runs in the environment of ``make test-vllm``, without schedule. transformers gets its prompts padded on the left,
+vLLM runs in the environment of ``make test-vllm``, without schedule, and with its cache of prefixes, since we compute what
+prompts share once, too. transformers gets its prompts padded on the left,
 its end token honoured. ``--clock cpu`` counts the processor's time instead of the wall's, for machines that are shared; with
 one thread (OMP_NUM_THREADS=1) no waiting is in it.
 """
@@ -149,7 +150,7 @@ def by_vllm(a: argparse.Namespace) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(str(a.model), dtype=str(dtype(a)).removeprefix("torch."), max_num_seqs=a.together,
-                 max_model_len=512 + a.tokens, enable_prefix_caching=False)  # fmt: skip
+                 max_model_len=512 + a.tokens)  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in prompts_of(a)]
 
     def run(count: int, tokens: int) -> int:

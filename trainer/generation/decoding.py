@@ -23,6 +23,8 @@ CHUNK = 2048
 """Prompt tokens that pass through the model at once, at most: what bounds a prefill's memory."""
 ATTENDED = 4 * CHUNK
 """Tokens that prefill's attention looks at at once, at most, with those that prompts share counted for each."""
+SPARED = 256
+"""Tokens that prompts must share to pass through once: a forward of fewer takes as long as reading the weights does."""
 REARRANGED_FROM = 16
 """Tokens of a completion from which rearranging the weights takes less time than it spares."""
 
@@ -149,8 +151,9 @@ class Decoding:
         """``shared``: tokens that all prompts begin with."""
         prompts = [self.running[slot].prompt for slot in slots]
         lengths = [len(prompt) for prompt in prompts]
-        # Recurrent layers go through each prompt from its beginning, and gathering a few tokens costs more than they do.
-        if self.cache.states or (len(slots) - 1) * shared <= sum(lengths) // 8:
+        spared = (len(slots) - 1) * shared
+        # Recurrent layers go through each prompt from its beginning.
+        if self.cache.states or spared < SPARED or spared < sum(lengths) // 8:
             shared = 0
         packed = [*prompts[0][:shared], *(token for prompt in prompts for token in prompt[shared:])]
         context = PackedPrefill(self.cache, slots, lengths, shared)

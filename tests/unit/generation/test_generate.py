@@ -252,6 +252,7 @@ def test_equal_prompts_pass_through_once_and_are_continued_differently(model, pr
 
 
 def test_a_beginning_that_prompts_share_passes_through_once(model, prompts, monkeypatch):
+    monkeypatch.setattr(decoding, "SPARED", 40)
     beginning = prompts[4][:40]
     # The first is the beginning itself; the last begins otherwise, and would leave nothing that all share.
     group = [beginning, *([*beginning, *prompt] for prompt in prompts[:4]), prompts[4][1:]]
@@ -271,8 +272,14 @@ def test_a_beginning_that_prompts_share_passes_through_once(model, prompts, monk
     generate(model, group[:5], Sampling(1), stops=())
     # Attention looks at 40 + 41 + 103 tokens, and with the next 104 at more than 190.
     assert seen == [104, 104, 105]
-    seen.clear()
     monkeypatch.setattr(decoding, "ATTENDED", 8192)
+    monkeypatch.setattr(decoding, "SPARED", 161)
+    seen.clear()
+    generate(model, group[:5], Sampling(1), stops=())
+    # 4 times 40 is less.
+    assert seen == [40 + 41 + 103 + 104 + 105]
+    monkeypatch.setattr(decoding, "SPARED", 40)
+    seen.clear()
     generate(model, group, Sampling(1), stops=())
     assert seen == [sum(map(len, group))]
     hook.remove()
