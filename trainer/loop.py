@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,33 +82,27 @@ def train_step(
             tokens = torch.stack([batch.seen for batch in prepared]).sum()
             models.balancer.begin(engine.factor(distributed.sum_over_data(tokens)))
         reports = engine.accumulate(partial(loss_of, pipeline, models, key), prepared, weight)
-        metrics = Metrics.merged(report.metrics for report in reports)
+        metrics = Metrics.merged(reports)
     with watch.lap("optimizer"):
         outcome = engine.step(guard.limit)
         routed = {}
         if models.balancer is not None:
-            routed = models.balancer.finish([report.routed for report in reports], outcome.applied)
+            routed = models.balancer.finish(outcome.applied)
     guard.observe(outcome.grad_norm, outcome.applied)
     metrics.maximum("stopping", torch.full_like(weight, stopping.stop_request()))
     reduced = metrics.reduced(distributed.stack, replica=distributed.world().replica)
     return {**reduced, "grad_norm": outcome.grad_norm, **routed, **guard.metrics()}
 
 
-class MicroBatchReport(NamedTuple):
-    """What a micro-batch told beside its loss: its metrics, and what its routers counted, once its backward has run."""
-
-    metrics: Metrics
-    routed: list[Tensor]
-
-
-def loss_of(pipeline: Pipeline, models: Models, key: tuple[int, ...], batch: Any) -> tuple[Tensor, MicroBatchReport]:
+def loss_of(pipeline: Pipeline, models: Models, key: tuple[int, ...], batch: Any) -> tuple[Tensor, Metrics]:
     """The pipeline's loss of a micro-batch, and its metrics with those that every step has.
 
     ``key``: what is drawn in a forward (dropout) depends on it and on the row, so neither on the rank nor on resuming.
     """
     draw_for(key, batch.rows.tolist(), batch.tokens_by_row)
-    routed = [] if models.balancer is None else models.balancer.open()
+    if models.balancer is not None:
+        models.balancer.open()
     loss, metrics = pipeline.loss(models, batch)
     metrics.mean("loss", loss, batch.weight)
     metrics.total("tokens", batch.seen)
-    return loss, MicroBatchReport(metrics, routed)
+    return loss, metrics

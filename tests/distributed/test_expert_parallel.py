@@ -122,7 +122,10 @@ DIVIDED = {
         ("softmax", "expert 2 kept", 1, "none", 4), ("softmax", "expert 4", 2, "selective", 4),
         ("few", "expert 2", 2, "none", 4), ("few", "fsdp", 2, "none", 4),
     ],
-    2: [("sigmoid", "expert 2 x sequence 2", 2, "full", 4), ("sigmoid", "expert 2 x tensor 2", 4, "selective", 4)],
+    2: [
+        ("sigmoid", "expert 2 x sequence 2", 2, "full", 4), ("sigmoid", "expert 2 x tensor 2", 4, "selective", 4),
+        ("softmax", "pipeline 2", 1, "full", 6), ("sigmoid", "pipeline 2 x expert 2", 2, "none", 4),
+    ],
 }  # fmt: skip
 """By ranks of a replica. With few experts there are fewer than ranks that have their rows."""
 CASES = [case for cases in DIVIDED.values() for case in cases]

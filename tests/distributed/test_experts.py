@@ -17,6 +17,7 @@ from trainer.loop import train_step
 from trainer.models.balance import Balancer, BalanceRates
 from trainer.models.initial import initial
 from trainer.models.recompute import Recompute
+from trainer.models.stage import keep_stage
 from trainer.models.transformer import Transformer
 from trainer.optim import AdamW, Optimizer
 from trainer.parallel import distributed
@@ -32,6 +33,7 @@ from trainer.tracking.throughput import Stopwatch
 STRATEGIES = {
     "ddp": DDP, "fsdp": FSDP, "zero1": Zero1, "zero2": Zero2, "zero3": Zero3, "expert 2": partial(FSDP, expert=2),
     "expert 2 kept": partial(FSDP, expert=2, reshard=False), "expert 4": partial(FSDP, expert=4),
+    "pipeline 2": partial(FSDP, pipeline=2), "pipeline 2 x expert 2": partial(FSDP, pipeline=2, expert=2),
     "expert 2 x sequence 2": partial(FSDP, expert=2, sequence=2), "expert 2 x tensor 2": partial(FSDP, expert=2, tensor=2),
 }  # fmt: skip
 KINDS = {
@@ -63,6 +65,7 @@ def begun(kind: str, strategy_name: str, recompute: str, optimizer: Optimizer, s
         strategy.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     with strategy.construction():
         model = Transformer(shape, Recompute(recompute))
+    keep_stage(model, strategy.stages)
     strategy.place(model, model.model.layers, Precision())
     for name, parameter in model.named_parameters():
         strategy.fill(parameter, initial(name, strategy.shape_of(parameter), seed, 0.1, 2))
@@ -99,9 +102,9 @@ def curve(
     """`steps` up to the ``last``, and the routers' state after it."""
     engine, models = begun(kind, strategy_name, recompute, optimizer)
     rows = steps(engine, models, micro, 0, last, after)
-    routers = models.balancer.routers  # type: ignore[union-attr]
-    state = [router.load if router.balance is None else router.balance for router in routers]
-    return rows, torch.stack(state).numpy()
+    loads = [router.load for router in models.balancer.routers]  # type: ignore[union-attr]
+    balances = [weight for name, weight in engine.weights() if name.endswith("router.balance")]
+    return rows, torch.stack(balances or loads).numpy()
 
 
 def curves(

@@ -44,7 +44,7 @@ DENSE: dict[str, Any] = {
 SHAPES = {"dense": DENSE, "mixture": {**DENSE, "family": "mixtral", "experts": 4}}
 TRIED = {
     "dense": [name for name in LAYOUTS if "expert" not in name and name != "pipeline-2"],
-    "mixture": ["ddp", "zero3", "fsdp", "tensor-2", "sequence-2", *["expert-2"][:DIVIDES_EXPERTS]],
+    "mixture": ["ddp", "zero3", "fsdp", "tensor-2", "pipeline-2", *["expert-2"][:DIVIDES_EXPERTS]],
 }
 CASES = [
     pytest.param(shape, layout, marks=[pytest.mark.slow] if shape == "dense" else [])

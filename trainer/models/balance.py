@@ -5,7 +5,7 @@ Nothing here depends on ranks, micro-batches or accumulation (docs/algorithms.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.models.architecture import Architecture
-from trainer.models.experts import Router, RouterLosses
+from trainer.models.experts import AbsentRouter, Router, RouterLosses
 from trainer.parallel import distributed
 from trainer.parallel.mesh import UNDIVIDED, Axis
 
@@ -51,31 +51,35 @@ class Balancer:
 
     def __init__(self, module: nn.Module, rates: BalanceRates) -> None:
         self.rates = rates
-        self.routers = [m for m in module.modules() if isinstance(m, Router)]
-        # Ranks whose routers see different tokens of the same rows.
-        self._sequence: Axis = getattr(module, "sequence", UNDIVIDED)
-        self._weights = torch.zeros(2)
+        self.routers = [m for m in module.modules() if isinstance(m, Router | AbsentRouter)]
+        # Ranks whose routers see different tokens of the same rows, and ranks with those of other layers.
+        self._axes: list[Axis] = [getattr(module, name, UNDIVIDED) for name in ("sequence", "stages")]
+        self._weights, self._opened = torch.zeros(2), list[list[Tensor]]()
 
     def begin(self, factor: Tensor) -> None:
         """Begin a step; ``factor``: what a loss that is a sum over the step's tokens is multiplied by."""
         self._weights = factor * factor.new_tensor([self.rates.balance_loss, self.rates.z_loss])
+        self._opened = []
 
     def open(self) -> list[Tensor]:
-        """Begin a micro-batch; gives a leaf a router, whose gradient are its statistics after the backward."""
+        """Begin a micro-batch, or come back to one; gives a leaf a router, whose gradient its statistics add up in."""
         leaves = []
         for router in self.routers:
             size = len(router.load) + SUMS
             leaves.append(torch.zeros(size, device=router.load.device, requires_grad=True))
             router.losses = RouterLosses(self._weights, leaves[-1])
+        self._opened.append(leaves)
         return leaves
 
     @torch.no_grad()
-    def finish(self, micro_batches: Sequence[Sequence[Tensor]], applied: Tensor) -> dict[str, Tensor]:
-        """End a step with the leaves of its micro-batches; gives ``router/*``, scalars on the device. Collective.
+    def finish(self, applied: Tensor) -> dict[str, Tensor]:
+        """End a step; gives ``router/*``, scalars on the device. Collective.
 
         Where the step was not ``applied``, nothing changes.
         """
-        sums = self._sequence.sum(torch.cat([_added(leaves) for leaves in zip(*micro_batches, strict=True)]))
+        sums = torch.cat([_added(leaves) for leaves in zip(*self._opened, strict=True)])
+        for axis in self._axes:
+            sums = axis.sum(sums)
         sizes = [len(router.load) + SUMS for router in self.routers]
         columns: dict[str, list[Tensor]] = {}
         for router, own in zip(self.routers, torch.split(distributed.sum_over_data(sums), sizes), strict=True):
@@ -88,7 +92,7 @@ class Balancer:
         worst = torch.stack(columns["load_max"]).max()
         return {**{f"router/{name}": v for name, v in metrics.items()}, "router/load_worst": worst}
 
-    def _update(self, router: Router, counts: Tensor, applied: Tensor) -> None:
+    def _update(self, router: Router | AbsentRouter, counts: Tensor, applied: Tensor) -> None:
         learnt = applied & (counts.sum() > 0)
         load = (counts / counts.sum().clamp(min=1)).to(router.load.dtype)
         router.load.copy_(torch.where(learnt, load, router.load))
@@ -113,13 +117,13 @@ class Balancer:
             load.copy_(tensors[name])
 
 
-def _added(leaves: Sequence[Tensor]) -> Tensor:
+def _added(leaves: tuple[Tensor, ...]) -> Tensor:
     """A router's statistics of all micro-batches; 0 of those in which nothing was learnt through it."""
     parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     return torch.stack(parts).double().sum(0)
 
 
-def _measured(router: Router, counts: Tensor, sums: Tensor) -> dict[str, Tensor]:
+def _measured(router: Router | AbsentRouter, counts: Tensor, sums: Tensor) -> dict[str, Tensor]:
     tokens = (counts.sum() / router.choices).clamp(min=1)
     share = counts / counts.sum().clamp(min=1)
     return {

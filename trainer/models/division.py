@@ -136,8 +136,3 @@ def mesh_remarks(shape: MeshShape, a: Architecture) -> Iterator[str]:
 def _validate_stages(stages: int, a: Architecture) -> Iterator[str]:
     if stages > (layers := len(a.layers)):
         yield f"strategy.pipeline={stages} gives some ranks none of the {layers} layers; use at most {layers}"
-    if a.experts:
-        yield (
-            f"strategy.pipeline={stages} is not built for mixtures of experts, whose routers' loads are of all layers; use "
-            "strategy.expert or strategy.tensor"
-        )

@@ -99,6 +99,19 @@ class Router(nn.Module):
         return torch.cat([counts, (torch.stack([entropy, balance, z]) * counted).sum(1)])
 
 
+class AbsentRouter(nn.Module):
+    """Stands for the router of a layer that another stage of a pipeline has, whose numbers are known everywhere."""
+
+    load: Tensor
+    balance: Tensor | None = None
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.choices = a.experts_per_token
+        self.register_buffer("load", torch.full((a.experts,), 1 / a.experts), persistent=False)
+        self.losses: RouterLosses | None = None
+
+
 class _Attached(torch.autograd.Function):
     """A tensor as it is, whose backward adds a loss to the objective, and gives ``tally`` the ``statistics`` as gradient."""
 

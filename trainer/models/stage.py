@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from trainer.models.architecture import Architecture
+from trainer.models.experts import AbsentRouter
 from trainer.parallel.mesh import Axis
 from trainer.parallel.stages import PassThrough, Received
 
@@ -19,10 +20,13 @@ def keep_stage(model: nn.Module, axis: Axis) -> None:
     if axis.size == 1:
         return
     decoder: Any = model.model
+    model.stages = axis  # type: ignore[assignment]
     a: Architecture = model.architecture  # type: ignore[assignment]
     first, last = axis.span(len(decoder.layers))
     for number in (*range(first), *range(last, len(decoder.layers))):
-        decoder.layers[number] = PassThrough()
+        absent = decoder.layers[number] = PassThrough()
+        if a.layers[number].sparse:
+            absent.router = AbsentRouter(a)
     at_end, head = axis.rank == axis.size - 1, "score" if a.scores else "lm_head"
     if axis.rank == 0:
         # Its gradient meets that of the head on another rank, where both are dense.

@@ -231,9 +231,11 @@ class Transformer(nn.Module):
 
     Attributes:
         sequence: Ranks that divide the tokens of a micro-batch among them.
+        stages: Ranks that divide the layers among them.
     """
 
     sequence: Axis = UNDIVIDED
+    stages: Axis = UNDIVIDED
 
     def __init__(self, architecture: Architecture, recompute: Recompute = Recompute.none) -> None:
         super().__init__()

@@ -248,10 +248,15 @@ def shares(sizes: Sequence[int], rank: int, ranks: int) -> Iterator[tuple[int, i
             yield number, first, last
 
 
-def owned_spans(sizes: Sequence[int], *, owned: bool = True) -> Iterator[tuple[int, int, int]]:
-    """(tensor, first element, last) of what this rank writes of tensors that all ranks hold; all of them unless ``owned``."""
-    world = distributed.world()
-    return shares(sizes, world.rank, world.size) if owned else shares(sizes, 0, 1)
+def owned_spans(
+    sizes: Sequence[int], *, owned: bool = True, ranks: distributed.Ranks | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """(tensor, first element, last) of what this rank writes of tensors that all ranks hold; all of them unless ``owned``.
+
+    ``ranks``: those that hold them, where not all do.
+    """
+    ranks = distributed.world() if ranks is None else ranks
+    return shares(sizes, ranks.rank, ranks.size) if owned else shares(sizes, 0, 1)
 
 
 def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

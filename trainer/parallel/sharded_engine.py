@@ -17,6 +17,7 @@ from trainer.optim.muon import Replicas
 from trainer.optim.state import create_state, elements
 from trainer.parallel import distributed, sharding
 from trainer.parallel.cuts import Cut
+from trainer.parallel.distributed import Ranks
 from trainer.parallel.engine import Fragment, Outcome, digest_of, owned_spans, saved_buffers
 from trainer.parallel.native import NativeEngine
 from trainer.parallel.precision import Precision
@@ -209,9 +210,14 @@ class ShardedEngine(NativeEngine):
             for state, values in self.states(part).items():
                 own = elements(values, 0, part.numel(), restoring=not owned)
                 yield Fragment(name, state, cut.shape, *cut.interval, own)
-        for number, first, last in owned_spans([b.numel() for _, b in self.buffers], owned=owned):
+        sizes = [b.numel() for _, b in self.buffers]
+        for number, first, last in owned_spans(sizes, owned=owned, ranks=self.copies()):
             name, buffer = self.buffers[number]
             yield Fragment.of_tensor(name, "param", buffer.shape, first, buffer.detach().view(-1)[first:last])
+
+    def copies(self) -> Ranks:
+        """This rank's place among those that have the same buffers."""
+        return distributed.world()
 
     def digest(self) -> list[int]:
         return digest_of(buffer for _, buffer in self.buffers)

@@ -14,7 +14,8 @@ from trainer.batch import Batch
 from trainer.config import InputError
 from trainer.optim import Optimizer
 from trainer.parallel import distributed, sharding
-from trainer.parallel.engine import LossOf, Report
+from trainer.parallel.distributed import Ranks
+from trainer.parallel.engine import LossOf, Report, saved_buffers
 from trainer.parallel.mesh import Axis
 from trainer.parallel.precision import Precision
 from trainer.parallel.sharded_engine import ShardedEngine
@@ -23,8 +24,8 @@ from trainer.parallel.stages import LeftStageError, MicroBatch, StagedModel, Sta
 T = TypeVar("T")
 
 
-class StagedParameter(NamedTuple):
-    """A parameter of one of the stages: its name, logical shape, format, and whether it is trained."""
+class StagedTensor(NamedTuple):
+    """A parameter or buffer of one of the stages: its name, logical shape, format, and whether it is trained."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,18 +41,22 @@ class StagedEngine(ShardedEngine):
 
     Attributes:
         stages: The parameters of every stage, in the model's order.
+        buffers_of: Its buffers.
         links: What carries hidden states, gradients and results.
     """
 
     model: StagedModel
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, precision: Precision, axis: Axis, **how: bool) -> None:
-        own = [[n, sharding.cut_of(p).shape, str(p.dtype), p.requires_grad] for n, p in module.named_parameters()]
-        every: list[Any] = distributed.gather(own)
-        self.stages = [
-            [StagedParameter(name, tuple(shape), dtype, trained) for name, shape, dtype, trained in every[rank]]
-            for rank in axis.members
+        parameters = [
+            [n, sharding.cut_of(p).shape, str(p.dtype), p.requires_grad] for n, p in module.named_parameters()
         ]
+        buffers = [[n, b.shape, str(b.dtype), False] for n, b in saved_buffers(module)]
+        every: list[Any] = distributed.gather([parameters, buffers])
+        self.stages, self.buffers_of = (
+            [[StagedTensor(n, tuple(shape), *rest) for n, shape, *rest in every[rank][kind]] for rank in axis.members]
+            for kind in (0, 1)
+        )
         idle = [str(n) for n, parameters in enumerate(self.stages) if not any(p.trained for p in parameters)]
         if idle:
             raise InputError(
@@ -93,11 +98,16 @@ class StagedEngine(ShardedEngine):
 
     def weights(self, *, frozen: bool = True) -> Iterator[tuple[str, Tensor]]:
         own = super().weights(frozen=frozen)
+        yield from self._of_stages([[p for p in stage if frozen or p.trained] for stage in self.stages], own)
+        yield from self._of_stages(self.buffers_of, own)
+
+    def _of_stages(
+        self, stages: Sequence[Sequence[StagedTensor]], own: Iterator[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What each stage has, from where it is; ``own``: what this one has."""
         names = set[str]()
-        for stage, parameters in enumerate(self.stages):
-            for name, shape, dtype, trained in parameters:
-                if not (frozen or trained):
-                    continue
+        for stage, tensors in enumerate(stages):
+            for name, shape, dtype, _ in tensors:
                 mine = next(own)[1] if stage == self.links.axis.rank else None
                 if name in names:  # the first stage's tied table
                     continue
@@ -105,6 +115,14 @@ class StagedEngine(ShardedEngine):
                 if mine is None:
                     mine = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
                 yield name, self.links.broadcast(mine.contiguous(), stage)
+
+    def copies(self) -> Ranks:
+        world, stages = distributed.world(), self.links.axis.size
+        each = world.replica // stages
+        return Ranks(world.data.rank * each + world.rank % each, world.size // stages)
+
+    def digest(self) -> list[int]:
+        return []  # the buffers of other stages are others
 
     def _forward(self, function: Callable[[Any], Any], micro: MicroBatch) -> None:
         micro.batch = micro.batch.to(self.device)

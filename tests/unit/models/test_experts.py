@@ -144,7 +144,7 @@ def test_router_losses_reach_the_gradient_once_whatever_is_recomputed(recomputed
     out.square().sum().backward()
     for tensor, gradient in zip(wanted, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-6)
-    metrics = balancer.finish([leaves], torch.tensor(True))
+    metrics = balancer.finish(torch.tensor(True))
     counts = torch.bincount(layer.router(x[0])[0].flatten(), minlength=4)
     assert leaves[0].grad[:4].sum() == counts.sum() == 12
     torch.testing.assert_close(layer.router.load, counts / 12)
@@ -173,7 +173,7 @@ def test_forwards_without_gradients_count_nothing():
         layer(x)
     layer(x)  # never followed by a backward
     assert leaves[0].grad is None
-    balancer.finish([leaves], torch.tensor(True))
+    balancer.finish(torch.tensor(True))
     assert layer.router.load.tolist() == [0.25] * 4
 
 
@@ -182,9 +182,10 @@ def test_the_bias_moves_against_the_load_and_only_with_a_step():
     balancer = Balancer(layer, BalanceRates(bias_rate=0.01))
     statistics = torch.tensor([5.0, 3.0, 1.0, 0.0, 0.0, 0.0])
     for applied, expected in ((False, [0.0, 0.0, 0.0]), (True, [-0.01, 0.0, 0.01])):
-        leaf = torch.zeros(6, requires_grad=True)
+        balancer.begin(torch.tensor(1.0))
+        [leaf] = balancer.open()
         leaf.grad = statistics
-        balancer.finish([[leaf]], torch.tensor(applied))
+        balancer.finish(torch.tensor(applied))
         assert layer.router.balance.tolist() == pytest.approx(expected)
     assert layer.router.load.tolist() == pytest.approx([5 / 9, 3 / 9, 1 / 9])
 
@@ -195,12 +196,12 @@ def test_loads_and_gradients_do_not_depend_on_micro_batches():
     for parts in (1, 4):
         layer = mixture()
         layer.router.load.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
-        balancer, opened = Balancer(layer, RATES), []
+        balancer = Balancer(layer, RATES)
         balancer.begin(torch.tensor(1 / 24))
         for part in x.chunk(parts):
-            opened.append(balancer.open())
+            balancer.open()
             (layer(part).square().sum() / 24).backward()
-        balancer.finish(opened, torch.tensor(True))
+        balancer.finish(torch.tensor(True))
         results.append((layer.router.weight.grad, layer.router.load.clone()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert torch.equal(results[0][1], results[1][1])
