@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from trainer.models.hf_format import write_model
 from trainer.models.load import Model, ModelLoader
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
+from trainer.parallel.fsdp import FSDP
+from trainer.parallel.strategy import Strategy
+from trainer.parallel.zero import Zero3
 from trainer.run import run
 
 RUN = [
@@ -35,12 +39,12 @@ RUN = [
 ITERATION = 4
 """Steps of an iteration: two passes over eight completions, four a step."""
 LEGS = {
-    "ddp": (2, ["strategy=ddp"]),
-    "zero3": (6, ["strategy=zero3"]),
-    "fsdp": (9, ["strategy=fsdp"]),
-    "tensor": (14, ["strategy=fsdp", "strategy.tensor=2"]),
-    "sequence": (18, ["strategy=fsdp", "strategy.sequence=2"]),
-    "expert": (22, ["strategy=fsdp", "strategy.expert=2"]),
+    "ddp": (2, DDP()),
+    "zero3": (6, Zero3()),
+    "fsdp": (9, FSDP()),
+    "tensor": (14, FSDP(tensor=2)),
+    "sequence": (18, FSDP(sequence=2)),
+    "expert": (22, FSDP(expert=2)),
 }
 """The step after which a layout of two ranks is left, having taken over from the one before it and sampled by itself."""
 STEPS = 23
@@ -57,13 +61,14 @@ def prepare(folder: Path) -> None:
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{a} or {b}?"} for a, b in pairs])
 
 
-def go_through(folder: Path, runs: list[tuple[str, int, list[str]]]) -> None:
+def go_through(folder: Path, runs: list[tuple[str, int, Strategy]]) -> None:
     """Runs by folder, each up to a step: a new one, or one that continues."""
     os.chdir(folder)
+    begun = compose(RUN)
     for name, last, strategy in runs:
         if distributed.ranks() > 1:
             to_another_port()
-        run(compose([*RUN, *strategy, f"run_dir={name}", f"steps={last}"]))
+        run(replace(begun, strategy=strategy, run_dir=name, steps=last))
 
 
 def samples(folder: Path) -> list[tuple[int, str, float]]:
@@ -78,7 +83,7 @@ def test_ppo_goes_on_in_the_middle_of_an_iteration_on_every_other_layout(tmp_pat
     lasts = [last for last, _ in LEGS.values()]
     assert all(last % ITERATION for last in lasts)
     on_ranks(2, go_through, tmp_path, [("moved", *leg) for leg in LEGS.values()], joined=False)
-    go_through(tmp_path, [(name, STEPS, ["strategy=ddp"]) for name in ("moved", "alone")])
+    go_through(tmp_path, [(name, STEPS, DDP()) for name in ("moved", "alone")])
     moved, alone = metrics(tmp_path / "moved"), metrics(tmp_path / "alone")
     for name in ("loss", "value/loss", "policy/approx_kl", "objective/score", "objective/kl_coef", "router/load_max"):
         mine, theirs = ([line[name] for line in lines if name in line] for lines in (moved, alone))
