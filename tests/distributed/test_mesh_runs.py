@@ -52,14 +52,9 @@ def test_a_killed_run_continues_with_the_same_bits(ranks, axes, tmp_path):
 def test_a_signal_to_any_rank_of_a_replica_stops_all_after_the_same_step(axis, tmp_path):
     run = tmp_path / "run"
     endless = [
-        *TINY,
-        "batch.micro=2",
-        "steps=100000",
-        "checkpoint.every=100000",
-        "evaluation.every=0",
-        "strategy=fsdp",
+        *TINY, "batch.micro=2", "steps=100000", "checkpoint.every=100000", "evaluation.every=0", "strategy=fsdp",
         f"strategy.{axis}=2",
-    ]
+    ]  # fmt: skip
     command = Command(tmp_path, "run_dir=run", *endless, ranks=2)
     wait_for(command, (run / "metrics.jsonl").exists)
     command.processes[1].send_signal(signal.SIGTERM)  # it does not lead its replica
