@@ -84,17 +84,33 @@ def _norm(layout: Layout) -> int:
 
 
 def loss(a: Architecture, layout: Layout) -> float:
-    """Bytes of the vocabulary projection and its cross-entropy: blocks of logits, one group's gradient, both gradients.
+    """Bytes of the vocabulary projection's cross-entropy, which makes the gradients of hidden states and weights on the way.
 
-    Ranks that divide tokens or matrices all read the hidden states of whole rows, each off its part of the vocabulary.
+    The most of: logits of a block in float32 (on CUDA in bfloat16 those and their softmax, as PyTorch casts before it; on CPU
+    the ones that are cast besides) beside the gradient of a group; that gradient beside its product with the states; and the
+    weight's gradient with its cast. Ranks that divide tokens or matrices all read the hidden states of whole rows, each off
+    its part of the vocabulary.
     """
-    tokens = layout.micro * layout.length
     if a.scores:
         return 0.0
-    device, part = "cuda" if layout.cuda else "cpu", a.vocab_size / (layout.sequence * layout.tensor)
+    tokens, device, narrow = layout.micro * layout.length, "cuda" if layout.cuda else "cpu", layout.logit == 2
+    part = a.vocab_size / (layout.sequence * layout.tensor)
     block = min(BLOCK_BYTES[device], 4 * tokens * part)
-    group = min(max(GROUP_BYTES[device], block), layout.compute * tokens * part)
-    cast = layout.compute == 2 and not (layout.packed[0] and layout.stage < 3)  # else it is held so
-    table = a.vocab_size * a.hidden_size / layout.tensor * (2 * cast + 4 * (layout.adapters == 0))
-    joined = layout.compute * (layout.sequence > 1)
-    return float(1.5 * block + group + table + (4 + joined) * tokens * a.hidden_size)
+    all_groups = layout.logit * tokens * part
+    group = min(max(GROUP_BYTES[device], BLOCK_BYTES[device]), all_groups)
+    several, learnt, weight = all_groups > group, layout.adapters == 0, part * a.hidden_size
+    cast = layout.logit * weight * (layout.logit != layout.table)
+    states = (layout.compute if layout.cuda else 4) * tokens * a.hidden_size
+    wide = block * ((2 if layout.cuda else 1.5) if narrow else 1)
+    logits = wide + group + cast + 4 * weight * (learnt and several)
+    product = group + cast + learnt * (4 * weight + layout.logit * weight * (narrow or several))
+    # Of a part of a table first its own gradient, then one of the table's shape.
+    whole = layout.table * a.vocab_size * a.hidden_size / layout.tensor * (layout.sequence > 1)
+    gradient = learnt * ((4 + layout.table * (layout.table != 4)) * weight + whole) + states
+    joined = layout.compute * tokens * a.hidden_size * (layout.sequence > 1)
+    return float(max(logits, product, gradient) + states + joined)
+
+
+def table_gradient(a: Architecture, layout: Layout) -> float:
+    """Bytes of the gradient of a trained vocabulary projection, as the backward of the blocks finds it."""
+    return 0.0 if a.scores or layout.adapters else layout.table * a.vocab_size * a.hidden_size / layout.tensor

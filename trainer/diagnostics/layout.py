@@ -11,7 +11,7 @@ from trainer.models.architecture import Architecture
 from trainer.models.recompute import Recompute
 from trainer.models.sizes import weights_of
 from trainer.models.transformer import narrow_stream
-from trainer.parallel.precision import Precision
+from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.strategy import Strategy
 from trainer.settings import BatchSizes
 
@@ -25,6 +25,7 @@ class Layout:
         ranks: All ranks, one a device.
         low_precision_weights: The working copy of the weights is bfloat16 instead of float32 under autocast.
         compute: Bytes of an activation, 2 or 4.
+        wide_loss: The loss computes in float32 though activations are of 2 bytes: float16, whose range is too small for it.
         stream: Bytes of an element of the residual stream, 2 or 4.
         micro: Rows of a forward.
         length: Tokens of a row.
@@ -56,6 +57,7 @@ class Layout:
     stream: int = 4
     adapters: int = 0
     packed: tuple[int, int] = (0, 0)
+    wide_loss: bool = False
     float_rows: bool = False
     reshard: bool = True
     auxiliary: tuple[tuple[Architecture, bool], ...] = ()
@@ -78,6 +80,7 @@ class Layout:
             low_precision_weights=strategy.low_precision_weights(precision, cuda=cuda),
             stream=2 if narrow_stream("cuda" if cuda else "cpu", precision.dtype) else 4,
             compute=precision.dtype.itemsize, micro=batch.micro, length=batch.length,
+            wide_loss=precision.compute is Compute.fp16,
             offload=getattr(strategy, "offload", "none"), reshard=getattr(strategy, "reshard", True),
             micro_batches=micro_batches, **dataclasses.asdict(shape), **further,
         )  # fmt: skip
@@ -96,6 +99,21 @@ class Layout:
     def tokens(self) -> float:
         """Tokens of a forward that a rank's blocks compute."""
         return self.micro * self.length / self.sequence
+
+    @property
+    def working(self) -> int:
+        """Bytes of a weight that is computed with."""
+        return 2 if self.low_precision_weights else 4
+
+    @property
+    def table(self) -> int:
+        """Bytes of an element of the vocabulary projection; beside weights in NF4 it is held in the compute format."""
+        return self.compute if self.packed[0] and self.stage < 3 else self.working
+
+    @property
+    def logit(self) -> int:
+        """Bytes of a logit's gradient."""
+        return 4 if self.wide_loss else self.compute
 
     @property
     def in_flight(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainer.diagnostics.activations import activations, backward, loss
+from trainer.diagnostics.activations import activations, backward, loss, table_gradient
 from trainer.diagnostics.layout import Layout, Portion, portions
 from trainer.models.architecture import Architecture
 from trainer.models.nf4 import BITS
@@ -136,14 +136,10 @@ def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
     weights += frozen(portion, layout, packed) if layout.adapters else 0.0
     stored = activations(a, layout) * part * (layout.in_flight if portion.first else 1)
     head = loss(a, layout) if portion.last else 0.0
-    # The loss is gone when the blocks' backward begins.
-    temporary = max(0.0, backward(a, layout) - head)
     if layout.float_rows:
-        exchanged = _exchanging(layout, portion, learnt / count, backward(a, layout))
-        temporary = max(temporary, exchanged - activations(a, layout) / a.num_hidden_layers - head)
-    temporary += (
-        _gathered(layout, portion, learnt) if layout.float_rows else _exchanged(layout, portion, learnt, packed)
-    )
+        temporary = max(_sharded(a, layout, portion, stored, head)) - head
+    else:
+        temporary = max(_whole(a, layout, portion, stored, head)) - head + _exchanged(layout, portion, learnt, packed)
     if layout.stage and not layout.float_rows:
         # The copy of its share that the optimizer steps with comes later, when the activations are gone.
         temporary += max(0.0, 4 * learnt / layout.shards - stored - head)
@@ -162,33 +158,66 @@ def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
     return Memory(weights, gradients, moments, stored, head, temporary, others, base)
 
 
+def _whole(a: Architecture, layout: Layout, portion: Portion, stored: float, head: float) -> Iterator[float]:
+    """Bytes beside a rank's states and what forwards have ``stored`` under DDP and ZeRO, at each of the peaks."""
+    learnt, projected, embedded = learnt_elements(a, layout, portion), *_table_gradients(a, layout, portion)
+    # The buckets that gradients are exchanged in; on CUDA all of their memory, and at stages 1 and 2 one fills meanwhile.
+    size = BUCKET * (1 + (layout.stage < 3)) if layout.cuda else min(learnt, BUCKET)
+    bucket = layout.working * size if layout.stage else 0.0
+    # The gradient of a tied table waits for that of its other use.
+    waits = projected if a.tie_word_embeddings else 0.0
+    # At stage 2 buckets last as long as a backward, behind which a micro-batch's share is laid out and added.
+    shares = 8 * learnt / layout.shards if layout.stage == 2 else 0.0
+    yield head + (0.0 if layout.stage == 2 else bucket)
+    yield bucket + waits + backward(a, layout)
+    yield bucket + waits + max(embedded, shares) - stored
+
+
+def _sharded(a: Architecture, layout: Layout, portion: Portion, stored: float, head: float) -> Iterator[float]:
+    """The same under FSDP, with the weights that are gathered: those around the blocks from the first forward to the end."""
+    learnt, working = learnt_elements(a, layout, portion), layout.working
+    projected, embedded = _table_gradients(a, layout, portion)
+    block, tables = portion.block(layout), working * portion.tables * layout.reshard
+    # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
+    casts = 2.0 * (layout.compute == 2 and not layout.low_precision_weights)
+    graph = casts * (learnt - (0 if layout.adapters else portion.tables)) * (layout.recompute is not Recompute.full)
+    yield head + tables + graph
+    # A block, and the next one in the buffer that it arrives in.
+    gathered = tables + 2 * working * block * layout.reshard + (graph or casts * block)
+    trained = learnt / portion.elements
+    whole = projected * layout.reshard
+    freed = activations(a, layout) / a.num_hidden_layers
+    yield gathered + whole + max(backward(a, layout), _exchanging(layout, portion, trained, backward(a, layout)) - freed)
+    if layout.reshard and not layout.adapters:
+        waits = projected if a.tie_word_embeddings else 0.0
+        yield tables + projected + waits + embedded - stored
+        # Gathered tables are free when their gradients are laid out in float32, exchanged, and cut; one rank divides a copy.
+        rows = 1 / layout.shards + (layout.shards == 1)
+        yield 4 * portion.tables * (1 + rows) + max(projected, embedded) - stored
+
+
+def _table_gradients(a: Architecture, layout: Layout, portion: Portion) -> tuple[float, float]:
+    """Bytes of the gradients of projection and embedding, where a stage has them."""
+    size = table_gradient(a, layout)
+    sparse = a.tie_word_embeddings and not layout.cuda and layout.pipeline == 1
+    return size * portion.last, size * portion.first * (not sparse)
+
+
 def _exchanged(layout: Layout, portion: Portion, learnt: float, packed: float) -> float:
-    """Bytes that DDP and ZeRO need beside a rank's states: casts, buckets, gathered weights."""
+    """Bytes that DDP and ZeRO need all the time beside a rank's states: casts, gathered weights, wider gradients."""
     count, block, table = portion.elements, portion.block(layout), portion.tables
     needed = 0.0
     if layout.compute == 2 and not layout.low_precision_weights:
-        # Autocast keeps a cast of every trained weight for the length of a step; under ZeRO-3 of the block that it is in.
-        # Casts of frozen float32 weights live in the graph.
-        needed += 2.0 * (learnt if layout.stage < 3 else count - packed if layout.adapters else block)
-    if layout.stage:
-        # The bucket that gradients are exchanged in; on CUDA another one fills meanwhile.
-        needed += (1 + layout.cuda) * 4 * min(learnt, BUCKET)
+        # Autocast keeps a cast of every trained matrix for the length of a step; under ZeRO-3 of the block that it is in.
+        # Casts of frozen float32 weights live in the graph. Of the tables none reads a cast that lasts.
+        whole = learnt - (0 if layout.adapters else table)
+        needed += 2.0 * (whole if layout.stage < 3 else count - packed if layout.adapters else block)
+    if layout.stage >= 2 and layout.low_precision_weights:
+        needed += 2 * learnt / layout.shards  # gradients add up in float32
     if layout.stage == 3:
         live = max(live_parameters(layout.cuda), 2 * block + table)
-        needed += (2 if layout.low_precision_weights else 4) * min(count - packed, live) + min(packed / 2, live)
+        needed += layout.working * min(count - packed, live) + min(packed / 2, live)
     return needed
-
-
-def _gathered(layout: Layout, portion: Portion, learnt: float) -> float:
-    """Bytes that FSDP gathers beside a rank's rows.
-
-    All that is around the blocks for a step; of the blocks one, and the next in the buffer that it arrives in.
-    """
-    working, block = (2 if layout.low_precision_weights else 4), portion.block(layout)
-    arriving = working * (2 * block + portion.tables) if layout.reshard else 0.0
-    # Autocast's casts are part of what the backward reads, of every block that it does not compute again.
-    casts = layout.compute == 2 and not layout.low_precision_weights
-    return arriving + (2 * (block if layout.recompute is Recompute.full else learnt) if casts else 0)
 
 
 def _exchanging(layout: Layout, portion: Portion, part: float, needed: float) -> float:
@@ -198,7 +227,7 @@ def _exchanging(layout: Layout, portion: Portion, part: float, needed: float) ->
     behind it add up: it is there until the next one goes out.
     """
     trained = part * portion.block(layout)
-    return max(needed, trained * (2 if layout.low_precision_weights else 4)) + 4 * trained * layout.reshard
+    return max(needed, trained * layout.working) + 4 * trained * layout.reshard
 
 
 def fit(a: Architecture, layout: Layout, limit: float | None) -> Layout:

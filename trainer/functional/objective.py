@@ -61,8 +61,8 @@ class CrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[group] = gradient @ compute
                 if wants_weight:
-                    product = gradient.T @ states
-                    grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+                    grad_weight = _added(grad_weight, gradient.T @ states)
+                del gradient  # or two groups' would meet
             if wants_weight and grad_weight is None:
                 grad_weight = torch.zeros_like(weight, dtype=torch.float32)
             parts = [slice(None)] if in_place else partition(len(ids), weight, dtype, rows)
@@ -81,6 +81,11 @@ class CrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 7
+
+
+def _added(total: Tensor | None, product: Tensor) -> Tensor:
+    """A float32 sum, whose first part is ``product``."""
+    return product.float() if total is None else total.add_(product)
 
 
 class Objective:
@@ -184,6 +189,7 @@ def eager_gradient(
             torch.addcmul(even[part, None], probabilities, factor[:, None], out=scores[part])
         else:
             torch.mul(probabilities, factor[:, None], out=scores[part])
+        del probabilities  # or two blocks' would meet
     # From float32: near 1 the difference of p and 1 is lost to a shorter format.
     at_target = ((chosen - lse).exp() * (1 + 2 * z * lse) - (1 - s)) * scale + even
     scores.scatter_(1, target, at_target[:, None].to(scores.dtype))

@@ -117,6 +117,7 @@ def part_of_gradient(
         mean[rows] = every.parts[-1].sum(0) / part.size if s else every.chosen
         factor = (1 + 2 * z * lse[rows]) * scale[rows] * (total * every.share[part.rank] / every.total)
         torch.addcmul(even[rows, None], probabilities, factor[:, None], out=own)
+        del probabilities  # or two blocks' would meet
     # From float32: near 1 the difference of p and 1 is lost to a shorter format.
     at_target = (((chosen - lse).exp() * (1 + 2 * z * lse) - (1 - s)) * scale + even).to(scores.dtype)
     target = target[:, None]
