@@ -32,6 +32,8 @@ COUNTS_ELEMENTS = {"nonzero", "masked_select", "unique_dim", "_unique2", "is_non
 
 asking: list[Asked] = []
 """What counts now."""
+answers: list[int] = [1]
+"""The last one is what the device answers where the host asks for a number."""
 pinned: dict[int, torch.Tensor] = {}
 """Host memory that copies need not wait for, by its storage; held, so that no other storage takes its place."""
 
@@ -168,8 +170,9 @@ class Asked(TorchDispatchMode):
             return 1.0 if name == "_local_scalar_dense" else func(*args, **kwargs)
         if name == "_local_scalar_dense":
             self._stalls(".item()")
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
-        if name in COUNTS_ELEMENTS or (name == "repeat_interleave" and func._overloadname == "Tensor"):
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else answers[-1])
+        counts = name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None
+        if name in COUNTS_ELEMENTS or counts:
             self._stalls(name)
         if name == "nonzero":
             return args[0].new_empty((max(1, args[0].numel() // 2), args[0].dim()), dtype=torch.int64)
@@ -179,7 +182,7 @@ class Asked(TorchDispatchMode):
             self._copied(tensors[0], device, kwargs.get("non_blocking", False))
             if device == "cpu":
                 with unset_fake_temporarily():
-                    return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+                    return torch.full(tensors[0].shape, answers[-1], dtype=kwargs.get("dtype") or tensors[0].dtype)
         if name == "copy_" and tensors[0].device.type != tensors[1].device.type:
             quietly = bool(kwargs.get("non_blocking", False) or (len(args) > 2 and args[2]))
             self._copied(tensors[1], tensors[0].device.type, quietly, into=tensors[0])

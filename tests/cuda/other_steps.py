@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,8 +28,9 @@ from trainer.diagnostics.memory import memory
 from trainer.generation.decode_graph import FixedDecoder
 from trainer.generation.decoding import Decoding
 from trainer.generation.sampling import Sampling
+from trainer.models.architecture import Architecture
 from trainer.models.recompute import Recompute
-from trainer.models.transformer import Transformer, narrow_stream
+from trainer.models.transformer import Transformer
 from trainer.parallel import distributed
 from trainer.parallel.ddp import DDP
 from trainer.parallel.fsdp import FSDP
@@ -38,6 +41,7 @@ from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.dpo import DPO
 from trainer.pipelines.pretrain import Pretrain
 from trainer.pipelines.sft import SFT
+from trainer.settings import BatchSizes
 
 
 class CountedDecoder(FixedDecoder):
@@ -74,34 +78,38 @@ def decoded(**filters: float) -> dict[str, Any]:
     return {"graph": decoder.asked.report(), **beside}
 
 
+def packed_rows(size: int, length: int = 512) -> Batch:
+    """Rows of one document each."""
+    ids, documents = torch.zeros(size, length, dtype=torch.int64), Documents.from_lengths([length] * size, size)
+    real = torch.tensor(float(size * length), dtype=torch.float64)
+    return PackedRows(torch.arange(size), ids, documents, real, ids, torch.ones(size, length))
+
+
 def used(
     recompute: Recompute,
     precision: Precision = BF16,
     strategy: Strategy | None = None,
     *,
-    qk_norm: str = "",
     size: int = 32,
+    module: Callable[[Architecture], Any] | None = None,
+    **features: Any,
 ) -> dict[str, float]:
-    """The most bytes that lived on the device in a step, and the estimate of them."""
+    """The most bytes that lived on the device in a step, and the estimate of them.
+
+    ``module``: builds a rank's part of a model; None = all of it.
+    """
     strategy = strategy or DDP()
-    a = architecture(
-        num_hidden_layers=4, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, vocab_size=1024, qk_norm=qk_norm,
-    )  # fmt: skip
-    length = 512
+    a = architecture(**{
+        "num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 1024, **features,
+    })  # fmt: skip
 
-    def batch() -> Batch:
-        ids, documents = torch.zeros(size, length, dtype=torch.int64), Documents.from_lengths([length] * size, size)
-        real = torch.tensor(float(size * length), dtype=torch.float64)
-        return PackedRows(torch.arange(size), ids, documents, real, ids, torch.ones(size, length))
+    def build() -> Any:
+        return Transformer(a, recompute) if module is None else module(a)
 
-    asked = step(Pretrain(), batch, lambda: Transformer(a, recompute), strategy=strategy, precision=precision)
-    layout = Layout(
-        stage=strategy.stage, ranks=distributed.world().size, compute=precision.dtype.itemsize, micro=size,
-        low_precision_weights=strategy.low_precision_weights(precision, cuda=True), length=length, recompute=recompute,
-        stream=2 if narrow_stream("cuda", precision.dtype) else 4, float_rows=strategy.float_rows,
-        reshard=getattr(strategy, "reshard", True),
-    )  # fmt: skip
+    asked = step(Pretrain(), lambda: packed_rows(size), build, strategy=strategy, precision=precision)
+    batch = BatchSizes(size=2 * size * distributed.world().data.size, micro=size, length=512)
+    layout = Layout.of(strategy, precision, batch, distributed.world().size, cuda=True, recompute=recompute)
     return {"used": asked["peak_bytes"], "estimate": memory(a, layout).total}
 
 
@@ -111,10 +119,13 @@ class Exchanged:
     def wait(self, *_: Any) -> None:
         pass
 
+    def is_completed(self) -> bool:
+        return True
+
 
 EXCHANGES = (
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "barrier", "broadcast",
-    "reduce_scatter_single", "reduce_scatter_tensor",
+    "irecv", "isend", "reduce_scatter_single", "reduce_scatter_tensor", "send",
 )  # fmt: skip
 
 
@@ -142,13 +153,19 @@ def lay_out(shape: MeshShape) -> None:
     Mesh.of(shape)
 
 
+@contextmanager
+def laid_out(shape: MeshShape) -> Iterator[None]:
+    """Let the two ranks be divided for a while."""
+    lay_out(shape)
+    yield
+    lay_out(MeshShape())
+
+
 def divided(**axes: int) -> dict[str, Any]:
     """A step on two ranks that divide one model."""
     strategy = FSDP(**axes)
-    lay_out(strategy.mesh)
-    asked = step(Pretrain(), rows, strategy=strategy)
-    lay_out(MeshShape())
-    return asked
+    with laid_out(strategy.mesh):
+        return step(Pretrain(), rows, strategy=strategy)
 
 
 def pretend_deepspeed() -> None:

@@ -1,5 +1,6 @@
 """The bytes that a step exchanges, as the profiler sees them, are those of the formulas."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -19,10 +20,12 @@ from trainer.loop import train_step
 from trainer.metrics import Metrics
 from trainer.models.initial import initial
 from trainer.models.recompute import Recompute
+from trainer.models.stage import keep_stage
 from trainer.models.transformer import Transformer
 from trainer.optim import AdamW
 from trainer.parallel.ddp import DDP
 from trainer.parallel.fsdp import FSDP
+from trainer.parallel.mesh import Mesh
 from trainer.parallel.precision import Compute, Precision
 from trainer.parallel.zero import Zero1, Zero2, Zero3
 from trainer.pipelines.base import Models
@@ -43,7 +46,8 @@ MIXTURE = architecture(
     vocab_size=128, family="qwen3_moe", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, experts=8, experts_per_token=2, expert_size=32, tie_word_embeddings=False,
 )  # fmt: skip
-SHAPES = {"expert": MIXTURE, "sequence": DENSE, "tensor": DENSE}
+TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
+SHAPES = {"expert": MIXTURE, "pipeline": TIED, "sequence": DENSE, "tensor": DENSE}
 
 
 def counted() -> dict[str, dict[str, int]]:
@@ -135,6 +139,7 @@ def moved(axis: str, recompute: Recompute) -> Counter[str]:
     strategy = FSDP(**{axis: 2})
     with strategy.construction():
         model = Transformer(SHAPES[axis], recompute)
+        keep_stage(model, Mesh.of(strategy.mesh).pipeline)
     strategy.place(model, model.model.layers, Precision())
     for name, parameter in model.named_parameters():
         strategy.fill(parameter, initial(name, strategy.shape_of(parameter), 0, 0.1, 2))

@@ -168,7 +168,7 @@ def _whole(a: Architecture, layout: Layout, portion: Portion, stored: float, hea
     waits = projected if a.tie_word_embeddings else 0.0
     # At stage 2 buckets last as long as a backward, behind which a micro-batch's share is laid out and added.
     shares = 8 * learnt / layout.shards if layout.stage == 2 else 0.0
-    yield head + (0.0 if layout.stage == 2 else bucket)
+    yield head + (0.0 if layout.stage == 2 and layout.cuda else bucket)
     yield bucket + waits + backward(a, layout)
     yield bucket + waits + max(embedded, shares) - stored
 
@@ -187,7 +187,9 @@ def _sharded(a: Architecture, layout: Layout, portion: Portion, stored: float, h
     trained = learnt / portion.elements
     whole = projected * layout.reshard
     freed = activations(a, layout) / a.num_hidden_layers
-    yield gathered + whole + max(backward(a, layout), _exchanging(layout, portion, trained, backward(a, layout)) - freed)
+    yield (
+        gathered + whole + max(backward(a, layout), _exchanging(layout, portion, trained, backward(a, layout)) - freed)
+    )
     if layout.reshard and not layout.adapters:
         waits = projected if a.tie_word_embeddings else 0.0
         yield tables + projected + waits + embedded - stored

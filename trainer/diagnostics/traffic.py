@@ -135,10 +135,11 @@ def _expert(a: Architecture, layout: Layout, portion: Portion, group: Group) -> 
 
 
 def _pipeline(a: Architecture, layout: Layout, portion: Portion, group: Group) -> Iterator[Exchange]:
-    """States to the next stage and gradients to the one before; once a step the gradient of a tied table."""
-    states = layout.tokens * a.hidden_size * layout.stream
-    yield Exchange("pipeline", "send", "states and gradients", states, 2 * layout.micro_batches, 1, group)
+    """States to the next stage and gradients to the one before, of which the ends send one; once a step the gradient of a
+    tied table, from either end to the other."""
+    states, ways = layout.tokens * a.hidden_size * layout.stream, min(2, layout.pipeline - 1)
+    yield Exchange("pipeline", "send", "states and gradients", states, ways * layout.micro_batches, 1, group)
     if a.tie_word_embeddings:
         ends = Group(min(2, group.size), 1 if group.nodes > 1 else min(2, group.size))
         table = 4 * portion.tables / layout.shards
-        yield Exchange("pipeline", "all_reduce", "gradient of the tied table", table, 1, 1, ends)
+        yield Exchange("pipeline", "send", "gradient of the tied table", table, 1, 1, ends)

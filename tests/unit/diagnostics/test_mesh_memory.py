@@ -76,14 +76,26 @@ def test_activations_that_sequence_ranks_divide_are_all_but_shared_keys():
 
 
 def test_the_loss_divides_the_vocabulary_over_sequence_and_tensor():
-    # 64 tokens of 2000 of 32,000 words: logits and their gradient below the sizes of blocks; a table cast to bf16 with a
-    # float32 gradient, of which tensor ranks have a quarter; float32 gradients of hidden states that are there whole, and
-    # the bf16 states that were joined.
+    # 64 tokens of 2000 of 32,000 words are few: most is there when the float32 gradient of a part of the table, and its cast
+    # to bf16, become that of the rows which a tensor rank has; beside the gradient of hidden states, before and behind the
+    # loss's own factor, and the states that were joined, in bf16.
     small = {"length": 64}
-    own = 1.5 * 4 * 64 * 2000 + 2 * 64 * 2000 + 32000 * 4096 / 4 * 6 + (4 + 2) * 64 * 4096
+    own = (4 + 2) * TABLE / 16 + 2 * TABLE / 4 + 3 * 2 * 64 * 4096
     assert loss(SEVEN, rows(16, sequence=4, tensor=4, **small)) == pytest.approx(own)
-    alone = 1.5 * 4 * 64 * 32000 + 2 * 64 * 32000 + 32000 * 4096 * 6 + 4 * 64 * 4096
-    assert loss(SEVEN, rows(1, **small)) == pytest.approx(alone)
+    # Alone when the product of logits' gradients and states in bf16 is added to the float32 gradient.
+    assert loss(SEVEN, rows(1, **small)) == pytest.approx((4 + 2) * TABLE + 2 * 64 * 32000 + 2 * 64 * 4096)
+
+
+def test_the_loss_of_many_tokens_is_a_block_of_logits_beside_a_group_of_gradients():
+    # 16,384 tokens of 32,000 words in bf16: 512 MiB of float32 logits and their softmax, and all gradients (under 1 GiB).
+    states = 2 * 16384 * 4096
+    assert loss(SEVEN, rows(1, length=16384)) == 2 * 2**29 + 2 * 16384 * 32000 + states
+    # In float16 logits are float32 from the start; their gradients are 2 GiB, two groups, whose products add up.
+    wide = rows(1, length=16384, wide_loss=True, low_precision_weights=False)
+    assert loss(SEVEN, wide) == 2**29 + 2**30 + 4 * TABLE + states
+    # A float32 table is cast to bf16, where the loss is in bf16.
+    narrow = dataclasses.replace(wide, wide_loss=False)
+    assert loss(SEVEN, narrow) == 2 * 2**29 + 2 * 16384 * 32000 + 2 * TABLE + states
 
 
 def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages():
@@ -96,7 +108,7 @@ def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages():
     assert memory(SEVEN, ahead).activations == activations(SEVEN, ahead)
     assert memory(SEVEN, few).activations == activations(SEVEN, few) / 2
     # With next to no activations and a large vocabulary the last stage needs more: it has the loss.
-    large, short = dataclasses.replace(SEVEN, vocab_size=128256), dataclasses.replace(ahead, length=64)
+    large, short = dataclasses.replace(SEVEN, vocab_size=128256), dataclasses.replace(ahead, length=64, ranks=16)
     assert memory(large, short).loss == loss(large, short) > 0
 
 
@@ -110,13 +122,13 @@ def test_expert_ranks_hold_as_much_and_gather_less():
     alone, divided = (rows(8, expert=e) for e in (1, 8))
     needs = [memory(EXPERTS, spread) for spread in (alone, divided)]
     assert needs[0].parameters == needs[1].parameters == pytest.approx(4 * parameters_of(EXPERTS) / 8)
-    # A layer's experts are 604 million elements: a bf16 copy, and the next one on its way. Gradients of a layer in bf16, and
-    # of the one behind it in float32, need more than the loss did before and what that layer had read, where they are whole.
-    layer = 128 * 3 * 2048 * 768
-    [portion] = portions(EXPERTS, alone)
-    gradients = (2 + 4) * portion.block(alone) - activations(EXPERTS, alone) / 48 - loss(EXPERTS, alone)
-    assert gradients > 0
-    assert needs[0].temporary - needs[1].temporary == pytest.approx(layer * 7 / 8 * 2 * 2 + gradients)
+    # Alone most is there in a block's backward: two bf16 copies of a layer, its gradient in bf16, and that of the one behind
+    # it in float32, beside the gathered tables and the gradient of one of them; what the layer had read is free.
+    table, [portion] = 151936 * 2048, portions(EXPERTS, alone)
+    backward = 2 * 2 * table + 2 * table + (2 * 2 + 2 + 4) * portion.block(alone) - activations(EXPERTS, alone) / 48
+    assert needs[0].loss + needs[0].temporary == pytest.approx(backward)
+    # An eighth of the experts are few beside the loss.
+    assert needs[1].temporary == 2 * 2 * table
 
 
 @pytest.mark.parametrize("axis", ["tensor", "sequence", "pipeline"])
