@@ -105,8 +105,8 @@ def loss(a: Architecture, layout: Layout) -> float:
     logits = wide + group + cast + 4 * weight * (learnt and several)
     product = group + cast + learnt * (4 * weight + layout.logit * weight * (narrow or several))
     # Of a part of a table first its own gradient, then one of the table's shape.
-    whole = layout.table * a.vocab_size * a.hidden_size / layout.tensor * (layout.sequence > 1)
-    gradient = learnt * ((4 + layout.table * (layout.table != 4)) * weight + whole) + states
+    of_table = layout.table * a.vocab_size * a.hidden_size / layout.tensor * (layout.sequence > 1)
+    gradient = learnt * ((4 + layout.table * (layout.table != 4)) * weight + of_table) + states
     joined = layout.compute * tokens * a.hidden_size * (layout.sequence > 1)
     return float(max(logits, product, gradient) + states + joined)
 

@@ -139,7 +139,9 @@ def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
     if layout.float_rows:
         temporary = max(_sharded(a, layout, portion, stored, head)) - head
     else:
-        temporary = max(_whole(a, layout, portion, stored, head)) - head + _exchanged(layout, portion, learnt, packed)
+        temporary = (
+            max(_undivided(a, layout, portion, stored, head)) - head + _exchanged(layout, portion, learnt, packed)
+        )
     if layout.stage and not layout.float_rows:
         # The copy of its share that the optimizer steps with comes later, when the activations are gone.
         temporary += max(0.0, 4 * learnt / layout.shards - stored - head)
@@ -158,7 +160,7 @@ def _memory(a: Architecture, layout: Layout, portion: Portion) -> Memory:
     return Memory(weights, gradients, moments, stored, head, temporary, others, base)
 
 
-def _whole(a: Architecture, layout: Layout, portion: Portion, stored: float, head: float) -> Iterator[float]:
+def _undivided(a: Architecture, layout: Layout, portion: Portion, stored: float, head: float) -> Iterator[float]:
     """Bytes beside a rank's states and what forwards have ``stored`` under DDP and ZeRO, at each of the peaks."""
     learnt, projected, embedded = learnt_elements(a, layout, portion), *_table_gradients(a, layout, portion)
     # The buckets that gradients are exchanged in; on CUDA all of their memory, and at stages 1 and 2 one fills meanwhile.
@@ -185,10 +187,12 @@ def _sharded(a: Architecture, layout: Layout, portion: Portion, stored: float, h
     # A block, and the next one in the buffer that it arrives in.
     gathered = tables + 2 * working * block * layout.reshard + (graph or casts * block)
     trained = learnt / portion.elements
-    whole = projected * layout.reshard
+    waiting = projected * layout.reshard
     freed = activations(a, layout) / a.num_hidden_layers
     yield (
-        gathered + whole + max(backward(a, layout), _exchanging(layout, portion, trained, backward(a, layout)) - freed)
+        gathered
+        + waiting
+        + max(backward(a, layout), _exchanging(layout, portion, trained, backward(a, layout)) - freed)
     )
     if layout.reshard and not layout.adapters:
         waits = projected if a.tie_word_embeddings else 0.0
@@ -212,8 +216,8 @@ def _exchanged(layout: Layout, portion: Portion, learnt: float, packed: float) -
     if layout.compute == 2 and not layout.low_precision_weights:
         # Autocast keeps a cast of every trained matrix for the length of a step; under ZeRO-3 of the block that it is in.
         # Casts of frozen float32 weights live in the graph. Of the tables none reads a cast that lasts.
-        whole = learnt - (0 if layout.adapters else table)
-        needed += 2.0 * (whole if layout.stage < 3 else count - packed if layout.adapters else block)
+        matrices = learnt - (0 if layout.adapters else table)
+        needed += 2.0 * (matrices if layout.stage < 3 else count - packed if layout.adapters else block)
     if layout.stage >= 2 and layout.low_precision_weights:
         needed += 2 * learnt / layout.shards  # gradients add up in float32
     if layout.stage == 3:
