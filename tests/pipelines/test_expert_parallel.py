@@ -29,8 +29,16 @@ RUNS = {
         "pipeline=dpo", "data=preference", "data.train=[../pairs.jsonl]", "data.eval=[../pairs.jsonl]", *test_dpo.QUIET,
         *test_dpo.SMALL, "pipeline.reference=model",
     ],
+    "reward": [
+        "pipeline=reward", "data=preference", "data.train=[../pairs.jsonl]", "data.eval=[../pairs.jsonl]", *test_dpo.QUIET,
+        *test_dpo.SMALL,
+    ],
     "ppo": [
         "data.train=[../prompts.jsonl]", "data.eval=[../prompts.jsonl]", *test_ppo.SMALL, *test_ppo.VOWELS, "steps=8",
+    ],
+    "grpo": [
+        "data.train=[../prompts.jsonl]", "data.eval=[../prompts.jsonl]", *test_ppo.SMALL, *test_ppo.VOWELS[:2],
+        *test_ppo.KINDS["grpo"], "steps=4",
     ],
 }  # fmt: skip
 
