@@ -88,7 +88,8 @@ class Stages:
             with torch.device("meta"):
                 model = Transformer(a)
             keep_stage(model, Axis(stage, 2))
-            self.parameters.append([[n, list(p.shape), str(p.dtype), True] for n, p in model.named_parameters()])
+            own = [[n, list(p.shape), str(p.dtype), True] for n, p in model.named_parameters()]
+            self.parameters.append([own, []])  # and its buffers
 
 
 def built(a: Architecture, recompute: Recompute = Recompute.none) -> Transformer:
