@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.data.shared_beginnings import common_length
 from trainer.functional import At, Head, logits
 from trainer.generation.cache import BlockDecode, Cache, ChunkedPrefill, PackedPrefill
 from trainer.generation.completion import RunningSequence
@@ -137,7 +138,7 @@ class Decoding:
             if len(prompt) > CHUNK:
                 self._prefill_long(slot)
                 continue
-            both = common_beginning(self.running[chunk[0]].prompt[:shared], prompt) if chunk else 0
+            both = common_length(self.running[chunk[0]].prompt[:shared], prompt) if chunk else 0
             if chunk and (size + len(prompt) > ATTENDED or size + len(prompt) - len(chunk) * both > CHUNK):
                 self._prefill_chunk(chunk, shared)
                 chunk, size = [], 0
@@ -206,8 +207,3 @@ class Decoding:
             if self._decoder is not None:
                 self._decoder.stale = True
         yield from grown
-
-
-def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
