@@ -162,6 +162,7 @@ def ranks(tmp_path_factory) -> Callable[[str], list[dict[str, Any]]]:
     return cache(lambda shape: on_ranks(4, tried, folder, shape))
 
 
+@cache
 def alone(shape: str) -> np.ndarray:
     """Losses and norms ``(STEPS, 2)`` of one rank."""
     run = Trained(shape, "ddp")
