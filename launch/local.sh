@@ -24,7 +24,15 @@ fi
 host="${master%%:*}" port="${master##*:}"
 if [ "$port" = "$master" ]; then
   [ "$nodes" -eq 1 ] || { echo "launch/local.sh: --master $master names no port, and several nodes need one; use $master:29500" >&2; exit 2; }
-  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  # Below the ports that connections are given, which one of them could take before torchrun does.
+  port=$(python -c '
+import random, socket
+while True:
+    port = random.randrange(20000, 30000)
+    with socket.socket() as s:
+        if s.connect_ex(("127.0.0.1", port)):
+            break
+print(port)')
 elif [ "$node_rank" -eq 0 ] && ! python -c "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('', $port))" 2>/dev/null; then
   echo "launch/local.sh: port $port of --master $master is in use; choose another" >&2; exit 2
 fi

@@ -2,11 +2,11 @@
 
 import os
 import queue
-import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing import forkserver as server
 from typing import Any
 
@@ -14,13 +14,19 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from trainer.jobs.process import reserved_port
 from trainer.parallel import distributed
+
+_reserved: deque[ExitStack] = deque(maxlen=256)
+"""So that a port is nobody else's, however long its ranks take to start."""
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody else is given until 256 more were asked for."""
+    if len(_reserved) == _reserved.maxlen:
+        _reserved[0].close()
+    _reserved.append(ExitStack())
+    return _reserved[-1].enter_context(reserved_port())
 
 
 _ports: list[int] = []

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.command import ROOT, TINY, environment, metrics
+from tests.ranks import free_port
 
 RUN = [*TINY, "steps=6", "optimizer.lr=0.003"]
 
@@ -33,12 +34,6 @@ def test_torchrun_and_deepspeed_give_the_same_losses(strategy, tmp_path):
     losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in "ab"]
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_a_port_in_use_is_named(tmp_path):

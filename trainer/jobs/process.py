@@ -38,13 +38,30 @@ class ExitStatus:
     signalled: bool
 
 
-def places(ranks: int) -> list[Place]:
-    """Places for ``ranks`` new ranks on this machine; this process's own where it is one of several ranks or one is asked."""
+@contextmanager
+def places(ranks: int) -> Iterator[list[Place]]:
+    """Places for ``ranks`` new ranks on this machine, which have a port to meet at for so long.
+
+    This process's own place where it is one of several ranks or one is asked.
+    """
     own = place()
     if own.size > 1 or ranks == 1:
-        return [own]
-    master = ("127.0.0.1", _free_port())
-    return [Place(rank, ranks, rank, master) for rank in range(ranks)]
+        yield [own]
+        return
+    with reserved_port() as port:
+        yield [Place(rank, ranks, rank, ("127.0.0.1", port)) for rank in range(ranks)]
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that a server may listen on meanwhile, and that nobody else is given: neither connections nor who asks for any.
+
+    It stays bound, but is not listened on: a server that allows the reuse of addresses, as torch's store does, binds it, too.
+    """
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("", 0))
+        yield int(s.getsockname()[1])
 
 
 def run_ranks(
@@ -142,9 +159,3 @@ def _signals_passed_on(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[l
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])

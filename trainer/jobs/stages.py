@@ -68,10 +68,10 @@ def _run_stage(life: Lifecycle, stage: Stage, ranks: int) -> bool:
     arguments, folder = stage.command(life.places(stage.name)), Path(life.stages[stage.name]["run_dir"])
     print(f"{stage.name}: python {shlex.join(arguments)}", flush=True)
     try:
-        with Display(stage.name, folder) as display:
+        with Display(stage.name, folder) as display, places(ranks if stage.run is not None else 1) as here:
             ended = run_ranks(
                 arguments,
-                places(ranks if stage.run is not None else 1),
+                here,
                 lambda _: file,
                 environment=stage_environment(ranks),
                 while_running=display.update,

@@ -183,9 +183,10 @@ def _run(arguments: Sequence[str], logs: Path, ranks: int) -> int:
     """The exit code of a point: of this task's rank where it is a job of several, else of ``ranks`` that are started here."""
     job = os.environ.get("SLURM_JOB_ID", os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())))
     failed = logs / f"failed-{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    code = run_ranks(
-        arguments, places(ranks), lambda where: logs / f"rank{where.rank}.log", failed_elsewhere=failed.exists
-    ).code
+    with places(ranks) as here:
+        code = run_ranks(
+            arguments, here, lambda where: logs / f"rank{where.rank}.log", failed_elsewhere=failed.exists
+        ).code
     if place().size > 1 and code not in (0, stopping.EXIT_CODE):
         failed.touch()  # the ranks that wait for this one are in other tasks
     return code

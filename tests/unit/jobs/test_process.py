@@ -2,8 +2,12 @@
 
 import os
 import signal
+import socket
 import threading
 import time
+
+import pytest
+from torch.distributed import TCPStore
 
 from trainer.jobs import process
 from trainer.jobs.process import ExitStatus, places, run_ranks
@@ -22,23 +26,36 @@ IGNORE = (
 
 
 def test_every_rank_knows_its_place_and_has_a_log_of_its_own(tmp_path):
-    status = run_ranks(["-c", TELL], places(2), lambda where: tmp_path / "logs" / f"rank{where.rank}.log")
+    with places(2) as here:
+        status = run_ranks(["-c", TELL], here, lambda where: tmp_path / "logs" / f"rank{where.rank}.log")
     assert status == ExitStatus(0, signalled=False)
     assert [(tmp_path / "logs" / f"rank{n}.log").read_text() for n in (0, 1)] == ["0 of 2 2\n", "1 of 2 2\n"]
+
+
+def test_the_port_that_ranks_meet_at_is_theirs_alone():
+    with places(2) as here, socket.socket() as other:
+        port = here[0].master[1]
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, 1, is_master=True, wait_for_workers=False)
+        store.set("step", "3")
+        assert store.get("step") == b"3"
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "GRACE", 0.2)
     started = time.monotonic()
-    assert run_ranks(["-c", FAIL_OR_SLEEP], places(2), lambda _: tmp_path / "log").code == 3
+    with places(2) as here:
+        assert run_ranks(["-c", FAIL_OR_SLEEP], here, lambda _: tmp_path / "log").code == 3
     assert time.monotonic() - started < 30
 
 
 def test_a_failure_that_another_process_saw_ends_the_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "GRACE", 0.2)
-    status = run_ranks(
-        ["-c", "import time; time.sleep(60)"], places(1), lambda _: tmp_path / "log", failed_elsewhere=lambda: True
-    )
+    with places(1) as here:
+        status = run_ranks(
+            ["-c", "import time; time.sleep(60)"], here, lambda _: tmp_path / "log", failed_elsewhere=lambda: True
+        )
     assert status.code == -signal.SIGKILL
 
 
@@ -51,7 +68,8 @@ def terminated_when_ready(tmp_path, script: str, **options) -> ExitStatus:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    return run_ranks(["-c", script], places(1), lambda _: tmp_path / "log", **options)
+    with places(1) as here:
+        return run_ranks(["-c", script], here, lambda _: tmp_path / "log", **options)
 
 
 def test_a_signal_is_passed_on_and_the_ranks_may_save(tmp_path):
