@@ -1,20 +1,26 @@
 """What only FSDP does: birth in shards, blocks gathered one at a time, and what it must refuse."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import on_ranks
 from tests.small_run import Net, Run, same
+from trainer.batch import Documents
+from trainer.functional import logits
 from trainer.models.actor_critic import ActorCritic, ValueHead, of_policy
 from trainer.models.load import Model, ModelLoader
 from trainer.optim import AdamW
 from trainer.parallel import distributed
 from trainer.parallel.fsdp import FSDP
 from trainer.parallel.precision import Precision
+from trainer.parallel.sharding import RowSums
 from trainer.parallel.strategy import Offload
 
 SHAPE = Model(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -116,6 +122,51 @@ def test_only_what_is_asked_for_is_gathered():
     for policy, everything in on_ranks(2, gathered_parts):
         assert [name for name in everything if name not in policy] == ["critic.weight"]
         assert "model.layers.1.mlp.up_proj.weight" in policy
+
+
+class Gathers(TorchDispatchMode):
+    """Notes when a gather begins, among what else happens."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname == "_allgather_base_":
+            self.events.append("gather")
+        return func(*args, **(kwargs or {}))
+
+
+def order_of_a_forward() -> list[str]:
+    load = ModelLoader(replace(SHAPE, num_hidden_layers=3), FSDP(), 0, 50)
+    model, events = load.load(), list[str]()
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, number=number: events.append(f"block {number}"))
+    with Gathers(events):
+        model(torch.arange(8)[None], Documents.from_lengths([8], 1), logits)
+    return events
+
+
+def test_a_block_is_gathered_while_the_one_before_it_computes():
+    for events in on_ranks(2, order_of_a_forward):
+        assert events == ["gather"] * 3 + ["block 0", "gather", "block 1", "block 2"]
+
+
+def sums_of_rows() -> tuple[list[float], list[float]]:
+    """What a rank sends, a million or a tenth, whose sum depends on the order; and what it gets."""
+    rank, sums = distributed.world().rank, RowSums()
+    sent = sums.allocate((6,), dtype=torch.float32, device=torch.device("cpu"))
+    sent.copy_(torch.tensor([1e6, -1e6, 0.1])[rank] + torch.arange(6) // 2)
+    received = sums.allocate((2,), dtype=torch.float32, device=sent.device)
+    sums(received, sent, dist.group.WORLD, dist.ReduceOp.SUM)
+    return sent.tolist(), received.tolist()
+
+
+def test_rows_are_added_up_in_the_order_of_the_ranks():
+    every = on_ranks(3, sums_of_rows)
+    sent = [torch.tensor(values).view(3, 2) for values, _ in every]
+    for rank, (_, received) in enumerate(every):
+        assert received == (sent[0][rank] + sent[1][rank] + sent[2][rank]).tolist()
 
 
 def test_offload_without_a_gpu_is_refused_before_any_rank_exists():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -47,8 +49,9 @@ def shard(
     where = CPUOffloadPolicy(pin_memory=True) if offload else OffloadPolicy()
     own = cuts_of(module, mesh)
     shards = _device_mesh(mesh.shards, device)
-    placement = _placement({parameter: own[name] for name, parameter in module.named_parameters()}, mesh, device)
-    blocks = (block for block in blocks if any(True for _ in block.parameters()))
+    other_axes = {cut.shards for cut in own.values() if cut.shards is not None} - {mesh.shards}
+    placement = _placement({p: own[name] for name, p in module.named_parameters()}, other_axes, device)
+    blocks = [block for block in blocks if any(True for _ in block.parameters())]
     for part in (*blocks, module):
         unit = fully_shard(
             part,
@@ -61,10 +64,45 @@ def shard(
         # Neither is recursive. Sums, because the objective is one; and by a reduction that gloo has.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        if device.type == "cpu" and not other_axes:  # a unit on several takes only PyTorch's
+            unit.set_custom_reduce_scatter(RowSums())  # type: ignore[arg-type]  # its base class has no public name
+    if device.type == "cpu":
+        _gather_ahead(module, blocks)
     memory = torch.device("cpu") if offload else device
     module._apply(lambda t: torch.empty_like(t, device=memory) if t.is_meta else t)  # type: ignore[no-untyped-call]
     for name, parameter in module.named_parameters():
         parameter.cut = own[name]  # type: ignore[attr-defined]
+
+
+class RowSums:
+    """A reduce-scatter of sums for gloo, which has none: PyTorch's sums everything on every rank and keeps a part.
+
+    Of the kind that `FSDPModule.set_custom_reduce_scatter` takes.
+    """
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent, or for the sums."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Every rank's part for this one, added up in the ranks' order."""
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), 0, out=output_tensor)
+
+
+def _gather_ahead(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Gather a block's weights while the one before it computes.
+
+    On CPU nothing else would: a gather is waited for where it begins, and every block then waits for the slowest rank.
+    """
+    parts = [part for part in (module, *blocks) if isinstance(part, FSDPModule)]
+    for part in parts:
+        part._set_unshard_async_op(True)
+    for part, following in itertools.pairwise(parts):
+        part.set_modules_to_forward_prefetch([following])
 
 
 def cut_of(parameter: Tensor) -> Cut:
@@ -73,16 +111,15 @@ def cut_of(parameter: Tensor) -> Cut:
 
 
 def _placement(
-    parameters: Mapping[nn.Parameter, Cut], mesh: Mesh, device: torch.device
+    parameters: Mapping[nn.Parameter, Cut], other_axes: Collection[Axis], device: torch.device
 ) -> Callable[[nn.Parameter], Any] | None:
-    """Tells `fully_shard` where rows are that are not of the first dimension, or not on the mesh's shards; None = none."""
-    others = {own.shards for own in parameters.values() if own.shards is not None} - {mesh.shards}
-    if not others:
+    """Tells `fully_shard` where rows are that are not of the first dimension, or on other axes than most; None = none."""
+    if not other_axes:
         return (lambda p: Shard(parameters[p].dim)) if any(own.dim for own in parameters.values()) else None
     # PyTorch has no public name for it yet (2.12, pull request 173509).
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 
-    infos = {axis: FSDPMeshInfo(mesh=_device_mesh(axis, device), shard_mesh_dim=0) for axis in others}
+    infos = {axis: FSDPMeshInfo(mesh=_device_mesh(axis, device), shard_mesh_dim=0) for axis in other_axes}
 
     def placement(parameter: nn.Parameter) -> Any:
         own = parameters[parameter]
