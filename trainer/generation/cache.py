@@ -64,19 +64,22 @@ class Cache:
         return sum(tensor.nbytes for tensor in self._tensors or ()) + self.states.nbytes
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(blocks, Hkv, block, D)`` of a layer."""
+        """Keys and values ``(blocks, Hkv, block, D)`` of a layer; keys are float32 on CPU, where blocks move."""
         assert self._tensors is not None
         return self._tensors[0][self._row[layer]], self._tensors[1][self._row[layer]]
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``k`` and ``v`` ``(n, Hkv, D)`` at ``places`` ``(n, Hkv)``; returns the layer's keys and values."""
         if self._tensors is None:
-            self._tensors = k.new_empty(self._shape), v.new_empty(self._shape)
+            # The products of `block_weights` are float32: keys would be widened at every token.
+            moving = self.device.type == "cpu" and not self.fixed
+            of_keys = torch.promote_types(k.dtype, torch.float32) if moving else k.dtype
+            self._tensors = k.new_empty(self._shape, dtype=of_keys), v.new_empty(self._shape)
         self._wipe()
         keys, values = self.of(layer)
         for tensor, new in ((keys, k), (values, v)):
             # Rows at a time: indexing by a tensor looks for every number's place by itself, five times as slow on CPU.
-            flat(tensor).index_copy_(0, places.flatten(), new.flatten(0, 1))
+            flat(tensor).index_copy_(0, places.flatten(), new.flatten(0, 1).to(tensor.dtype))
         return keys, values
 
     def reserve(self, slot: int, length: int) -> None:
@@ -189,7 +192,7 @@ class ChunkedPrefill:
         mask = places <= own
         if scores.window is not None:
             mask &= places > own - scores.window
-        past = [flat(t)[self.seen].transpose(0, 1)[None] for t in (keys, values)]
+        past = [flat(t)[self.seen].to(q.dtype).transpose(0, 1)[None] for t in (keys, values)]
         return attend_seen(q.transpose(1, 2), past[0], past[1], mask, scores).transpose(1, 2)
 
 
