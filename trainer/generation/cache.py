@@ -224,6 +224,7 @@ class BlockDecode:
         self._own = torch.from_numpy(lengths[owner])[:, None]
         self._places = torch.from_numpy(first)[:, None] + torch.arange(BLOCK)
         self._masks: dict[int | None, Tensor] = {}
+        self._rows: tuple[Tensor, Tensor] | None = None
         self._active = torch.tensor(list(active))
 
     def recur(self, layer: int, passed: Pass, inputs: DeltaInputs) -> Tensor:
@@ -238,10 +239,20 @@ class BlockDecode:
         weights, normalisers = block_weights(queries, keys[:blocks], mask, scores.scale, scores.cap)
         if self._table.shape[1] > 1 or scores.sinks is not None:
             weights.view(blocks, heads, -1).mul_(self._shares(normalisers, scores.sinks)[..., None])
-        out = torch.bmm(weights.to(values.dtype), values[:blocks].flatten(0, 1)).view(blocks, -1)
+        # Sums of weighted rows: products of so few rows with so many matrices take twice as long.
+        looked_at, starts = self._rows_of_values(groups, heads // groups)
+        weights = weights.to(values.dtype).view(-1)
+        out = F.embedding_bag(looked_at, flat(values), starts, mode="sum", per_sample_weights=weights)
         # The sum of each sequence's blocks, in their order.
-        out = F.embedding_bag(self._by_sequence, out, self._ends, mode="sum", include_last_offset=True)
+        out = F.embedding_bag(self._by_sequence, out.view(blocks, -1), self._ends, mode="sum", include_last_offset=True)
         return out.view(q.shape)
+
+    def _rows_of_values(self, groups: int, queries: int) -> tuple[Tensor, Tensor]:
+        """The `flat` rows ``(blocks * H * block,)`` that each query head looks at in each block, and where its first is."""
+        if self._rows is None:
+            rows = torch.arange(self.cache.used * groups * BLOCK).view(-1, 1, BLOCK).expand(-1, queries, -1).flatten()
+            self._rows = rows, torch.arange(0, len(rows), BLOCK)
+        return self._rows
 
     def _shares(self, normalisers: Tensor, sinks: Tensor | None) -> Tensor:
         """Each block's part of its sequence's attention, ``(blocks, H)``; a sink has a part that no block has."""
