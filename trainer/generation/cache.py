@@ -13,7 +13,7 @@ from trainer.batch import Branches, Documents
 from trainer.generation.recurrent import DeltaStates, PromptRows
 from trainer.models.architecture import Architecture
 from trainer.models.attention import Scores, attend, attend_plainly, attend_seen
-from trainer.models.cpu_kernels import block_weights
+from trainer.models.cpu_kernels import block_weights, take
 from trainer.models.delta import DeltaInputs, Pass
 
 BLOCK = 64
@@ -168,9 +168,11 @@ class PackedPrefill:
         return self._rows.recur(self.cache.states, layer, passed, inputs)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-        of_prompts = (t[0, self.documents.index] if isinstance(self.documents, Branches) else t[0] for t in (k, v))
+        of_prompts = (
+            take(t[0], 0, self.documents.index) if isinstance(self.documents, Branches) else t[0] for t in (k, v)
+        )
         self.cache.write(layer, self.places, *of_prompts)
-        return attend(q, k, v, self.documents, scores)
+        return attend(q, k, v, self.documents, scores, forward=True)
 
 
 class ChunkedPrefill:

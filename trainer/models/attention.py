@@ -13,7 +13,14 @@ from torch.nn.attention.varlen import varlen_attn
 
 from trainer.batch import Branches, Documents
 from trainer.models.architecture import Architecture
-from trainer.models.cpu_kernels import attend_by_length, causal_attention, has_fast_attention
+from trainer.models.cpu_kernels import (
+    attend_by_length,
+    causal_attention,
+    forward_attention,
+    has_fast_attention,
+    has_forward_attention,
+    take,
+)
 
 VARLEN_DEVICES = ("cuda",)
 """Kinds of devices that there is a kernel for documents of unequal lengths on."""
@@ -47,20 +54,22 @@ class Scores(NamedTuple):
         return self.cap is None and self.sinks is None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Branches, scores: Scores) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | Branches, scores: Scores, *, forward: bool = False
+) -> Tensor:
     """Causal attention inside each document, or inside each of the sequences that share tokens of a row.
 
     ``q`` ``(B, T, H, D)``; ``k``, ``v`` ``(B, T, Hkv, D)``, where query heads share key heads in groups. Returns
-    ``(B, T, H, D)``.
+    ``(B, T, H, D)``. ``forward``: no gradient is wanted.
     """
     if isinstance(documents, Branches):
-        q, k, v = (t[:, documents.index] for t in (q, k, v))
-        return attend(q, k, v, documents.sequences, scores)[:, documents.back]
+        q, k, v = (take(t, 1, documents.index) for t in (q, k, v))
+        return take(attend(q, k, v, documents.sequences, scores, forward=forward), 1, documents.back)
     if scores.window is not None and scores.window >= documents.longest:
         scores = scores._replace(window=None)
     if scores.plain and has_varlen(q.device, q.dtype, q.shape[-1]):
         return _varlen(q, k, v, documents, scores.window, scores.scale)
-    causal = partial(_causal, scores=scores)
+    causal = partial(_causal, scores=scores, forward=forward)
     return attend_by_length(q, k, v, documents, causal)  # type: ignore[no-any-return]
 
 
@@ -94,12 +103,14 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int |
     return out.view(q.shape)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, forward: bool) -> Tensor:
     """Causal attention over rows of one document each, ``(n, L, H, D)``."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     length, window = q.shape[2], scores.window
     if (window is not None and window < length) or not scores.plain:
         out = _banded(q, k, v, scores)
+    elif forward and has_forward_attention(q):
+        out = forward_attention(q, k, v, scores.scale)
     elif has_fast_attention(q):
         out = causal_attention(q, k, v, scores.scale)
     else:

@@ -11,6 +11,7 @@ from trainer.batch import Documents
 from trainer.functional import logits
 from trainer.generation import cache, decoding
 from trainer.generation.sampling import Sampling
+from trainer.models import cpu_kernels
 from trainer.models.attention import Scores, attend
 from trainer.models.transformer import Transformer
 
@@ -82,6 +83,23 @@ def test_the_bfloat16_backward_on_cpu_is_as_exact_as_torch_s(heads, groups):
     }
     assert errors["ours"] < 0.03  # three tensors of 8 bits: 2**-8 each, a few roundings deep
     assert errors["ours"] < 1.5 * errors["torch"]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3)])
+def test_bfloat16_attention_without_gradients_is_as_exact_as_torch_s(length, heads, groups, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "SCORES", 2 * heads * min(64, length) * length)  # two documents go together
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, length, n, 32, generator=draw).bfloat16() for n in (heads, groups, groups)]
+    documents = Documents.from_lengths((length,) * 3, 3)
+    expected = dense(*(t.double() for t in tensors), documents, None, 0.2)[0].view(3, length, heads, 32)
+    ours = attend(*tensors, documents, Scores(0.2), forward=True)
+    torch_s = dense(*tensors, documents, None, 0.2)[0].view(ours.shape)
+    errors = [float((found.double() - expected).norm() / expected.norm()) for found in (ours, torch_s)]
+    assert errors[0] < 0.004  # weights and outputs of 8 bits: 2**-9 each
+    assert errors[0] <= 1.5 * errors[1]  # a single token is exact in both
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(*tensors, documents, Scores(0.2), forward=True), ours)
 
 
 def test_no_mask_over_the_row_is_made():
