@@ -128,6 +128,15 @@ def forward_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.flatten(2, 3).transpose(1, 2)
 
 
+# Selective recomputation does not look inside, where it would keep the scores.
+_opaque_attention = torch.library.custom_op("onecurve::causal_attention", forward_attention, mutates_args=())
+
+
+@_opaque_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 def has_fast_attention(q: Tensor) -> bool:
     """Whether `causal_attention` takes queries ``(n, H, L, D)``."""
     return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[2] in TILES
@@ -146,7 +155,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = forward_attention(q, k, v, scale)
+        out: Tensor = _opaque_attention(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out)
         ctx.scale = scale
         return out

@@ -28,8 +28,9 @@ def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpo
     """Save expensive ops (matrix products, attention); norms, activations and rotations are computed again."""
     expensive = (
         "mm", "addmm", "bmm", "_grouped_mm", "grouped_", "linear", "_scaled_dot_product", "_flash_attention", "_varlen_attn",
+        "causal_attention",
     )  # fmt: skip
-    # Of torch_attn::_varlen_attn, too, which is not aten's.
+    # Of torch_attn::_varlen_attn and ours, too, which are not aten's.
     name = operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else str(operation)
     return CheckpointPolicy.MUST_SAVE if name.startswith(expensive) else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.batch import Documents
 from trainer.functional import At, cross_entropy, logprobs
@@ -56,6 +57,30 @@ def test_reading_some_tokens_gives_what_is_found_there_in_all_of_them(recompute)
 def test_recomputing_activations_changes_no_bit_of_the_gradient(recompute):
     plain, again = gradients(built()), gradients(built(activation_checkpointing=recompute))
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+class Attentions(TorchDispatchMode):
+    """Counts forwards of attention in bfloat16 on CPU."""
+
+    made = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.made += operation is torch.ops.onecurve.causal_attention.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(Recompute.selective, 1), (Recompute.full, 2)])
+def test_selective_recomputation_keeps_bfloat16_attention_on_cpu(recompute, times):
+    grads = {}
+    for how in (Recompute.none, recompute):
+        model = built(activation_checkpointing=how, max_position_embeddings=256).train()
+        tokens = torch.arange(200)[None] * 7 % 50
+        read = partial(cross_entropy, targets=tokens, mask=torch.ones(1, 200))
+        with Attentions() as attentions, torch.autocast("cpu", torch.bfloat16):
+            model(tokens, Documents.from_lengths((200,), 1), read)[0].backward()
+        grads[how] = [p.grad for p in model.parameters()]
+    assert attentions.made == 3 * times
+    assert all(map(torch.equal, *grads.values()))
 
 
 def kept_for_backward(recompute: Recompute) -> int:
