@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from trainer.batch import Branches, Documents
 from trainer.models.architecture import Architecture
+from trainer.models.cpu_kernels import take
 from trainer.models.linear import BlockLinear
 
 CHUNK = 64
@@ -207,8 +208,8 @@ def recur_packed(documents: Documents | Branches, passed: Pass, inputs: DeltaInp
     """Outputs of packed documents, or of the sequences that share tokens of a row, each with a memory of its own."""
     if isinstance(documents, Documents):
         return passed(inputs, documents.positions, None, None)[0]
-    sequences = DeltaInputs(*(t[:, documents.index] for t in inputs))
-    return passed(sequences, documents.sequences.positions, None, None)[0][:, documents.back]
+    sequences = DeltaInputs(*(take(t, 1, documents.index) for t in inputs))
+    return take(passed(sequences, documents.sequences.positions, None, None)[0], 1, documents.back)
 
 
 def initial_delta(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor | None:
